@@ -1,0 +1,53 @@
+"""Sliding Window Attention Adaptation for local models, on a patched llama.cpp.
+
+The names below are imported on first use, so that `import swaa_local` is instant and needs no engine: only `Llama`
+loads llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from swaa_local.config import PRESETS, LayerMode, Preset, Schedule, ScheduleError, SWAAConfig, SWAAError
+    from swaa_local.gguf_meta import read_schedule
+    from swaa_local.llama import Llama, PromptTooLong
+
+__all__ = [
+    "PRESETS",
+    "LayerMode",
+    "Llama",
+    "Preset",
+    "PromptTooLong",
+    "SWAAConfig",
+    "SWAAError",
+    "Schedule",
+    "ScheduleError",
+    "read_schedule",
+]
+
+_HOME = {
+    "PRESETS": "config",
+    "LayerMode": "config",
+    "Llama": "llama",
+    "Preset": "config",
+    "PromptTooLong": "llama",
+    "SWAAConfig": "config",
+    "SWAAError": "config",
+    "Schedule": "config",
+    "ScheduleError": "config",
+    "read_schedule": "gguf_meta",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
