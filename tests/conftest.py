@@ -12,7 +12,7 @@ from tiny import write_tiny_gguf
 
 @pytest.fixture(scope="session")
 def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model_factory(**write_tiny_gguf's keywords) -> Path`; the same keywords give the same file, so read only."""
+    """`tiny_model_factory(**write_tiny_gguf's keywords) -> Path`; equal keywords give the same file: read only."""
     directory = tmp_path_factory.mktemp("tiny")
     made: dict[str, Path] = {}
 
