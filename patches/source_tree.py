@@ -1,0 +1,190 @@
+"""From the pin to a patched source tree: fetch upstream's sdist, verify it, unpack it, apply the series.
+
+Shared by the build backend and scripts/patches.py. Every failure is a SourceError, one sentence. It knows nothing about
+compilers and wheels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from strict_diff import Patch, PatchError, apply, parse
+
+HERE = Path(__file__).resolve().parent
+DISTRIBUTION = "llama-cpp-python"
+SDIST_ENV = "SWAA_UPSTREAM_SDIST"
+
+
+class SourceError(Exception):
+    """One sentence that names the pin, the patch or the file."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    version: str
+    sha256: str
+
+
+def read_pin(directory: Path = HERE) -> Pin:
+    """The upstream release that `directory`/upstream.toml pins."""
+    path = directory / "upstream.toml"
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+        pin = Pin(str(data["version"]), str(data["sha256"]).lower())
+    except (OSError, KeyError, ValueError) as error:
+        raise SourceError(f"{path} does not pin upstream by version and sha256: {error}") from None
+    if not re.fullmatch(r"[0-9a-f]{64}", pin.sha256):
+        raise SourceError(f"the pin in {path} is no sha256: {pin.sha256!r}")
+    return pin
+
+
+def read_series(directory: Path = HERE) -> list[Patch]:
+    """The patches in the order of `directory`/series; a patch beside it that it does not list is an error."""
+    path = directory / "series"
+    try:
+        names = [line for raw in path.read_text("utf-8").splitlines() if (line := raw.split("#")[0].strip())]
+    except OSError as error:
+        raise SourceError(f"cannot read the series: {error}") from None
+    present = {file.name for file in directory.glob("*.patch")}
+    for name in names:
+        if name not in present or names.count(name) > 1:
+            raise SourceError(f"{path} lists {name} {'twice' if name in present else 'but there is no such patch'}")
+    if unlisted := sorted(present - set(names)):
+        raise SourceError(f"{path} does not list {unlisted[0]}")
+    try:
+        return [parse(name, (directory / name).read_bytes()) for name in names]
+    except PatchError as error:
+        raise SourceError(str(error)) from None
+
+
+def fetch_sdist(pin: Pin, directory: Path) -> Path:
+    """The verified sdist: the file that SWAA_UPSTREAM_SDIST names, or one that pip downloads into `directory`."""
+    local = os.environ.get(SDIST_ENV)
+    if local:
+        sdist = Path(local)
+        if not sdist.is_file():
+            raise SourceError(f"{SDIST_ENV} names {local}, which is no file")
+    else:
+        sdist = _download(pin, directory)
+    digest = hashlib.sha256()
+    with sdist.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != pin.sha256:
+        raise _wrong_checksum(pin, str(sdist), digest.hexdigest())
+    return sdist
+
+
+def _wrong_checksum(pin: Pin, what: str, got: str) -> SourceError:
+    return SourceError(
+        f"{what} does not match the pin of {DISTRIBUTION} {pin.version} in upstream.toml: "
+        f"expected sha256 {pin.sha256}, got {got}"
+    )
+
+
+def _download(pin: Pin, directory: Path) -> Path:
+    requirements = directory / "requirements.txt"
+    # pip checks the hash before it runs any code of the sdist (it asks a downloaded sdist for its metadata)
+    requirements.write_text(f"{DISTRIBUTION}=={pin.version} --hash=sha256:{pin.sha256}\n", "utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--progress-bar", "off"]
+    if importlib.util.find_spec("scikit_build_core"):
+        command.append("--no-build-isolation")
+    command += ["--require-hashes", "--dest", str(directory), "-r", str(requirements)]
+    run = subprocess.run(
+        command, env=_pip_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if run.returncode == 0:
+        found = [*directory.glob("*.tar.gz"), *directory.glob("*.zip")]
+        if len(found) == 1:
+            return found[0]
+    if "No module named pip" in run.stdout:
+        raise SourceError(f"{sys.executable} has no pip to download {DISTRIBUTION} {pin.version} with; install pip")
+    if mismatch := re.search(r"Got\s+([0-9a-f]{64})", run.stdout):
+        raise _wrong_checksum(pin, "the sdist that pip downloaded", mismatch[1])
+    sys.stderr.write(run.stdout)
+    errors = re.findall(r"^ERROR: (.+)$", run.stdout, re.MULTILINE)
+    raise SourceError(
+        f"pip cannot download the sdist of {DISTRIBUTION} {pin.version} "
+        f"({errors[-1].rstrip('.') if errors else f'exit code {run.returncode}'}); "
+        f"check the network and the index, or set {SDIST_ENV} to a local copy"
+    )
+
+
+def _pip_environment() -> dict[str, str]:
+    """The user's environment, in which pip takes uv's index where only uv has been told one."""
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_NO_INPUT": "1"}
+    for ours, theirs in (
+        ("PIP_INDEX_URL", ("UV_DEFAULT_INDEX", "UV_INDEX_URL")),
+        ("PIP_EXTRA_INDEX_URL", ("UV_INDEX", "UV_EXTRA_INDEX_URL")),
+        ("PIP_FIND_LINKS", ("UV_FIND_LINKS",)),
+    ):
+        for name in theirs:
+            if ours not in env and env.get(name):
+                # uv allows NAME=URL
+                env[ours] = " ".join(re.sub(r"^[\w-]+=(?=\w+:)", "", url) for url in env[name].split())
+    return env
+
+
+def unpack(sdist: Path, target: Path) -> None:
+    """Unpack regular files below the sdist's one top folder into `target`; links and paths outside are refused.
+
+    Upstream's sdist carries a stray `.git` folder, which is left out.
+    """
+    try:
+        with tarfile.open(sdist) as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.name or ":" in member.name:
+                    raise SourceError(f"{sdist.name} holds a path outside its folder: {member.name}")
+                inner = path.parts[1:]
+                if member.isdir() or not inner or inner[0] == ".git":
+                    continue
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is None:
+                    raise SourceError(f"{sdist.name} holds something that is not a plain file: {member.name}")
+                out = target.joinpath(*inner)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with content, out.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+                out.chmod(0o755 if member.mode & 0o100 else 0o644)
+                # as packed: generators compare times, and a new time for each build helps nobody
+                os.utime(out, (member.mtime, member.mtime))
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise SourceError(f"cannot unpack {sdist}: {error}") from None
+
+
+def apply_patch(patch: Patch, tree: Path) -> None:
+    """Apply one patch to the tree, strictly."""
+    try:
+        apply(patch, tree)
+    except PatchError as error:
+        raise SourceError(str(error)) from None
+
+
+def unpack_pinned(target: Path, directory: Path = HERE) -> None:
+    """Upstream's pristine tree in `target`."""
+    with tempfile.TemporaryDirectory(prefix="swaa-sdist-") as tmp:
+        unpack(fetch_sdist(read_pin(directory), Path(tmp)), target)
+
+
+def prepare(target: Path, directory: Path = HERE) -> None:
+    """Upstream's tree in `target` with the series applied."""
+    series = read_series(directory)
+    unpack_pinned(target, directory)
+    for patch in series:
+        apply_patch(patch, target)
