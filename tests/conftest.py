@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny import write_tiny_gguf
+
+if TYPE_CHECKING:
+    from engine import EngineModel
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +33,35 @@ def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def tiny_model(tiny_model_factory: Callable[..., Path]) -> Path:
     """A four-layer Qwen3 without a schedule."""
     return tiny_model_factory()
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """The patched engine; without it every test that needs it fails, for it is a dependency."""
+    from engine import MISSING_SYMBOLS
+
+    if MISSING_SYMBOLS:
+        pytest.fail(
+            f"the installed llama-cpp-python lacks {', '.join(MISSING_SYMBOLS)}; run `pip install ./patches`",
+            pytrace=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def load_model(engine: None, tiny_model_factory: Callable[..., Path]) -> Iterator[Callable[..., EngineModel]]:
+    """`load_model(schedule=None, **write_tiny_gguf's keywords) -> EngineModel`, loaded once per argument list.
+
+    The schedule is set through the C interface, so tests must not change the model's schedule.
+    """
+    from engine import EngineModel
+
+    models: dict[str, EngineModel] = {}
+    with ExitStack() as stack:
+
+        def load(schedule: Any = None, **kwargs: Any) -> EngineModel:
+            key = repr((schedule, sorted(kwargs.items())))
+            if key not in models:
+                models[key] = stack.enter_context(EngineModel(tiny_model_factory(**kwargs), schedule))
+            return models[key]
+
+        yield load

@@ -306,3 +306,14 @@ _lib.ggml_op_name.restype = ctypes.c_char_p
 def worst_ratio(got: np.ndarray, want: np.ndarray) -> float:
     """Largest absolute difference over the standard deviation of the wanted logits."""
     return float(np.abs(got - want).max() / want.std())
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float, what: object = "") -> None:
+    """Every logit within tolerance * sigma of the wanted one; says which positions are not."""
+    assert got.shape == want.shape
+    off = np.abs(got - want).max(axis=1) / want.std()
+    bad = np.flatnonzero(~(off < tolerance))
+    assert not len(bad), (
+        f"{what}: logits off by up to {off.max():.2g} sigma (allowed {tolerance:g}) at {len(bad)} of {len(off)} "
+        f"positions, from {bad[0]} to {bad[-1]}"
+    )

@@ -11,7 +11,6 @@ for queries that are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,38 +25,20 @@ class Sched(NamedTuple):
     layer_modes: tuple[int, ...]
 
 
-NAIVE_TOO_WIDE = 1 << 30
-
-
 def full_schedule(n_layer: int) -> Sched:
-    return Sched(NAIVE_TOO_WIDE, 0, (FULL,) * n_layer)
+    return Sched(1 << 30, 0, (FULL,) * n_layer)
 
 
-def full_mask(n: int) -> np.ndarray:
-    """(query, key) booleans."""
-    return np.tril(np.ones((n, n), bool))
+def visible(schedule: Sched, layer: int, p1: np.ndarray, p0: np.ndarray, decode: np.ndarray) -> np.ndarray:
+    """(query, key) booleans of one layer. p1, decode: position and phase of each query; p0: position of each key."""
+    p1, p0, decode = p1[:, None], p0[None, :], decode[:, None]
+    full = p0 <= p1
+    window = full & ((p1 - p0 < schedule.window) | (p0 < schedule.sinks))
+    mode = schedule.layer_modes[layer]
+    return {FULL: full, PREFILL: np.where(decode, full, window), ALWAYS: window}[mode]
 
 
-def window_mask(n: int, window: int, sinks: int) -> np.ndarray:
-    p1, p0 = np.arange(n)[:, None], np.arange(n)[None, :]
-    return (p0 <= p1) & ((p1 - p0 < window) | (p0 < sinks))
-
-
-def is_decode(n: int, prompt_end: int | Sequence[bool] | None) -> np.ndarray:
-    """Phase of each position: decode from `prompt_end` on; None: all prefill; or the phases themselves."""
-    if prompt_end is None:
-        return np.zeros(n, bool)
-    if isinstance(prompt_end, int):
-        return np.arange(n) >= prompt_end
-    return np.asarray(prompt_end, bool)
-
-
-def layer_masks(schedule: Sched, n: int, prompt_end: int | Sequence[bool] | None) -> list[np.ndarray]:
-    """One (n, n) boolean mask per layer."""
-    full, window = full_mask(n), window_mask(n, schedule.window, schedule.sinks)
-    by_mode = {
-        FULL: full,
-        PREFILL: np.where(is_decode(n, prompt_end)[:, None], full, window),
-        ALWAYS: window,
-    }
-    return [by_mode[mode] for mode in schedule.layer_modes]
+def layer_masks(schedule: Sched, n: int, prompt_end: int) -> list[np.ndarray]:
+    """One (n, n) mask per layer for a sequence of n tokens, of which those from `prompt_end` on are decoded."""
+    p = np.arange(n)
+    return [visible(schedule, layer, p, p, p >= prompt_end) for layer in range(len(schedule.layer_modes))]

@@ -1,7 +1,8 @@
-"""A transformer's forward pass in numpy, float64, over `tiny.tiny_weights`: the oracle of the engine tests.
+"""A transformer in numpy, float64, over the weights of `tiny.tiny_weights`: the oracle of the engine tests.
 
 Written from the definitions of the architectures, without llama.cpp and without PyTorch, so these tests run wherever
-the engine does. The whole token sequence goes through in one pass; masks come from `masks.layer_masks`.
+the engine does. `NumpyModel` holds one sequence; keys are kept without RoPE and rotated where they are read, so that
+removing and shifting positions is plain array work. `forward` is the whole of a sequence in one pass.
 """
 
 from __future__ import annotations
@@ -9,73 +10,109 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from masks import Sched, full_schedule, layer_masks
+from masks import Sched, full_schedule, visible
 from tiny import TinyShape, tiny_weights
+
+
+class NumpyModel:
+    """A model and the keys and values of one sequence.
+
+    `rope_scale` multiplies positions, as llama.cpp's `rope_freq_scale` does.
+    """
+
+    def __init__(
+        self,
+        schedule: Sched | None = None,
+        *,
+        shape: TinyShape | None = None,
+        seed: int = 0,
+        weights: Mapping[str, np.ndarray] | None = None,
+        rope_base: float | None = None,
+        rope_scale: float = 1.0,
+    ) -> None:
+        self.shape = shape or TinyShape()
+        self.schedule = schedule or full_schedule(self.shape.n_layer)
+        self.weights = {k: v.astype(np.float64) for k, v in (weights or tiny_weights(self.shape, seed)).items()}
+        d = self.shape.head_dim
+        self.inv_freq = rope_scale * (rope_base or self.shape.rope_base) ** (-np.arange(0, d, 2) / d)
+        self.positions = np.empty(0, int)
+        empty = np.empty((0, self.shape.n_head_kv, d))
+        self.keys, self.values = [empty] * self.shape.n_layer, [empty] * self.shape.n_layer
+
+    def feed(self, tokens: Sequence[int], *, decode: bool | Sequence[bool] = False) -> np.ndarray:
+        """Append tokens, each in its phase; logits (n, n_vocab)."""
+        start = self.positions[-1] + 1 if len(self.positions) else 0
+        pos = np.arange(start, start + len(tokens))
+        phase = np.broadcast_to(np.asarray(decode, bool), pos.shape)
+        self.positions = np.concatenate([self.positions, pos])
+        x = self.weights["token_embd.weight"][list(tokens)]
+        for i in range(self.shape.n_layer):
+            layer = {k.removeprefix(f"blk.{i}."): v for k, v in self.weights.items() if k.startswith(f"blk.{i}.")}
+            x = x + self._attention(_rms_norm(x, layer["attn_norm.weight"], self.shape.norm_eps), layer, i, pos, phase)
+            h = _rms_norm(x, layer["ffn_norm.weight"], self.shape.norm_eps)
+            x = x + (_moe(h, layer, self.shape) if "ffn_gate_inp.weight" in layer else _mlp(h, layer))
+        return _rms_norm(x, self.weights["output_norm.weight"], self.shape.norm_eps) @ self.weights["output.weight"].T
+
+    def remove(self, p0: int, p1: int) -> None:
+        """Forget positions p0 <= p < p1."""
+        held = (self.positions < p0) | (self.positions >= p1)
+        self.positions = self.positions[held]
+        self.keys = [k[held] for k in self.keys]
+        self.values = [v[held] for v in self.values]
+
+    def shift(self, p0: int, delta: int) -> None:
+        """Add delta to positions p >= p0."""
+        self.positions = np.where(self.positions >= p0, self.positions + delta, self.positions)
+
+    def _attention(
+        self, h: np.ndarray, layer: Mapping[str, np.ndarray], i: int, pos: np.ndarray, phase: np.ndarray
+    ) -> np.ndarray:
+        s, d = self.shape, self.shape.head_dim
+        q, k, v = (h @ layer[f"attn_{name}.weight"].T + layer.get(f"attn_{name}.bias", 0) for name in "qkv")
+        q, k, v = (a.reshape(len(pos), -1, d) for a in (q, k, v))
+        if "attn_q_norm.weight" in layer:
+            q = _rms_norm(q, layer["attn_q_norm.weight"], s.norm_eps)
+            k = _rms_norm(k, layer["attn_k_norm.weight"], s.norm_eps)
+        self.keys[i] = np.concatenate([self.keys[i], k])
+        self.values[i] = np.concatenate([self.values[i], v])
+        q, k, v = self._rope(q, pos), self._rope(self.keys[i], self.positions), self.values[i]
+        mask = visible(self.schedule, i, pos, self.positions, phase)
+        heads = []
+        for head in range(s.n_head):
+            kv_head = head // (s.n_head // s.n_head_kv)
+            score = np.where(mask, q[:, head] @ k[:, kv_head].T / np.sqrt(d), -np.inf)
+            p = np.exp(score - score.max(axis=1, keepdims=True))
+            heads.append((p / p.sum(axis=1, keepdims=True)) @ v[:, kv_head])
+        return np.concatenate(heads, axis=1) @ layer["attn_output.weight"].T
+
+    def _rope(self, x: np.ndarray, pos: np.ndarray) -> np.ndarray:
+        """Rotate pairs (2j, 2j+1) as Meta's Llama does, or (j, j + d/2) as NeoX does. x: (n, heads, d)."""
+        angle = pos[:, None, None] * self.inv_freq
+        cos, sin, d = np.cos(angle), np.sin(angle), x.shape[-1]
+        interleaved = self.shape.arch == "llama"
+        first, second = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
+        out = np.empty_like(x)
+        out[..., first] = x[..., first] * cos - x[..., second] * sin
+        out[..., second] = x[..., first] * sin + x[..., second] * cos
+        return out
 
 
 def forward(
     tokens: Sequence[int],
+    schedule: Sched | None = None,
+    prompt_end: int | None = None,
     *,
     shape: TinyShape | None = None,
     seed: int = 0,
     weights: Mapping[str, np.ndarray] | None = None,
-    schedule: Sched | None = None,
-    prompt_end: int | Sequence[bool] | None = None,
-    positions: Sequence[int] | None = None,
-    rope_base: float | None = None,
-    rope_scale: float = 1.0,
 ) -> np.ndarray:
-    """Logits (n, n_vocab) of every position, float64.
-
-    `positions` are what RoPE sees (default 0, 1, ...); masks always count tokens. `rope_scale` multiplies positions, as
-    llama.cpp's `rope_freq_scale` does.
-    """
-    shape = shape or TinyShape()
-    w = {k: v.astype(np.float64) for k, v in (weights or tiny_weights(shape, seed)).items()}
-    n, d, group = len(tokens), shape.head_dim, shape.n_head // shape.n_head_kv
-    masks = layer_masks(schedule or full_schedule(shape.n_layer), n, prompt_end)
-    where = np.asarray(np.arange(n) if positions is None else positions, np.float64) * rope_scale
-    inv_freq = (rope_base or shape.rope_base) ** (-np.arange(0, d, 2) / d)
-    angle = where[:, None, None] * inv_freq
-    cos, sin = np.cos(angle), np.sin(angle)
-
-    x = w["token_embd.weight"][list(tokens)]
-    for i in range(shape.n_layer):
-        layer = {k.removeprefix(f"blk.{i}."): v for k, v in w.items() if k.startswith(f"blk.{i}.")}
-        h = _rms_norm(x, layer["attn_norm.weight"], shape.norm_eps)
-        q, k, v = (h @ layer[f"attn_{name}.weight"].T + layer.get(f"attn_{name}.bias", 0) for name in "qkv")
-        q = q.reshape(n, shape.n_head, d)
-        k = k.reshape(n, shape.n_head_kv, d)
-        v = v.reshape(n, shape.n_head_kv, d)
-        if "attn_q_norm.weight" in layer:
-            q = _rms_norm(q, layer["attn_q_norm.weight"], shape.norm_eps)
-            k = _rms_norm(k, layer["attn_k_norm.weight"], shape.norm_eps)
-        q, k = (_rope(a, cos, sin, interleaved=shape.arch == "llama") for a in (q, k))
-        heads = []
-        for head in range(shape.n_head):
-            score = q[:, head] @ k[:, head // group].T / np.sqrt(d)
-            score = np.where(masks[i], score, -np.inf)
-            score -= score.max(axis=1, keepdims=True)
-            p = np.exp(score)
-            heads.append((p / p.sum(axis=1, keepdims=True)) @ v[:, head // group])
-        x = x + np.concatenate(heads, axis=1) @ layer["attn_output.weight"].T
-        h = _rms_norm(x, layer["ffn_norm.weight"], shape.norm_eps)
-        x = x + (_moe(h, layer, shape) if "ffn_gate_inp.weight" in layer else _mlp(h, layer))
-    return _rms_norm(x, w["output_norm.weight"], shape.norm_eps) @ w["output.weight"].T
+    """Logits (n, n_vocab) of a sequence whose tokens from `prompt_end` on are decoded (None: all are prefilled)."""
+    decode = np.arange(len(tokens)) >= (len(tokens) if prompt_end is None else prompt_end)
+    return NumpyModel(schedule, shape=shape, seed=seed, weights=weights).feed(tokens, decode=decode)
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
-
-
-def _rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) -> np.ndarray:
-    """Rotate pairs (2j, 2j+1) as Meta's Llama does, or (j, j + d/2) as NeoX does. x: (n, heads, d)."""
-    d = x.shape[-1]
-    first, second = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    out = np.empty_like(x)
-    out[..., first] = x[..., first] * cos - x[..., second] * sin
-    out[..., second] = x[..., first] * sin + x[..., second] * cos
-    return out
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
