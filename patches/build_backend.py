@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import os
 import re
 import shlex
@@ -83,8 +84,8 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
 
     check_compilers()
     wheels = os.path.abspath(wheel_directory)
-    with tempfile.TemporaryDirectory(prefix="swaa-build-") as tmp:
-        tree = Path(os.path.realpath(tmp), "llama-cpp-python")
+    with _build_folder() as folder:
+        tree = folder / "llama-cpp-python"
         prepare(tree)
         lay_out(tree)
         with _environment(tree), _chdir(tree):
@@ -146,8 +147,26 @@ def check_compilers() -> None:
 
 
 @contextlib.contextmanager
+def _build_folder() -> Iterator[Path]:
+    """A folder of the same name each time, or another one where a build is at work in it.
+
+    Upstream's unity builds hold absolute paths, so ccache would miss them under a random name.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    folder = Path(os.path.realpath(tempfile.gettempdir()), f"swaa-build-{user}")
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _environment(tree: Path) -> Iterator[None]:
-    """ccache where present, told that the temporary folder's name means nothing; all cores also under make."""
+    """ccache where present, told that the folder's name means nothing; all cores under make too."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     extra = {"CMAKE_BUILD_PARALLEL_LEVEL": str(cores)}
     if ccache := shutil.which("ccache"):
