@@ -1,0 +1,104 @@
+"""GGUF files with chosen metadata and few tensors, and changes to a file's bytes, for tests of reading and copying.
+
+Written with struct from the format's description, independent of `swaa_local`; unlike gguf-py's writer it can write
+empty and nested arrays.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+T: Any = gguf.GGUFValueType
+
+
+class Typed(NamedTuple):
+    """A value with its GGUF type; for arrays also the type of the items, which may be `Typed` arrays themselves."""
+
+    value: Any
+    type: gguf.GGUFValueType
+    items: gguf.GGUFValueType | None = None
+
+
+def u32(value: int) -> Typed:
+    return Typed(value, T.UINT32)
+
+
+def i32s(values: list[int]) -> Typed:
+    return Typed(values, T.ARRAY, T.INT32)
+
+
+SWAA: dict[str, Typed] = {
+    "swaa.version": u32(1),
+    "swaa.window": u32(8),
+    "swaa.sinks": u32(2),
+    "swaa.layer_modes": i32s([0, 1, 2, 0]),
+}
+
+
+def write_header_model(path: Path, keys: Mapping[str, Typed | None], arch: str = "qwen3", n_layer: int = 4) -> Path:
+    """A model's metadata with one small tensor. `keys` add to the basic ones or, with None, take one away."""
+    base: dict[str, Typed | None] = {
+        f"{arch}.block_count": u32(n_layer),
+        f"{arch}.context_length": u32(4096),
+        f"{arch}.embedding_length": u32(128),
+        f"{arch}.attention.head_count": u32(4),
+        f"{arch}.attention.head_count_kv": u32(2),
+    }
+    entries = {"general.architecture": Typed(arch, T.STRING)} | {k: v for k, v in (base | dict(keys)).items() if v}
+    data = b"".join(_string(key) + _typed(typed) for key, typed in entries.items())
+    tensor = _string("output_norm.weight") + struct.pack("<IQIQ", 1, 128, gguf.GGMLQuantizationType.F32, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(entries)) + data + tensor
+    alignment = entries["general.alignment"].value if "general.alignment" in entries else 32
+    head += bytes(-len(head) % alignment)
+    path.write_bytes(head + np.arange(128, dtype=np.float32).tobytes())
+    return path
+
+
+_FORMATS = {
+    T.UINT8: "B",
+    T.INT8: "b",
+    T.UINT16: "H",
+    T.INT16: "h",
+    T.UINT32: "I",
+    T.INT32: "i",
+    T.FLOAT32: "f",
+    T.BOOL: "?",
+    T.UINT64: "Q",
+    T.INT64: "q",
+    T.FLOAT64: "d",
+}
+
+
+def _string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _typed(typed: Typed) -> bytes:
+    return struct.pack("<I", typed.type) + _value(typed)
+
+
+def _value(typed: Typed) -> bytes:
+    if typed.type is T.STRING:
+        return _string(typed.value)
+    if typed.type is not T.ARRAY:
+        return struct.pack("<" + _FORMATS[typed.type], typed.value)
+    assert typed.items is not None
+    items = [item if isinstance(item, Typed) else Typed(item, typed.items) for item in typed.value]
+    return struct.pack("<IQ", typed.items, len(items)) + b"".join(_value(item) for item in items)
+
+
+def patch_bytes(source: Path, target: Path, offset: int, data: bytes) -> Path:
+    content = bytearray(source.read_bytes())
+    content[offset : offset + len(data)] = data
+    target.write_bytes(content)
+    return target
+
+
+def set_version(source: Path, target: Path, version: int) -> Path:
+    return patch_bytes(source, target, 4, struct.pack("<I", version))
