@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,3 +67,25 @@ def load_model(engine: None, tiny_model_factory: Callable[..., Path]) -> Iterato
             return models[key]
 
         yield load
+
+
+def _fail_if_torch_is_required(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Under SWAA_REQUIRE_TORCH, a test that skips for the lack of PyTorch or transformers fails."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if os.environ.get("SWAA_REQUIRE_TORCH") and report.skipped and re.search(r"torch|transformers", reason, re.I):
+        report.outcome = "failed"
+        report.longrepr = f"SWAA_REQUIRE_TORCH is set, and yet: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_if_torch_is_required(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_torch_is_required(report)
+    return report
