@@ -215,6 +215,16 @@ class Schedule:
         return tuple(windowed if mode is LayerMode.ALWAYS else everything for mode in self.layer_modes)
 
 
+def default_flash_attn(schedule: Schedule, *, gpu: bool, quantized_v: bool) -> bool:
+    """Whether flash attention is the faster choice where the user does not say.
+
+    On a GPU it is. On a CPU it is with a schedule, because prefill through the window needs it (without it V is stored
+    transposed and only the mask saves work), and not with full attention, whose decode at depth it slows down. A
+    quantized V cache exists only with it.
+    """
+    return gpu or quantized_v or not schedule.is_full
+
+
 def full_cells(n_ctx: int, *, n_seq_max: int = 1, unified: bool = False) -> int:
     """Cells of a full layer's KV cache, per stream (llama-context.cpp pads the context and each sequence's share)."""
     if n_ctx < 1:

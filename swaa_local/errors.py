@@ -1,0 +1,53 @@
+"""Errors of running a model. Each is also the built-in error that `llama_cpp.Llama` raises in its place.
+
+Those of files and schedules are in `config` and `gguf_meta`.
+"""
+
+from __future__ import annotations
+
+from swaa_local.config import CELL_PADDING, SWAAError
+
+_ROOM_TO_ANSWER = 512  # tokens
+
+
+class ModelLoadError(SWAAError, ValueError):
+    """llama.cpp refused the model or the context; the message is its own reason."""
+
+
+class PromptTooLong(SWAAError, ValueError):
+    """A prompt that does not fit the context. Nothing of it was evaluated."""
+
+    def __init__(self, n_prompt: int, n_ctx: int) -> None:
+        self.n_prompt, self.n_ctx = n_prompt, n_ctx
+        super().__init__(n_prompt, n_ctx)
+
+    @property
+    def n_ctx_needed(self) -> int:
+        """Tokens of context that would hold the prompt and an answer."""
+        return -(-(self.n_prompt + _ROOM_TO_ANSWER) // CELL_PADDING) * CELL_PADDING
+
+    def advice(self, option: str, what: str = "it") -> str:
+        """The message, with the option that raises the context as the caller spells it: `-c {}`, `n_ctx={}`."""
+        return (
+            f"prompt is {self.n_prompt} tokens but the context is {self.n_ctx}; "
+            f"pass {option.format(self.n_ctx_needed)} or shorten {what}"
+        )
+
+    def __str__(self) -> str:
+        return self.advice("n_ctx={}")
+
+
+class ContextFull(SWAAError, RuntimeError):
+    """The context has no room for another generated token."""
+
+    def __init__(self, n_ctx: int) -> None:
+        self.n_ctx = n_ctx
+        super().__init__(f"the context of {n_ctx} tokens is full; pass a larger n_ctx or start over")
+
+
+class DecodeError(SWAAError, RuntimeError):
+    """`llama_decode` failed; the message is its own reason."""
+
+
+class StateError(SWAAError, RuntimeError):
+    """A saved state that does not fit this model, schedule or context. The context is empty afterwards."""

@@ -1,0 +1,363 @@
+"""`Llama`: `llama_cpp.Llama` with an attention schedule, phases, and defaults for long prompts.
+
+Everything that takes a `llama_cpp.Llama` takes this one. Knows how upstream's class builds its model and context and
+when its generator evaluates; the rules of schedules are in `config`, memory sizes in `memory`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import re
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import llama_cpp as _c
+
+from swaa_local import engine_log, memory, native
+from swaa_local.config import Schedule, ScheduleError, SWAAConfig, SWAAError, default_flash_attn
+from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError
+from swaa_local.interrupt import Shield
+from swaa_local.run_stats import RunClock, RunStats
+
+__all__ = ["ContextFull", "DecodeError", "Llama", "ModelLoadError", "PromptTooLong", "RunStats", "StateError"]
+
+DEFAULT_N_BATCH = 2048
+DEFAULT_N_UBATCH = 512
+_POS_MAX = (1 << 31) - 1
+
+
+class ContextFitWarning(UserWarning):
+    """The model's own context does not fit the memory, so a shorter one was made."""
+
+
+class Llama(llama_cpp.Llama):
+    """`llama_cpp.Llama` plus a schedule; keywords that are not listed here are upstream's.
+
+    swaa: None takes the GGUF's schedule, False full attention, an `SWAAConfig` (or a resolved `Schedule`) overrides the
+        GGUF's. It is fixed for the life of the object.
+    n_ctx: tokens. 0 or None: the model's own context, or the longest that the free memory holds (then a
+        `ContextFitWarning` names both, and it is never below 4096). A given number is taken as it is.
+    n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and 512.
+    flash_attn: None chooses by `config.default_flash_attn`.
+    verbose: llama.cpp's log on stderr; off by default, unlike upstream.
+    on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
+        may raise to stop; what was evaluated stays in the cache. Not pickled.
+
+    Raises `ModelLoadError` with llama.cpp's own reason, `ScheduleError` for a schedule that does not fit the model.
+    """
+
+    n_tokens: int
+    input_ids: Any
+    scores: Any
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        swaa: SWAAConfig | Schedule | bool | None = None,
+        n_ctx: int | None = 0,
+        n_batch: int | None = None,
+        n_ubatch: int = DEFAULT_N_UBATCH,
+        flash_attn: bool | None = None,
+        verbose: bool = False,
+        on_prefill: Callable[[int, int], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
+            raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
+        self._swaa = swaa
+        self._flash_attn = flash_attn
+        self._fit_n_ctx = not n_ctx
+        self.schedule: Schedule | None = None
+        self.on_prefill = on_prefill
+        self._prompt_end = 0
+        self._clock: RunClock | None = None
+        self._generating = False
+        self._sampler_to_keep: Any = None
+        if n_batch is None:
+            n_batch = max(DEFAULT_N_BATCH, n_ubatch)
+        self._n_ubatch = min(n_batch, n_ubatch)
+        with engine_log.captured(verbose) as log:
+            try:
+                super().__init__(
+                    str(model_path),
+                    n_ctx=n_ctx or 0,
+                    n_batch=n_batch,
+                    n_ubatch=n_ubatch,
+                    flash_attn=bool(flash_attn),
+                    verbose=verbose,
+                    **kwargs,
+                )
+            except SWAAError:
+                raise
+            except (ValueError, RuntimeError) as error:
+                raise ModelLoadError(f"{model_path}: {log.reason}" if log.reason else str(error)) from error
+        self._model.__dict__.pop("n_ctx_train", None)
+        # llama.cpp rounds a context up, upstream's buffers don't follow.
+        if len(self.input_ids) < self._n_ctx:
+            self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
+        # Upstream keeps n_batch rows of logits that it never fills unless all are asked for.
+        rows = self._n_ctx if self._logits_all else 1
+        if self.scores.shape[0] != rows:
+            self.scores = np.zeros((rows, self._n_vocab), dtype=np.single)
+
+    # Between loading the model and creating the context, upstream assigns `_model`: the moment to set the schedule.
+
+    @property
+    def _model(self) -> Any:
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        self.__dict__["_model"] = model
+        if not self.model_params.vocab_only:
+            self._apply_schedule(model)
+            self._size_context(model)
+
+    def _apply_schedule(self, model: Any) -> None:
+        n_layer = _c.llama_model_n_layer(model.model)
+        stored = _get_schedule(model.model, n_layer)
+        wanted = self._swaa
+        if isinstance(wanted, SWAAConfig):
+            wanted = wanted.schedule(n_layer)
+        elif wanted is False:
+            wanted = Schedule.full(n_layer)
+        if isinstance(wanted, Schedule) and wanted != (stored or Schedule.full(n_layer)):
+            modes = (ctypes.c_uint8 * wanted.n_layer)(*wanted.layer_modes)
+            with engine_log.captured(self.verbose) as log:
+                code = native.llama_model_swaa_set(model.model, wanted.window, wanted.sinks, modes, wanted.n_layer)
+            if code != 0:
+                raise ScheduleError(log.reason or f"the engine refused the schedule (code {code})")
+            stored = _get_schedule(model.model, n_layer)
+        self.schedule = stored
+
+    def _size_context(self, model: Any) -> None:
+        params = self.context_params
+        gpu_layers = self.model_params.n_gpu_layers if _c.llama_supports_gpu_offload() else 0
+        gpu_layers = (1 << 30) if gpu_layers < 0 else gpu_layers
+        schedule = self.schedule or Schedule.full(max(1, _c.llama_model_n_layer(model.model)))
+        if self._flash_attn is None:
+            quantized_v = params.type_v not in memory.PLAIN_TYPES
+            flash = default_flash_attn(schedule, gpu=gpu_layers > 0, quantized_v=quantized_v)
+            # On a GPU llama.cpp itself knows which heads its kernels support.
+            if flash:
+                auto = gpu_layers > 0 and not quantized_v
+                params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO if auto else _c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if not self._fit_n_ctx:
+            return
+        n_ctx_train = model.n_ctx_train()
+        cost = memory.context_cost(
+            model.model,
+            schedule,
+            params,
+            n_ubatch=self._n_ubatch,
+            flash_attn=params.flash_attn_type != _c.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            n_gpu_layers=gpu_layers,
+            logits_all=self._logits_all,
+        )
+        weights = int(model.size() * (1 - cost.n_gpu_layers / schedule.n_layer))
+        mapped = weights if self.model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE else 0
+        n_ctx = memory.fit_n_ctx(
+            cost,
+            n_ctx_train,
+            free_host=memory.free_host_bytes(mapped=mapped),
+            free_gpu=memory.free_gpu_bytes() if cost.n_gpu_layers else None,
+        )
+        if n_ctx < n_ctx_train:
+            warnings.warn(
+                f"the model's context of {n_ctx_train} tokens does not fit the free memory; using {n_ctx} "
+                "(pass n_ctx to choose)",
+                ContextFitWarning,
+                stacklevel=5,
+            )
+        # n_ctx=0 makes upstream ask the model for its context, right after this and only once.
+        model.n_ctx_train = lambda: n_ctx
+
+    @property
+    def swaa(self) -> SWAAConfig | None:
+        """The active schedule in the paper's terms; None: full attention."""
+        return self.schedule.config() if self.schedule else None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, by llama.cpp's own accounting."""
+        return int(native.llama_swaa_kv_bytes(self._live_ctx()))
+
+    @property
+    def last_run(self) -> RunStats | None:
+        """Figures of the last `generate`, and so of every completion; None before the first."""
+        return self._clock.stats() if self._clock else None
+
+    def _live_ctx(self) -> Any:
+        ctx = self._ctx.ctx
+        if ctx is None:
+            raise SWAAError("this Llama is closed")
+        return ctx
+
+    def eval(self, tokens: Sequence[int], decode: bool = False) -> None:
+        """Evaluate tokens after those in the cache: prompt tokens, or generated ones if `decode`.
+
+        If a ring has overwritten what the cache must still hold, everything is evaluated again.
+        Raises `PromptTooLong` or `ContextFull`, with nothing evaluated, and `DecodeError`.
+        """
+        ctx = self._live_ctx()
+        clock = self._clock if self._generating else None
+        decode = decode or (clock is not None and clock.decoding)
+        tokens = [int(token) for token in tokens]
+        start = self.n_tokens
+        if start + len(tokens) > self._n_ctx:
+            raise ContextFull(self._n_ctx) if decode else PromptTooLong(start + len(tokens), self._n_ctx)
+        prompt_end = min(self._prompt_end, start) if decode else start + len(tokens)
+        if not self._ctx.kv_cache_seq_rm(-1, start, -1):
+            tokens = [*self.input_ids[:start].tolist(), *tokens]
+            self._forget()
+        if clock and not decode:
+            clock.cached_tokens = self.n_tokens
+        self._prompt_end = prompt_end
+        native.llama_swaa_set_prompt_end(ctx, 0, prompt_end)
+        n_prompt = max(0, prompt_end - self.n_tokens)
+        with engine_log.captured(self.verbose) as log:
+            if prompt := tokens[:n_prompt]:
+                # Steps of n_ubatch give the parts that llama.cpp would make of n_batch anyway.
+                report = self.on_prefill or (lambda done, total: None)
+                report(0, n_prompt)
+                for done in self._evaluate(prompt, self.context_params.n_ubatch, log):
+                    report(done, n_prompt)
+            for _ in self._evaluate(tokens[n_prompt:], self.n_batch, log):
+                pass
+
+    def _evaluate(self, tokens: list[int], step: int, log: engine_log.EngineLog) -> Iterator[int]:
+        """Evaluate in parts of `step` tokens, as llama.cpp divides a batch; yields the tokens done after each."""
+        for first in range(0, len(tokens), self.n_batch):
+            batch = tokens[first : first + self.n_batch]
+            for begin in range(0, len(batch), step):
+                part = batch[begin : begin + step]
+                done = first + begin + len(part)
+                self._decode(part, log, last=done == len(tokens))
+                yield done
+
+    def _decode(self, tokens: list[int], log: engine_log.EngineLog, *, last: bool) -> None:
+        """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide."""
+        n_past, n = self.n_tokens, len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
+        if not (last or self._logits_all or self.context_params.embeddings):
+            self._batch.batch.logits[n - 1] = False
+        with Shield(self.ctx, abortable=n > 1):
+            code = _c.llama_decode(self.ctx, self._batch.batch)
+            if code == 0:
+                self.input_ids[n_past : n_past + n] = tokens
+                if self._logits_all:
+                    logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+                    self.scores[n_past : n_past + n] = logits.reshape(n, self._n_vocab)
+                self.n_tokens = n_past + n
+                self._requires_eval = False
+            else:
+                self._requires_eval = True
+                if not self._ctx.kv_cache_seq_rm(-1, n_past, -1):
+                    self._forget()
+        if code != 0:
+            raise DecodeError(log.reason or f"llama_decode returned {code}")
+
+    def _forget(self) -> None:
+        self._ctx.kv_cache_seq_rm(-1, 0, -1)
+        self.n_tokens = 0
+        self._requires_eval = True
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """Upstream's `generate`, same arguments: the prompt is evaluated as prefill, all that follows as decode.
+
+        Tokens given to `send()` are appended after the token just yielded, and count as generated.
+        """
+        arguments = inspect.signature(super().generate).bind(list(tokens), *args, **kwargs)
+        clock = RunClock(len(arguments.arguments["tokens"]))
+        upstream = super().generate(*arguments.args, **arguments.kwargs)
+        n_before = None  # tokens before the one just yielded
+        while True:
+            self._clock, self._generating = clock, True
+            started = time.perf_counter()
+            try:
+                token = next(upstream)
+            except StopIteration:
+                return
+            finally:
+                clock.add_time(time.perf_counter() - started)
+                self._generating = False
+                self._sampler_to_keep = None
+            clock.generated_tokens += 1
+            n_before = self.n_tokens if n_before is None else n_before + 1
+            sent = yield token
+            if not sent:
+                continue
+            # Upstream takes sent tokens for a draft and samples over them: start it anew behind them, with its sampler.
+            self._sampler_to_keep = self._sampler
+            self.n_tokens, n_before = n_before, None
+            arguments.arguments.update(tokens=[token, *sent], reset=False)
+            upstream = super().generate(*arguments.args, **arguments.kwargs)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self._sampler_to_keep or super()._init_sampler(*args, **kwargs)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            yield from super()._create_completion(*args, **kwargs)
+        except ValueError as error:
+            # Upstream counts the prompt itself, before generate() sees it.
+            counts = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
+            if counts and not isinstance(error, SWAAError):
+                raise PromptTooLong(int(counts[1]), self._n_ctx) from None
+            raise
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's `embed`; all tokens are prompt."""
+        for seq_id in range(self.context_params.n_seq_max):
+            native.llama_swaa_set_prompt_end(self._live_ctx(), seq_id, _POS_MAX)
+        return super().embed(*args, **kwargs)
+
+    def save_state(self) -> Any:
+        """Upstream's `save_state`; the state also knows where the prompt ended."""
+        self._live_ctx()
+        state = super().save_state()
+        state.swaa_prompt_end = self._prompt_end
+        return state
+
+    def load_state(self, state: Any) -> None:
+        """Restore a saved state. Raises `StateError`, with the context emptied, if it does not fit."""
+        ctx = self._live_ctx()
+        if state.n_tokens > self._n_ctx:
+            raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self._n_ctx}")
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        with engine_log.captured(self.verbose) as log:
+            read = _c.llama_state_set_data(ctx, data, state.llama_state_size)
+        if read != state.llama_state_size:
+            self._forget()
+            raise StateError(f"cannot restore the state: {log.reason or 'it is of another model or context'}")
+        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.n_tokens = state.n_tokens
+        self._prompt_end = getattr(state, "swaa_prompt_end", state.n_tokens)
+        self._requires_eval = True
+        self._seed = state.seed
+        if self._logits_all:
+            kept = min(state.n_tokens, len(state.scores))
+            self.scores[:kept] = state.scores[:kept]
+
+    def close(self) -> None:
+        """Free the model and the context; also after a failed construction."""
+        if stack := self.__dict__.get("_stack"):
+            stack.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"swaa": self._swaa, "flash_attn": self._flash_attn}
+
+
+def _get_schedule(model: Any, n_layer: int) -> Schedule | None:
+    """The model's schedule; None for full attention."""
+    window, sinks, modes = ctypes.c_uint32(), ctypes.c_uint32(), (ctypes.c_uint8 * max(1, n_layer))()
+    if not native.llama_model_swaa_get(model, ctypes.byref(window), ctypes.byref(sinks), modes, n_layer):
+        return None
+    schedule = Schedule(window.value, sinks.value, tuple(modes))
+    return None if schedule.is_full else schedule

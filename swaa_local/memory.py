@@ -1,0 +1,201 @@
+"""How much context fits: what a loaded model's context costs, and what the machine has free.
+
+Knows llama.cpp's models and devices and the operating system's accounts; nothing of tokens. All sizes are in bytes
+unless named otherwise. Estimates err on the safe side: an explicit `n_ctx` overrides them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as _c
+
+from swaa_local.config import CELL_PADDING, KV_TYPES, LayerMode, Schedule, kv_bytes
+
+MIN_N_CTX = 4096
+"""Tokens that `n_ctx` is never lowered below: less cannot hold a document and an answer."""
+
+_MIB = 1 << 20
+# What the context needs beside the KV cache whatever its length: activations, logits, the program itself.
+_OVERHEAD = 256 * _MIB
+# Share of the free memory that is left to others.
+_HEADROOM = 0.1
+
+_GGML_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
+PLAIN_TYPES = frozenset({0, 1, 30})
+"""Numbers of the KV cache types that are not quantized."""
+
+_GPU, _IGPU = 1, 2  # ggml_backend_dev_type
+
+
+def kv_type_id(name: str) -> int:
+    """ggml's number of a KV cache type that llama.cpp names `name` (f16, q8_0, ...); KeyError if it is none."""
+    return {name: number for number, name in _GGML_TYPE_NAMES.items() if name in KV_TYPES}[name]
+
+
+@dataclass(frozen=True)
+class ContextCost:
+    """What a context of one sequence costs, split over host and GPU as llama.cpp splits the layers.
+
+    n_embd_k, n_embd_v: elements of one layer's keys and values for one token. n_gpu_layers: layers whose KV cache is on
+    the GPU, counted from the last. n_scores: columns of the logits kept on the host per context token, 0 if none are.
+    """
+
+    schedule: Schedule
+    n_embd_k: int
+    n_embd_v: int
+    type_k: str
+    type_v: str
+    n_head: int
+    n_ubatch: int
+    flash_attn: bool
+    n_gpu_layers: int = 0
+    n_scores: int = 0
+
+    def host(self, n_ctx: int) -> int:
+        split = self.schedule.n_layer - self.n_gpu_layers
+        on_host = self._kv(n_ctx, range(split)) + n_ctx * 4 * (1 + self.n_scores)
+        return on_host + (0 if self.n_gpu_layers else self._graph(n_ctx))
+
+    def gpu(self, n_ctx: int) -> int:
+        split = self.schedule.n_layer - self.n_gpu_layers
+        return self._kv(n_ctx, range(split, self.schedule.n_layer)) + self._graph(n_ctx) if self.n_gpu_layers else 0
+
+    def _kv(self, n_ctx: int, layers: range) -> int:
+        cells = self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch)
+        one_cell = kv_bytes(1, self.n_embd_k, self.n_embd_v, self.type_k, self.type_v)
+        return one_cell * sum(cells[i] for i in layers)
+
+    def _graph(self, n_ctx: int) -> int:
+        """The part of the compute buffer that grows with the context: the mask (f32 and f16), and without flash
+        attention the scores of all heads."""
+        widest = n_ctx if any(m is not LayerMode.ALWAYS for m in self.schedule.layer_modes) else 0
+        return widest * self.n_ubatch * (6 + (0 if self.flash_attn else 4 * self.n_head))
+
+
+def context_cost(
+    model: Any,
+    schedule: Schedule,
+    params: Any,
+    *,
+    n_ubatch: int,
+    flash_attn: bool,
+    n_gpu_layers: int,
+    logits_all: bool,
+) -> ContextCost:
+    """The cost of a context of `model` (a `llama_model_p`) with `params` (`llama_context_params`, but for n_ubatch)."""
+    arch = _meta(model, "general.architecture") or ""
+    n_head = max(1, _c.llama_model_n_head(model))
+    head_dim = _c.llama_model_n_embd(model) // n_head
+    n_head_kv = max(1, _c.llama_model_n_head_kv(model))
+    on_gpu = n_gpu_layers - 1 if params.offload_kqv else 0  # llama.cpp counts the output as one more layer
+    return ContextCost(
+        schedule=schedule,
+        n_embd_k=n_head_kv * int(_meta(model, f"{arch}.attention.key_length") or head_dim),
+        n_embd_v=n_head_kv * int(_meta(model, f"{arch}.attention.value_length") or head_dim),
+        # A type that llama.cpp has no cache for is refused by llama.cpp itself.
+        type_k=_GGML_TYPE_NAMES.get(params.type_k, "f16"),
+        type_v=_GGML_TYPE_NAMES.get(params.type_v, "f16"),
+        n_head=n_head,
+        n_ubatch=n_ubatch,
+        flash_attn=flash_attn,
+        n_gpu_layers=max(0, min(on_gpu, schedule.n_layer)),
+        n_scores=_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(model)) if logits_all else 0,
+    )
+
+
+def fit_n_ctx(cost: ContextCost, n_ctx_train: int, *, free_host: int | None, free_gpu: int | None) -> int:
+    """The largest context in tokens, at most the model's own, that fits; `MIN_N_CTX` (or the model's own) if none does.
+
+    free_host, free_gpu: None where the machine does not tell; then it does not limit.
+    """
+
+    def fits(n_ctx: int) -> bool:
+        return _within(cost.host(n_ctx), free_host) and (not cost.n_gpu_layers or _within(cost.gpu(n_ctx), free_gpu))
+
+    if fits(n_ctx_train):
+        return n_ctx_train
+    low, high = 0, n_ctx_train // CELL_PADDING  # in padded steps: `low` fits or is the floor, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * CELL_PADDING) else (low, middle)
+    return max(low * CELL_PADDING, min(MIN_N_CTX, n_ctx_train))
+
+
+def _within(cost: int, free: int | None) -> bool:
+    return free is None or cost + _OVERHEAD <= free * (1 - _HEADROOM)
+
+
+def free_host_bytes(*, mapped: int = 0) -> int | None:
+    """Memory that can be taken without swapping; None if the system does not tell.
+
+    mapped: bytes of a mapped model file that must stay in memory, which the system counts as free.
+    """
+    free = min((n for source in (_meminfo, _cgroup, _physical) if (n := source()) is not None), default=None)
+    return None if free is None else max(0, free - mapped)
+
+
+def free_gpu_bytes() -> int | None:
+    """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell."""
+    lib = _c._lib
+    if not hasattr(lib, "ggml_backend_dev_count"):
+        return None
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    lib.ggml_backend_dev_type.argtypes, lib.ggml_backend_dev_type.restype = [ctypes.c_void_p], ctypes.c_int
+    size_p = ctypes.POINTER(ctypes.c_size_t)
+    lib.ggml_backend_dev_memory.argtypes, lib.ggml_backend_dev_memory.restype = [ctypes.c_void_p, size_p, size_p], None
+    found = 0
+    for index in range(lib.ggml_backend_dev_count()):
+        device = lib.ggml_backend_dev_get(index)
+        if lib.ggml_backend_dev_type(device) in (_GPU, _IGPU):
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            found += free.value
+    return found or None
+
+
+def _meminfo() -> int | None:
+    """Linux: free memory and what the kernel can reclaim."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup() -> int | None:
+    """A container's limit less its use; its file cache, which can be reclaimed, is not counted as use."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "file "),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache "),
+    ):
+        try:
+            bound = (root / limit).read_text().strip()
+            lines = (root / stat).read_text().splitlines()
+            reclaimable = sum(int(line.split()[1]) for line in lines if line.startswith(cache))
+            if bound != "max":
+                return int(bound) - int((root / used).read_text()) + reclaimable
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
+def _physical() -> int | None:
+    """Where nothing better is known (macOS): three quarters of the machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _meta(model: Any, key: str) -> str | None:
+    buffer = ctypes.create_string_buffer(256)
+    read: Callable[..., int] = _c.llama_model_meta_val_str
+    return buffer.value.decode() if read(model, key.encode(), buffer, len(buffer)) >= 0 else None

@@ -1,0 +1,59 @@
+"""What a generation cost: tokens and seconds. Knows nothing of models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """Figures of one generation.
+
+    prompt_tokens includes cached_tokens, whose keys and values were in the cache already. prefill_s ends with the first
+    generated token, which the prompt's last logits give; decode_s covers the others. Time that the caller spent between
+    two tokens is not counted.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_s: float
+    generated_tokens: int
+    decode_s: float
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Evaluated prompt tokens a second; NaN if nothing was evaluated."""
+        evaluated = self.prompt_tokens - self.cached_tokens
+        return evaluated / self.prefill_s if evaluated and self.prefill_s > 0 else math.nan
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decoded tokens a second; NaN before the second generated token."""
+        decoded = self.generated_tokens - 1
+        return decoded / self.decode_s if decoded > 0 and self.decode_s > 0 else math.nan
+
+
+class RunClock:
+    """Counts one generation while it runs."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self._prefill_s = 0.0
+        self._decode_s = 0.0
+
+    @property
+    def decoding(self) -> bool:
+        """True once the prompt has given its first token."""
+        return self.generated_tokens > 0
+
+    def add_time(self, seconds: float) -> None:
+        if self.decoding:
+            self._decode_s += seconds
+        else:
+            self._prefill_s += seconds
+
+    def stats(self) -> RunStats:
+        return RunStats(self.prompt_tokens, self.cached_tokens, self._prefill_s, self.generated_tokens, self._decode_s)
