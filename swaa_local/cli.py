@@ -1,0 +1,115 @@
+"""The command line: parses, calls, prints. No logic, and no engine before a command runs.
+
+The only place that prints and exits. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swaa_local import __version__
+from swaa_local.config import KV_TYPES, SWAAError
+
+_CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Program(click.Group):
+    """Turns every way to stop into an exit code and at most one line on stderr."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        run = functools.partial(super().main, *args, **(kwargs | {"standalone_mode": False}))
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+            sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except (KeyboardInterrupt, click.Abort):
+            code = 130
+        except BrokenPipeError:
+            # Nobody reads on, for instance `| head`. Keep Python's flush at exit quiet too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141
+        except SWAAError as error:
+            code = _fail(str(error))
+        except OSError as error:
+            code = _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    click.echo(f"swaa-local: error: {' '.join(message.split())}", err=True)
+    return 1
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        engine = f"llama-cpp-python {version('llama-cpp-python')}"
+    except PackageNotFoundError:
+        engine = "llama-cpp-python is not installed"
+    click.echo(f"swaa-local {__version__} ({engine})")
+    ctx.exit()
+
+
+@click.group(cls=_Program, context_settings=_CONTEXT)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def main() -> None:
+    """Long prompts on your own machine, read faster.
+
+    A schedule (SWAA, arXiv 2512.10411), stored in the GGUF, says which layers see only a sliding window while the
+    prompt is read. Other programs still run the same file with full attention.
+
+    \b
+    swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b
+    swaa-local inspect qwen.gguf
+    swaa-local chat qwen.gguf --file book.txt
+    """
+
+
+@main.command("inspect", short_help="Show a schedule, and what it costs and saves.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "-c", "--ctx-size", "n_ctx", type=click.IntRange(1), help="Context in tokens [the model's, at most 32768]."
+)
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "-ctk", "--cache-type-k", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True
+)
+@click.option(
+    "-ctv", "--cache-type-v", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(
+    file: Path, n_ctx: int | None, n_ubatch: int, cache_type_k: str, cache_type_v: str, as_json: bool
+) -> None:
+    """Show a GGUF's schedule, layer by layer, and what it costs and saves.
+
+    KV bytes and attention work are worked out from the metadata for one sequence of -c tokens; nothing is loaded or
+    measured.
+
+    \b
+    swaa-local inspect model.gguf
+    swaa-local inspect model.gguf -c 131072 -ctk q8_0 -ctv q8_0
+    swaa-local inspect model.gguf --json | jq .schedule.swaa_config
+    """
+    from swaa_local.inspect import as_dict, inspect_gguf, report
+
+    inspection = inspect_gguf(file, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=cache_type_k, type_v=cache_type_v)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(as_dict(inspection), indent=2, ensure_ascii=False))
+    else:
+        click.echo(report(inspection))
