@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+
+# Before numpy loads its BLAS: with matrices this small, threads that wait for busy cores cost far more than they bring.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path

@@ -129,6 +129,7 @@ class EngineContext:
         n_seq_max: int = 1,
         unified: bool = False,
         record: bool = False,
+        record_nodes: bool = False,
         **params: Any,
     ) -> None:
         self.model, self.n_batch = model, n_batch
@@ -141,8 +142,10 @@ class EngineContext:
         for name, value in params.items():
             setattr(p, name, value)
         self.attention: list[AttentionOp] = []
+        self.nodes: list[str] = []
+        self._record_nodes = record_nodes
         self._flash: tuple[int, int] | None = None
-        if record:
+        if record or record_nodes:
             self._callback = C.ggml_backend_sched_eval_callback(self._observe)
             p.cb_eval = self._callback
         with captured_log() as log:
@@ -259,6 +262,9 @@ class EngineContext:
             return False
         t = _Tensor.from_address(tensor)
         op, (name, _, layer) = _lib.ggml_op_name(t.op), t.name.rpartition(b"-")
+        if self._record_nodes:
+            sources = [_describe(s.contents) for s in t.src if s]
+            self.nodes.append(f"{op.decode()} {_describe(t)} {list(t.op_params)} <- {sources}")
         if op == b"FLASH_ATTN_EXT":  # has no name of its own; the node of its output that follows names the layer
             self._flash = (t.src[1].contents.ne[1], t.src[0].contents.ne[1])
         elif name == b"kqv_out" and self._flash:
@@ -301,6 +307,10 @@ _Tensor._fields_ = [
 ]
 _lib.ggml_op_name.argtypes = [ctypes.c_int]
 _lib.ggml_op_name.restype = ctypes.c_char_p
+
+
+def _describe(t: _Tensor) -> str:
+    return f"{t.name.decode()} {t.type} {list(t.ne)}"
 
 
 def worst_ratio(got: np.ndarray, want: np.ndarray) -> float:

@@ -58,14 +58,22 @@ def test_logits(load_model, name, n_batch, n_ubatch):
 @pytest.mark.parametrize("kv", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_quantized_cache(load_model, name, kv):
-    """No worse than a quantized cache makes full attention, in root mean square."""
+    """In root mean square, of the size of the error that a quantized cache gives full attention.
 
-    def rms_error(schedule_name: str) -> float:
+    A narrow window averages over fewer values than full attention, so it keeps up to three times as much of it. Every
+    other schedule is further away.
+    """
+
+    def rms(a: np.ndarray) -> float:
+        return float(np.sqrt((a**2).mean()))
+
+    def error(schedule_name: str) -> np.ndarray:
         with load_model(SCHEDULES[schedule_name]).context(n_batch=128, n_ubatch=32, flash="on", kv=kv) as ctx:
-            error = ctx.run(TOKENS, PROMPT) - reference(schedule_name)
-        return float(np.sqrt((error**2).mean()))
+            return ctx.run(TOKENS, PROMPT) - reference(schedule_name)
 
-    assert 0 < rms_error(name) < 1.5 * rms_error("full")
+    found = rms(error(name))
+    assert 0 < found < 3 * rms(error("full"))
+    assert found < min(rms(reference(other) - reference(name)) for other in SCHEDULES if other != name) / 2
 
 
 @pytest.mark.parametrize("arch", ARCHES)

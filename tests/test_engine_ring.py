@@ -167,21 +167,29 @@ def test_clear(ring_context):
     assert_close(ctx.feed(TOKENS[:600]), reference("all layers")[:600], EXACT)
 
 
-@pytest.mark.parametrize("name", RINGS)
-def test_context_shift(ring_context, name):
-    """Drop the middle and close the gap, as llama.cpp's programs do when the context is full, if the engine offers it.
+@pytest.mark.parametrize("modes", [(FULL, PREFILL), (PREFILL, PREFILL)])
+def test_context_shift(load_model, modes):
+    """Drop the middle and close the gap, as llama.cpp's programs do when the context is full.
 
     The window then reaches over the seam; the remaining keys keep their contents and get their new positions.
     """
-    ctx, ref = ring_context(name), numpy_model(name)
-    assert ctx.can_shift()
-    keep, discard = 8, 300
-    ctx.feed(TOKENS[:600])
-    ref.feed(TOKENS[:600])
-    assert ctx.rm(0, keep, keep + discard)
-    ctx.shift(0, keep + discard, -1, -discard)
-    ref.remove(keep, keep + discard)
-    ref.shift(keep + discard, -discard)
-    assert ctx.pos_max() == 299
-    other = random_tokens(300, seed=3)
-    assert_close(ctx.feed(other), ref.feed(other), EXACT)
+    schedule, keep, discard = Sched(WINDOW, SINKS, modes), 8, 300
+    ref = NumpyModel(schedule, shape=TinyShape(n_layer=N_LAYER))
+    with load_model(schedule, n_layer=N_LAYER).context(n_batch=256, n_ubatch=N_UBATCH, flash="off", kv="F32") as ctx:
+        assert ctx.can_shift()
+        ctx.feed(TOKENS[:600])
+        ref.feed(TOKENS[:600])
+        assert ctx.rm(0, keep, keep + discard)
+        ctx.shift(0, keep + discard, -1, -discard)
+        ref.remove(keep, keep + discard)
+        ref.shift(keep + discard, -discard)
+        assert ctx.pos_max() == 299
+        other = random_tokens(300, seed=3)
+        assert_close(ctx.feed(other), ref.feed(other), EXACT)
+        assert_close(ctx.feed(other[:1]), ref.feed(other[:1], decode=True), EXACT, "decode")
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_rings_say_that_they_cannot_shift(ring_context, name):
+    """As upstream's own sliding-window caches do: programs ask first and then re-evaluate."""
+    assert not ring_context(name).can_shift()

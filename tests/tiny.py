@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from gguf.gguf_writer import GGUFValue
 
 FULL, PREFILL, ALWAYS = 0, 1, 2
 
@@ -104,10 +105,10 @@ def tiny_weights(shape: TinyShape, seed: int = 0) -> dict[str, np.ndarray]:
         if shape.arch == "qwen3moe":
             n = shape.n_expert
             # Experts alike and a decided router, so that a rounding error that flips a close choice costs little.
-            w[p + "ffn_gate_inp.weight"] = mat(n, e, gain=4.0)
-            w[p + "ffn_gate_exps.weight"] = mat(ff, e) + mat(n, ff, e, gain=0.3)
-            w[p + "ffn_up_exps.weight"] = mat(ff, e) + mat(n, ff, e, gain=0.3)
-            w[p + "ffn_down_exps.weight"] = 0.3 * mat(e, ff) + mat(n, e, ff, gain=0.1)
+            w[p + "ffn_gate_inp.weight"] = mat(n, e, gain=24.0)
+            w[p + "ffn_gate_exps.weight"] = mat(ff, e) + mat(n, ff, e, gain=0.06)
+            w[p + "ffn_up_exps.weight"] = mat(ff, e) + mat(n, ff, e, gain=0.06)
+            w[p + "ffn_down_exps.weight"] = 0.3 * mat(e, ff) + mat(n, e, ff, gain=0.02)
         else:
             w[p + "ffn_gate.weight"] = mat(ff, e)
             w[p + "ffn_up.weight"] = mat(ff, e)
@@ -138,10 +139,10 @@ def write_tiny_gguf(
 ) -> Path:
     """Write a tiny model and return its path.
 
-    `extra`: further keys (bool, int -> u32, negative int -> i32, float -> f32, str, list), after the others.
-    `schedule`: anything with `window`, `sinks` and `layer_modes`, written as the `swaa.*` keys.
-    `weights`: instead of `tiny_weights(shape, seed)`. `file_arch`: claim this architecture over the same tensors, to
-    test refusals. `dims`: further fields of `TinyShape`.
+    `extra`: further keys (bool, int -> u32, negative int -> i32, float -> f32, str, list; `GGUFValue` for any other
+    type). `schedule`: anything with `window`, `sinks` and `layer_modes`, written as the `swaa.*` keys.
+    `weights`: instead of `tiny_weights(shape, seed)`. `file_arch`: claim another architecture than `arch`.
+    `dims`: further fields of `TinyShape`.
     """
     shape = TinyShape(arch=arch, n_layer=n_layer, n_ctx_train=n_ctx_train, **dims)
     writer = gguf.GGUFWriter(str(path), file_arch or arch)
@@ -168,7 +169,7 @@ def write_tiny_gguf(
         writer.add_uint32("swaa.version", getattr(schedule, "version", 1))
         writer.add_uint32("swaa.window", schedule.window)
         writer.add_uint32("swaa.sinks", schedule.sinks)
-        add_i32_array(writer, "swaa.layer_modes", [int(m) for m in schedule.layer_modes])
+        writer.add_array("swaa.layer_modes", [int(m) for m in schedule.layer_modes])
     for key, value in (extra or {}).items():
         _add(writer, key, value)
     for name, array in (tiny_weights(shape, seed) if weights is None else weights).items():
@@ -198,13 +199,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, chat_template: str | None = CHATML) -
         writer.add_chat_template(chat_template)
 
 
-def add_i32_array(writer: gguf.GGUFWriter, key: str, values: Sequence[int]) -> None:
-    """An i32 array; also when empty, where gguf-py alone would leave the key out."""
-    writer.add_key_value(key, list(values), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
-
-
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
+    if isinstance(value, GGUFValue):
+        writer.add_key_value(key, value.value, value.type, value.sub_type)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)

@@ -1,0 +1,69 @@
+"""Digests of the graphs, logits and states of a model without a schedule, the same program for both builds.
+
+    python tests/stock_graph.py graphs          digests of the graphs of the tiny models, as tests/data/stock_graphs.json
+    python tests/stock_graph.py outputs GGUF    digests of logits and states of one model
+
+`stock_graphs.json` comes from the unpatched build of the pinned llama-cpp-python (LLAMA_CPP_LIB_PATH names its
+libraries) and is made again when the pin moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from engine import EngineModel
+from tiny import ARCHES, random_tokens, write_tiny_gguf
+
+TOKENS = random_tokens(300)
+CASES: dict[str, dict[str, Any]] = {
+    "flash": {"flash": "on"},
+    "no flash": {"flash": "off"},
+    "q8_0": {"flash": "on", "kv": "Q8_0"},
+    "two sequences": {"flash": "on", "n_seq_max": 2, "unified": True},
+    "two streams": {"flash": "off", "n_seq_max": 2, "unified": False},
+}
+
+
+def digests(path: Path) -> dict[str, str]:
+    """Per case, a digest over (operation, name, type, shape, sources) of every node of every graph computed."""
+    found = {}
+    with EngineModel(path) as model:
+        for case, params in CASES.items():
+            with model.context(n_batch=128, n_ubatch=64, record_nodes=True, **params) as ctx:
+                ctx.feed(TOKENS[:200])
+                for token in TOKENS[200:203]:
+                    ctx.feed([token])
+            found[case] = hashlib.sha256("\n".join(ctx.nodes).encode()).hexdigest()
+    return found
+
+
+def outputs(path: Path) -> dict[str, dict[str, str]]:
+    found = {}
+    with EngineModel(path) as model:
+        for case, params in CASES.items():
+            with model.context(n_batch=128, n_ubatch=64, **params) as ctx:
+                logits = [ctx.feed(TOKENS[:200])] + [ctx.feed([t]) for t in TOKENS[200:]]
+                found[case] = {
+                    "logits": hashlib.sha256(b"".join(a.tobytes() for a in logits)).hexdigest(),
+                    "state": hashlib.sha256(ctx.state()).hexdigest(),
+                    "sequence state": hashlib.sha256(ctx.state(0)).hexdigest(),
+                }
+    return found
+
+
+def main() -> None:
+    if sys.argv[1] == "graphs":
+        with tempfile.TemporaryDirectory() as directory:
+            found = {a: digests(write_tiny_gguf(Path(directory) / f"{a}.gguf", arch=a)) for a in ARCHES}
+        print(json.dumps(found, indent=1))
+    else:
+        print(json.dumps(outputs(Path(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    main()

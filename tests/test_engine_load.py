@@ -1,0 +1,165 @@
+"""How the engine takes a schedule: from the file, from the C interface, and what it refuses, with a reason."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from engine import EngineError, EngineModel, assert_close
+from foreign import FOREIGN
+from gguf import GGUFValueType as T
+from gguf.gguf_writer import GGUFValue
+from masks import Sched
+from reference_numpy import forward
+from tiny import ALWAYS, FULL, PREFILL, random_tokens, write_tiny_gguf
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+SCHEDULE = Sched(24, 4, (ALWAYS, FULL, PREFILL, ALWAYS))
+OTHER = Sched(40, 0, (PREFILL, PREFILL, FULL, FULL))
+TOKENS = random_tokens(150)
+EXACT = 1e-3
+
+
+def logits(model: EngineModel, n_prompt: int = 130) -> np.ndarray:
+    with model.context(flash="off", kv="F32", n_ubatch=32) as ctx:
+        return ctx.run(TOKENS, n_prompt)
+
+
+def test_schedule_from_the_file(tiny_model_factory):
+    with EngineModel(tiny_model_factory(schedule=SCHEDULE)) as model:
+        assert model.get_schedule() == SCHEDULE
+        assert_close(logits(model), forward(TOKENS, SCHEDULE, 130), EXACT)
+
+
+def test_no_schedule(tiny_model):
+    with EngineModel(tiny_model) as model:
+        assert model.get_schedule() is None
+        assert_close(logits(model), forward(TOKENS), EXACT)
+
+
+def test_set_replaces_the_file_s_schedule(tiny_model_factory):
+    with EngineModel(tiny_model_factory(schedule=SCHEDULE)) as model:
+        model.set_schedule(OTHER)
+        assert model.get_schedule() == OTHER
+        assert_close(logits(model), forward(TOKENS, OTHER, 130), EXACT)
+
+
+def test_set_full_switches_a_schedule_off(tiny_model_factory):
+    with EngineModel(tiny_model_factory(schedule=SCHEDULE)) as model, EngineModel(tiny_model_factory()) as plain:
+        model.set_schedule(Sched(24, 4, (FULL,) * 4))
+        assert np.array_equal(logits(model), logits(plain))
+        with model.context() as ctx, plain.context() as plain_ctx:
+            assert ctx.kv_bytes() == plain_ctx.kv_bytes()
+
+
+def test_a_context_keeps_the_schedule_it_was_made_with(tiny_model):
+    with EngineModel(tiny_model, SCHEDULE) as model, model.context(flash="off", kv="F32", n_ubatch=32) as old:
+        old.set_prompt_end(0, 130)
+        before = old.feed(TOKENS[:100])
+        model.set_schedule(OTHER)
+        after = [old.feed(TOKENS[100:130])] + [old.feed([t]) for t in TOKENS[130:]]
+        assert_close(np.concatenate([before, *after]), forward(TOKENS, SCHEDULE, 130), EXACT, "old")
+        assert_close(logits(model), forward(TOKENS, OTHER, 130), EXACT, "new")
+        old.clear()
+        assert_close(old.run(TOKENS, 130), forward(TOKENS, SCHEDULE, 130), EXACT, "old, cleared")
+
+
+def test_huge_window_and_sinks_are_full_attention(tiny_model):
+    """No overflow on the way to the ring's size or in the mask; past 2^30, which no context reaches, they are refused."""
+    top = 2**30
+    for schedule in (Sched(top, top, (ALWAYS,) * 4), Sched(top, 4, (PREFILL,) * 4), Sched(8, top, (ALWAYS,) * 4)):
+        with EngineModel(tiny_model, schedule) as model:
+            assert model.get_schedule() == schedule
+            assert_close(logits(model), forward(TOKENS), EXACT, schedule)
+
+
+def test_n_swa_tells_where_rings_exist(tiny_model):
+    """Servers ask `llama_model_n_swa` whether the past may be incomplete."""
+    from llama_cpp.llama_cpp import llama_model_n_swa
+
+    for schedule, want in ((SCHEDULE, 24), (OTHER, 0), (Sched(24, 4, (FULL,) * 4), 0)):
+        with EngineModel(tiny_model, schedule) as model:
+            assert llama_model_n_swa(model.ptr) == want
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (Sched(0, 4, (ALWAYS,) * 4), "swaa.window = 0"),
+        (Sched(2**32 - 1, 4, (ALWAYS,) * 4), "swaa.window = 4294967295"),
+        (Sched(24, 2**32 - 1, (ALWAYS,) * 4), "swaa.sinks = 4294967295"),
+        (Sched(24, 4, (ALWAYS,) * 3), "3"),
+        (Sched(24, 4, (ALWAYS,) * 5), "5"),
+        (Sched(24, 4, ()), "0"),
+        (Sched(24, 4, (ALWAYS, FULL, 3, FULL)), "3"),
+        (Sched(24, 4, (255, FULL, FULL, FULL)), "255"),
+    ],
+)
+def test_set_refuses(tiny_model, schedule, said):
+    """With a reason in the log; the schedule stays as it was."""
+    with EngineModel(tiny_model, SCHEDULE) as model:
+        with pytest.raises(EngineError, match=said):
+            model.set_schedule(schedule)
+        assert model.get_schedule() == SCHEDULE
+        assert_close(logits(model), forward(TOKENS, SCHEDULE, 130), EXACT)
+
+
+def array(values: list[int], kind: T = T.INT32) -> GGUFValue:
+    return GGUFValue(values, T.ARRAY, kind)
+
+
+MALFORMED = {
+    "version unknown": ({"swaa.version": 2}, "swaa.version", "2"),
+    "version 0": ({"swaa.version": 0}, "swaa.version", "0"),
+    "version missing": ({"swaa.version": None}, "swaa.version", ""),
+    "version of another type": ({"swaa.version": "1"}, "swaa.version", ""),
+    "window 0": ({"swaa.window": 0}, "swaa.window", "0"),
+    "window missing": ({"swaa.window": None}, "swaa.window", ""),
+    "window of another type": ({"swaa.window": 24.0}, "swaa.window", ""),
+    "window negative": ({"swaa.window": -24}, "swaa.window", ""),
+    "sinks missing": ({"swaa.sinks": None}, "swaa.sinks", ""),
+    "sinks of another type": ({"swaa.sinks": "four"}, "swaa.sinks", ""),
+    "sinks negative": ({"swaa.sinks": -1}, "swaa.sinks", ""),
+    "modes missing": ({"swaa.layer_modes": None}, "swaa.layer_modes", ""),
+    "modes too few": ({"swaa.layer_modes": array([2, 0, 1])}, "swaa.layer_modes", "3"),
+    "modes too many": ({"swaa.layer_modes": array([2, 0, 1, 2, 2])}, "swaa.layer_modes", "5"),
+    "mode 3": ({"swaa.layer_modes": array([2, 0, 3, 2])}, "swaa.layer_modes", "3"),
+    "mode -1": ({"swaa.layer_modes": array([2, 0, -1, 2])}, "swaa.layer_modes", "-1"),
+    "mode 258": ({"swaa.layer_modes": array([2, 0, 258, 2])}, "swaa.layer_modes", "258"),
+    "modes no array": ({"swaa.layer_modes": 2}, "swaa.layer_modes", ""),
+    "modes of another type": ({"swaa.layer_modes": array([2.0, 0.0, 1.0, 2.0], T.FLOAT32)}, "swaa.layer_modes", ""),
+    "modes as bytes": ({"swaa.layer_modes": array([2, 0, 1, 2], T.UINT8)}, "swaa.layer_modes", ""),
+    "only a version": (
+        {"swaa.window": None, "swaa.sinks": None, "swaa.layer_modes": None},
+        r"swaa\.(window|sinks|layer_modes)",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_keys(tmp_path, case):
+    """A load error that names the key and the value; nothing falls back silently."""
+    change, key, value = MALFORMED[case]
+    keys = {"swaa.version": 1, "swaa.window": 24, "swaa.sinks": 4, "swaa.layer_modes": array([2, 0, 1, 2])} | change
+    path = write_tiny_gguf(tmp_path / "bad.gguf", extra={k: v for k, v in keys.items() if v is not None})
+    with pytest.raises(EngineError) as error:
+        EngineModel(path).close()
+    lines = [line for line in str(error.value).splitlines() if "swaa." in line and "error" in line]
+    assert lines, str(error.value)
+    assert any(re.search(key, line) and value in line for line in lines), lines
+
+
+@pytest.mark.parametrize("arch", FOREIGN)
+def test_other_attention_is_refused_by_name(tmp_path, arch):
+    """From the file and through the C interface; without a schedule these models load as ever."""
+    weights, keys = FOREIGN[arch]()
+    common = {"file_arch": arch, "weights": weights, "extra": keys}
+    with EngineModel(write_tiny_gguf(tmp_path / "plain.gguf", **common)) as model:
+        with pytest.raises(EngineError, match=arch):
+            model.set_schedule(SCHEDULE)
+        assert model.get_schedule() is None
+    with pytest.raises(EngineError, match=rf"(?m)error.*{arch}|{arch}.*schedule"):
+        EngineModel(write_tiny_gguf(tmp_path / "scheduled.gguf", schedule=SCHEDULE, **common)).close()
