@@ -1,6 +1,6 @@
 """Digests of the graphs, logits and states of a model without a schedule, the same program for both builds.
 
-    python tests/stock_graph.py graphs          digests of the graphs of the tiny models, as tests/data/stock_graphs.json
+    python tests/stock_graph.py graphs          digests of the graphs of the tiny models
     python tests/stock_graph.py outputs GGUF    digests of logits and states of one model
 
 `stock_graphs.json` comes from the unpatched build of the pinned llama-cpp-python (LLAMA_CPP_LIB_PATH names its

@@ -1,4 +1,4 @@
-"""What the graph computes: the width of attention per layer and phase, reuse, and upstream's own graph if no schedule."""
+"""What the graph computes: the width of attention by layer and phase, reuse, and upstream's graph if no schedule."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_context_keeps_the_schedule_it_was_made_with(tiny_model):
 
 
 def test_huge_window_and_sinks_are_full_attention(tiny_model):
-    """No overflow on the way to the ring's size or in the mask; past 2^30, which no context reaches, they are refused."""
+    """No overflow on the way to the ring's size or in the mask, up to 2^30, which no context reaches."""
     top = 2**30
     for schedule in (Sched(top, top, (ALWAYS,) * 4), Sched(top, 4, (PREFILL,) * 4), Sched(8, top, (ALWAYS,) * 4)):
         with EngineModel(tiny_model, schedule) as model:
@@ -106,7 +107,7 @@ def test_set_refuses(tiny_model, schedule, said):
         assert_close(logits(model), forward(TOKENS, SCHEDULE, 130), EXACT)
 
 
-def array(values: list[int], kind: T = T.INT32) -> GGUFValue:
+def array(values: list[Any], kind: T = T.INT32) -> GGUFValue:
     return GGUFValue(values, T.ARRAY, kind)
 
 

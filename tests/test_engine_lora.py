@@ -16,7 +16,7 @@ from tiny import ALWAYS, FULL, PREFILL, TinyShape, random_tokens, tiny_weights
 
 SCHEDULE = Sched(24, 4, (ALWAYS, FULL, PREFILL, PREFILL))
 TOKENS = random_tokens(200)
-RANK, ALPHA, SCALE = 4, 8.0, 0.5
+RANK, ALPHA, SCALE = 4, 8.0, 0.25
 TARGETS = [f"blk.{i}.{name}.weight" for i in range(4) for name in ("attn_q", "attn_k", "attn_v", "attn_output")]
 
 
@@ -52,7 +52,7 @@ def attach(ctx: EngineContext, adapter: int | None) -> None:
 def test_adapter_with_a_schedule(load_model, adapter):
     path, merged = adapter
     plain, adapted = forward(TOKENS, SCHEDULE, 180), forward(TOKENS, SCHEDULE, 180, weights=merged)
-    assert worst_ratio(plain, adapted) > 0.5
+    assert worst_ratio(plain, adapted) > 0.2
     model = load_model(SCHEDULE)
     lora = C.llama_adapter_lora_init(model.ptr, str(path).encode())
     assert lora

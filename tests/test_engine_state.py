@@ -64,12 +64,9 @@ def test_whole_state(new_context, name, n):
     continues_exactly(copy, ref)
 
 
-@pytest.mark.parametrize("flash", ["on", "off"])
-@pytest.mark.parametrize("kv", ["F16", "Q8_0"])
+@pytest.mark.parametrize(("kv", "flash"), [("F16", "on"), ("F16", "off"), ("Q8_0", "on")])
 def test_state_of_other_caches(new_context, kv, flash):
-    """f16 and quantized caches, with V transposed or not, go on bit by bit as the original."""
-    if kv == "Q8_0" and flash == "off":
-        pytest.skip("upstream needs flash attention for a quantized V cache")
+    """f16 and quantized caches, with V transposed or not, go on as the original."""
     schedule = SCHEDULES["ring beside FA decode"]
     source = new_context(schedule, kv=kv, flash=flash)
     source.feed(TOKENS)
@@ -89,12 +86,12 @@ def test_one_sequence(new_context, name, unified):
     source.feed(TOKENS[:300], seq=1)
     source.feed(TOKENS, seq=0)
     ref.feed(TOKENS)
-    target = new_context(schedule, n_seq_max=3, unified=unified, n_ctx=3072)
+    target = new_context(schedule, n_seq_max=2, unified=unified, n_ctx=2048)
     target.feed(TOKENS[100:400], seq=0)
     busy.feed(TOKENS[100:400])
-    assert target.load_state(source.state(0), seq=2)
-    assert target.pos_max(2) == 899
-    continues_exactly(target, ref, seq=2)
+    assert target.load_state(source.state(0), seq=1)
+    assert target.pos_max(1) == 899
+    continues_exactly(target, ref, seq=1)
     continues_exactly(target, busy, seq=0)
 
 
