@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 from llama_cpp import llama_cpp as _c
 
-_ERROR, _CONTINUED = 3, 5  # ggml_log_level
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level of ggml.h
 
 # Lines that say that something failed, without why: "llama_model_load_from_file_impl: failed to load model".
-_ECHOES = re.compile(r"^(failed to load model|failed to initialize the context: |error loading model: )")
+_ECHOES = re.compile(r"^(failed to load model|failed to initialize the context: |error loading model( \w+)?: )+")
 
 
 class EngineLog:
@@ -44,7 +44,7 @@ class EngineLog:
 
 @contextmanager
 def captured(verbose: bool = False) -> Iterator[EngineLog]:
-    """Collect error lines while the block runs; everything else, and errors too if `verbose`, goes where it went."""
+    """Collect error lines while the block runs; if `verbose`, all lines also go where they went before."""
     log = EngineLog()
     previous, user_data = _c.llama_log_callback(), ctypes.c_void_p()
     _c.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
@@ -57,9 +57,7 @@ def captured(verbose: bool = False) -> Iterator[EngineLog]:
             level_of_line = level
         if level_of_line == _ERROR:
             log.add(text.decode("utf-8", errors="replace"), continued=continued)
-            if not verbose:
-                return
-        if previous:
+        if verbose and previous:
             previous(level, text, user_data)
 
     callback = _c.llama_log_callback(receive)

@@ -28,7 +28,6 @@ __all__ = ["ContextFull", "DecodeError", "Llama", "ModelLoadError", "PromptTooLo
 
 DEFAULT_N_BATCH = 2048
 DEFAULT_N_UBATCH = 512
-_POS_MAX = (1 << 31) - 1
 
 
 class ContextFitWarning(UserWarning):
@@ -70,6 +69,10 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
             raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
+        for name in ("type_k", "type_v"):
+            if kwargs.get(name) is not None and kwargs[name] not in memory.KV_TYPE_NAMES:
+                known = ", ".join(f"{number} ({kind})" for number, kind in memory.KV_TYPE_NAMES.items())
+                raise ModelLoadError(f"{name} is {kwargs[name]!r}, which is no KV cache type; known are {known}")
         self._swaa = swaa
         self._flash_attn = flash_attn
         self._fit_n_ctx = not n_ctx
@@ -314,8 +317,8 @@ class Llama(llama_cpp.Llama):
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's `embed`; all tokens are prompt."""
-        for seq_id in range(self.context_params.n_seq_max):
-            native.llama_swaa_set_prompt_end(self._live_ctx(), seq_id, _POS_MAX)
+        # A text comes in one batch, so that the automatic phase is right; a prompt end left by `eval` is not.
+        native.llama_swaa_set_prompt_end(self._live_ctx(), 0, -1)
         return super().embed(*args, **kwargs)
 
     def save_state(self) -> Any:

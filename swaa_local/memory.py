@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.config import CELL_PADDING, KV_TYPES, LayerMode, Schedule, kv_bytes
+from swaa_local.config import CELL_PADDING, KV_TYPES, LayerMode, Schedule, SWAAError, kv_bytes
 
 MIN_N_CTX = 4096
 """Tokens that `n_ctx` is never lowered below: less cannot hold a document and an answer."""
@@ -26,7 +26,7 @@ _OVERHEAD = 256 * _MIB
 # Share of the free memory that is left to others.
 _HEADROOM = 0.1
 
-_GGML_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
+KV_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
 PLAIN_TYPES = frozenset({0, 1, 30})
 """Numbers of the KV cache types that are not quantized."""
 
@@ -34,8 +34,11 @@ _GPU, _IGPU = 1, 2  # ggml_backend_dev_type
 
 
 def kv_type_id(name: str) -> int:
-    """ggml's number of a KV cache type that llama.cpp names `name` (f16, q8_0, ...); KeyError if it is none."""
-    return {name: number for number, name in _GGML_TYPE_NAMES.items() if name in KV_TYPES}[name]
+    """ggml's number of a KV cache type by llama.cpp's name (f16, q8_0, ...); `SWAAError` lists the names otherwise."""
+    for number, known in KV_TYPE_NAMES.items():
+        if known == name.lower():
+            return number
+    raise SWAAError(f"unknown KV cache type {name!r}; known are {', '.join(KV_TYPES)}")
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,8 @@ def context_cost(
         schedule=schedule,
         n_embd_k=n_head_kv * int(_meta(model, f"{arch}.attention.key_length") or head_dim),
         n_embd_v=n_head_kv * int(_meta(model, f"{arch}.attention.value_length") or head_dim),
-        # A type that llama.cpp has no cache for is refused by llama.cpp itself.
-        type_k=_GGML_TYPE_NAMES.get(params.type_k, "f16"),
-        type_v=_GGML_TYPE_NAMES.get(params.type_v, "f16"),
+        type_k=KV_TYPE_NAMES[params.type_k],
+        type_v=KV_TYPE_NAMES[params.type_v],
         n_head=n_head,
         n_ubatch=n_ubatch,
         flash_attn=flash_attn,
