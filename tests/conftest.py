@@ -93,3 +93,17 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_if_torch_is_required(report)
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.parity_figures = []  # type: ignore[attr-defined]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The worst figures of the parity test, per cache."""
+    figures = config.parity_figures  # type: ignore[attr-defined]
+    for cache in dict.fromkeys(cache for _, cache, *_ in figures):
+        worst, _, kind, name, split = max(figure for figure in figures if figure[1] == cache)
+        terminalreporter.write_line(
+            f"parity: worst {100 * worst:.3f} % of sigma with {cache} ({kind}; {name}; n_batch/n_ubatch {split[0]}/{split[1]})"
+        )

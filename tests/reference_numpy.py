@@ -39,7 +39,7 @@ class NumpyModel:
         empty = np.empty((0, self.shape.n_head_kv, d))
         self.keys, self.values = [empty] * self.shape.n_layer, [empty] * self.shape.n_layer
 
-    def feed(self, tokens: Sequence[int], *, decode: bool | Sequence[bool] = False) -> np.ndarray:
+    def feed(self, tokens: Sequence[int], *, decode: bool | Sequence[bool] | np.ndarray = False) -> np.ndarray:
         """Append tokens, each in its phase; logits (n, n_vocab)."""
         start = self.positions[-1] + 1 if len(self.positions) else 0
         pos = np.arange(start, start + len(tokens))
