@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class _Program(click.Group):
     """Turns every way to stop into an exit code and at most one line on stderr."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        run = functools.partial(super().main, *args, **(kwargs | {"standalone_mode": False}))
+        run: Callable[[], Any] = functools.partial(super().main, *args, **(kwargs | {"standalone_mode": False}))
         if not standalone_mode:
             return run()
         try:
