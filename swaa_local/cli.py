@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from swaa_local import __version__
-from swaa_local.config import KV_TYPES, SWAAError
+from swaa_local.config import KV_TYPES, PRESETS, SWAAError
+from swaa_local.options import ScheduleOptions, schedule_options
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -114,3 +115,83 @@ def inspect_command(
         click.echo(json.dumps(as_dict(inspection), indent=2, ensure_ascii=False))
     else:
         click.echo(report(inspection))
+
+
+@main.command("convert", short_help="Make a GGUF with a schedule from a GGUF, a checkpoint or a hub id.")
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF to write.  [required]")
+@click.option(
+    "--outtype",
+    "out_type",
+    metavar="TYPE",
+    help="Weight type: f32, f16, bf16, q8_0, q4_k_m, ... by llama-quantize's names.",
+)
+@schedule_options
+@click.option("--pre-tokenizer", metavar="NAME", help="Of a BPE tokenizer that upstream's converter does not know.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize what is already quantized; loses quality.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the log of upstream's converter.")
+@click.option("--in-place", is_flag=True, hidden=True)
+def convert_command(
+    source: str,
+    output: Path | None,
+    out_type: str | None,
+    schedule: ScheduleOptions,
+    pre_tokenizer: str | None,
+    force: bool,
+    allow_requantize: bool,
+    dry_run: bool,
+    verbose: bool,
+    in_place: bool,
+) -> None:
+    """Make a GGUF with a schedule.
+
+    SOURCE is a GGUF file, the directory of a Hugging Face checkpoint, or a hub id: org/name, org/name:file.gguf,
+    org/name:Q4_K_M, each with an optional @revision behind the name.
+
+    From a GGUF all tensors are copied byte for byte. From a checkpoint upstream's converter makes the GGUF, in the
+    16-bit type that the checkpoint has unless --outtype says otherwise; that needs PyTorch and transformers:
+    pip install 'swaa-local[convert]'. Other types go through llama.cpp's quantizer. The output appears when it is
+    complete; nothing is overwritten without --force.
+
+    \b
+    swaa-local convert model.gguf -o model-swaa.gguf --preset qwen3-4b
+    swaa-local convert model.gguf -o out.gguf --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
+    swaa-local convert ./my-finetune -o out.gguf --outtype q4_k_m --preset half --pre-tokenizer qwen2
+    swaa-local convert org/name:Q4_K_M -o out.gguf --preset half --dry-run
+    swaa-local convert model-swaa.gguf -o plain.gguf --no-swaa
+
+    Presets: {presets}. What is known about them: --list-presets. For a model that is not listed start with half, and
+    measure.
+    """
+    if in_place:
+        raise click.UsageError("convert never rewrites its source; name another file with -o, and remove the old one")
+    if output is None:
+        raise click.UsageError("name the GGUF to write: -o OUT.gguf")
+    from swaa_local.convert import convert
+    from swaa_local.plan import Request, describe_plan, make_plan
+    from swaa_local.terminal import TerminalReporter
+    from swaa_local.units import format_bytes
+
+    request = Request(
+        source=source,
+        output=output,
+        schedule=schedule.config if schedule.given else False if schedule.no_swaa else None,
+        out_type=out_type,
+        pre_tokenizer=pre_tokenizer,
+        force=force,
+        allow_requantize=allow_requantize,
+        verbose=verbose,
+    )
+    if dry_run:
+        click.echo(describe_plan(make_plan(request)))
+        return
+    reporter = TerminalReporter()
+    if schedule.preset is not None:
+        reporter.note(f"preset {schedule.preset.name}: {' '.join(schedule.preset.notes)}")
+    convert(request, reporter)
+    reporter.note(f"wrote {output} ({format_bytes(output.stat().st_size)}); swaa-local inspect {output} shows it")
+
+
+convert_command.help = (convert_command.help or "").format(presets=", ".join(PRESETS))

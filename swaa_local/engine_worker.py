@@ -17,7 +17,8 @@ _LOG_ERROR = 4  # ggml_log_level of ggml.h
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
-    {"quantize": _quantize, "check": _check}[request.pop("job")](emit, **request)
+    jobs: dict[str, Callable[..., None]] = {"quantize": _quantize, "check": _check}
+    jobs[request.pop("job")](emit, **request)
 
 
 def _quantize(emit: Callable[..., None], source: str, target: str, ftype: int, requantize: bool) -> None:

@@ -5,7 +5,6 @@ Arithmetic on metadata: it opens no model and measures nothing. The formulas are
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,18 +109,19 @@ def describe_schedule(schedule: Schedule) -> list[str]:
     lines += ["  " + line for line in layer_strip(schedule.layer_modes)]
     for mode in LayerMode:
         if layers := schedule.layers(mode):
-            lines.append(f"  {LETTERS[mode]} {len(layers):>3} x {MEANINGS[mode]}: {compact_layers(layers)}")
+            lines.append(
+                f"  {LETTERS[mode]} {len(layers):>3} x {MEANINGS[mode]}: {compact_layers(layers, schedule.n_layer)}"
+            )
     return lines
 
 
-def compact_layers(layers: Sequence[int]) -> str:
-    """Layer numbers in the shortest of the forms that the command line takes: a range list, or a slice."""
-    listed = format_layers(layers)
+def compact_layers(layers: Sequence[int], n_layer: int) -> str:
+    """Layer numbers in the shorter of the forms that the command line takes: a slice, or numbers and ranges."""
     if len(layers) > 2:
         step = layers[1] - layers[0]
-        if step > 1 and all(b - a == step for a, b in itertools.pairwise(layers)):
-            return f"{layers[0]}:{layers[-1] + 1}:{step}"
-    return listed
+        if step > 1 and list(range(layers[0], n_layer, step)) == list(layers):
+            return f"{layers[0]}::{step}"
+    return format_layers(layers)
 
 
 def report(inspection: Inspection) -> str:

@@ -1,0 +1,261 @@
+"""Models on a Hugging Face hub: what a repository holds, which of its files is meant, and getting it.
+
+Downloads, resuming, caching and tokens (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME) are huggingface-hub's.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from swaa_local.checkpoint import iter_weight_names
+from swaa_local.config import SWAAError
+from swaa_local.units import format_bytes
+
+_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+class HubError(SWAAError):
+    """The hub does not have it, does not give it, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class HubId:
+    """`org/name`, with an optional revision and file: `org/name@revision:file.gguf`."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+    """A path in the repository, or a weight type such as Q4_K_M that tells one of its GGUFs."""
+
+    def __str__(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.file}" if self.file else "")
+
+
+@dataclass(frozen=True)
+class HubListing:
+    """A repository's files with their sizes (None: not told), from the hub or from the local cache."""
+
+    hub_id: HubId
+    sizes: dict[str, int | None]
+    cached_at: Path | None = None
+    """The snapshot in the cache that was listed because the hub could not be asked."""
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """What is to be fetched: one GGUF, or the files of a checkpoint."""
+
+    listing: HubListing
+    gguf: str | None
+    files: tuple[str, ...]
+
+    @property
+    def n_bytes(self) -> int | None:
+        """Bytes of all files; None if the hub does not tell."""
+        sizes = [self.listing.sizes[name] for name in self.files]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def told_size(self) -> str:
+        """`n_bytes` for people."""
+        return "an unknown number of bytes" if self.n_bytes is None else format_bytes(self.n_bytes)
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """A hub id, or None if the text cannot be one."""
+    match = _ID.fullmatch(text)
+    if match is None or match["repo"].startswith((".", "-")) or "/." in match["repo"]:
+        return None
+    return HubId(match["repo"], match["revision"], match["file"])
+
+
+def list_repo(hub_id: HubId) -> HubListing:
+    """Ask the hub what a repository holds; where it cannot be reached, the cached snapshot, if there is one."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise _offline(hub_id, "HF_HUB_OFFLINE is set")
+        with _hub_errors(hub_id):
+            info = HfApi().model_info(hub_id.repo, revision=hub_id.revision, files_metadata=True)
+    except _Unreachable:
+        snapshot = cached_snapshot(hub_id)
+        if snapshot is None:
+            raise
+        sizes: dict[str, int | None] = {
+            path.relative_to(snapshot).as_posix(): path.stat().st_size for path in snapshot.rglob("*") if path.is_file()
+        }
+        return HubListing(hub_id, sizes, cached_at=snapshot)
+    return HubListing(hub_id, {file.rfilename: file.size for file in info.siblings or []})
+
+
+def choose(listing: HubListing) -> HubModel:
+    """Which files of a repository are meant. `HubError` lists the candidates where that is not clear.
+
+    Without a file: the checkpoint if there is one, else the only GGUF.
+    """
+    hub_id, names = listing.hub_id, list(listing.sizes)
+    ggufs = [name for name in names if name.endswith(".gguf") and not PurePosixPath(name).name.startswith("mmproj")]
+    if hub_id.file is not None:
+        return HubModel(listing, *_one_gguf(hub_id, names, ggufs))
+    files = tuple(iter_weight_names(names))
+    if "config.json" in files and any(name.endswith((".safetensors", ".bin")) for name in files):
+        return HubModel(listing, None, files)
+    whole = [name for name in ggufs if not _SHARD.search(name)]
+    if len(whole) == 1 and len(ggufs) == 1:
+        return HubModel(listing, whole[0], (whole[0],))
+    if ggufs:
+        raise HubError(
+            f"{hub_id} holds {len(ggufs)} GGUF files; name one, as in {hub_id.repo}:{(whole or ggufs)[0]} or by its "
+            f"type: {', '.join(ggufs)}"
+        )
+    raise HubError(f"{hub_id} holds neither a checkpoint (config.json and weights) nor a GGUF file")
+
+
+def _one_gguf(hub_id: HubId, names: list[str], ggufs: list[str]) -> tuple[str, tuple[str, ...]]:
+    wanted = hub_id.file or ""
+    by_type = re.compile(rf"(^|[-._/]){re.escape(wanted)}(\.gguf$|[-._])", re.IGNORECASE)
+    found = [name for name in names if name == wanted]
+    found = found or [name for name in ggufs if PurePosixPath(name).name == wanted]
+    found = found or [name for name in ggufs if by_type.search(name)]
+    shards = [name for name in found if _SHARD.search(name)]
+    if shards:
+        raise HubError(
+            f"{hub_id.repo}: {shards[0]} is part of a split model; download all parts and merge them with "
+            "llama-gguf-split --merge FIRST_PART OUT.gguf, then convert OUT.gguf"
+        )
+    if len(found) == 1 and found[0].endswith(".gguf"):
+        return found[0], (found[0],)
+    if found and not found[0].endswith(".gguf"):
+        raise HubError(f"{hub_id}: {found[0]} is not a GGUF file; leave it out to convert the checkpoint")
+    what = "matches several files" if found else "is not in the repository"
+    listed = found or ggufs
+    its = f"; its GGUF files are {', '.join(listed)}" if listed else "; it holds no GGUF files"
+    raise HubError(f"{hub_id.repo}: {wanted!r} {what}{its}")
+
+
+def fetch(model: HubModel) -> Path:
+    """Download what is missing and return the GGUF, or the checkpoint's directory, in the cache.
+
+    An interrupted download is taken up where it stopped. Progress bars are huggingface-hub's, on a terminal only.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    hub_id = model.listing.hub_id
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    if model.listing.cached_at is not None:
+        return model.listing.cached_at / (model.gguf or "")
+    with _hub_errors(hub_id):
+        if model.gguf is not None:
+            return Path(hf_hub_download(hub_id.repo, model.gguf, revision=hub_id.revision))
+        patterns = [re.sub(r"([\[*?])", r"[\1]", name) for name in model.files]
+        return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=patterns))
+
+
+def fetch_small_file(hub_id: HubId, listing: HubListing, name: str) -> bytes:
+    """A small file, such as config.json, through the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if listing.cached_at is not None:
+        return (listing.cached_at / name).read_bytes()
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with _hub_errors(hub_id):
+            return Path(hf_hub_download(hub_id.repo, name, revision=hub_id.revision)).read_bytes()
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
+def cache_folder(hub_id: HubId) -> Path:
+    """Where huggingface-hub keeps this repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub_id.repo, repo_type="model"))
+
+
+def cached_snapshot(hub_id: HubId) -> Path | None:
+    """The snapshot of this revision in the cache, complete or not; None if there is none."""
+    folder, revision = cache_folder(hub_id), hub_id.revision or "main"
+    ref = folder / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+class _Unreachable(HubError):
+    """The hub could not be asked."""
+
+
+def _offline(hub_id: HubId, why: str) -> _Unreachable:
+    return _Unreachable(
+        f"cannot ask the hub for {hub_id} ({why}), and it is not in the cache ({cache_folder(hub_id)}); "
+        "go online, or name a local file or directory"
+    )
+
+
+@contextmanager
+def _hub_errors(hub_id: HubId) -> Iterator[None]:
+    """huggingface-hub's errors as sentences."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{hub_id.repo} is gated: accept its terms on its page at the hub, then log in (hf auth login) or set "
+            "HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{hub_id.repo} has no revision {hub_id.revision!r}") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"{hub_id.repo} is not on the hub, or private: check the name, or log in (hf auth login) or set HF_TOKEN; "
+            "it is no local file or directory either"
+        ) from None
+    except errors.HFValidationError as error:
+        raise HubError(f"{hub_id.repo} is not a hub id: {error}") from None
+    except errors.OfflineModeIsEnabled:
+        raise _offline(hub_id, "HF_HUB_OFFLINE is set") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise _offline(hub_id, _first_cause(error)) from None
+    except errors.EntryNotFoundError as error:
+        raise HubError(f"{hub_id}: {_one_line(error)}") from None
+    except errors.HfHubHTTPError as error:
+        raise HubError(f"the hub refused {hub_id}: {_one_line(error)}") from None
+    except Exception as error:
+        # What the HTTP client raises; which client it is depends on huggingface-hub's version.
+        if type(error).__module__.partition(".")[0] in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "httpcore2",
+            "requests",
+            "urllib3",
+        ):
+            raise _offline(hub_id, _one_line(error)) from None
+        raise
+
+
+def _first_cause(error: BaseException) -> str:
+    cause: Any = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return _one_line(cause)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,49 @@
+"""Notes and progress on stderr, drawn by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from swaa_local.progress import Reporter
+
+
+class TerminalReporter(Reporter):
+    """A bar with ETA on a terminal; one line a step where stderr is a file or a pipe."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, label: str, total: int | None = None, *, is_bytes: bool = False) -> Iterator[Callable[..., None]]:
+        if not self._console.is_terminal:
+            self.note(f"{label} ...")
+            yield lambda done, total=None: None
+            return
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+        columns += [DownloadColumn(), TransferSpeedColumn()] if is_bytes else [MofNCompleteColumn()]
+        with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
+            task = progress.add_task(label, total=total)
+
+            def update(done: int, total: int | None = None) -> None:
+                progress.update(task, completed=done)
+                if total is not None:
+                    progress.update(task, total=total)
+
+            yield update
