@@ -104,6 +104,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     figures = config.parity_figures  # type: ignore[attr-defined]
     for cache in dict.fromkeys(cache for _, cache, *_ in figures):
         worst, _, kind, name, split = max(figure for figure in figures if figure[1] == cache)
-        terminalreporter.write_line(
-            f"parity: worst {100 * worst:.3f} % of sigma with {cache} ({kind}; {name}; n_batch/n_ubatch {split[0]}/{split[1]})"
-        )
+        where = f"{kind}; {name}; n_batch/n_ubatch {split[0]}/{split[1]}"
+        terminalreporter.write_line(f"parity: worst {100 * worst:.3f} % of sigma with {cache} ({where})")

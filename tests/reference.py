@@ -1,8 +1,9 @@
 """transformers with explicit per-layer masks: the independent reference of the parity test.
 
-The whole sequence, prompt and answer, goes through in one pass in float64 with eager attention. That is exact: keys and
-values of a prompt token come from its own prefill, whatever is decoded later, and the mask of a PREFILL layer depends on
-the position of the query. A hook hands every attention module the mask of its layer. Knows `masks`, not `swaa_local`.
+The whole sequence, prompt and answer, goes through in one pass in float64 with eager attention. That is exact: keys
+and values of a prompt token come from its own prefill, whatever is decoded later, and the mask of a PREFILL layer
+depends on the position of the query. A hook hands every attention module the mask of its layer. Knows `masks`, not
+`swaa_local`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ SPLITS = [(512, 512), (512, 32), (64, 16), (32, 32), (7, 7)]
 
 @dataclass(frozen=True)
 class Cache:
-    """How keys and values are held; `tolerance` in sigma, None for quantized ones, whose error has a bound of its own."""
+    """How keys and values are held; `tolerance` in sigma, None for quantized ones, whose bound is full attention's."""
 
     flash: bool
     type_kv: int  # ggml type
@@ -63,9 +63,9 @@ CACHES = {
 # Every configuration with every split and cache, the models in turns such that they too meet all of each.
 GRID = [
     (list(KINDS)[(3 * i + j + 2 * k + i // 4) % len(KINDS)], config, split, cache)
-    for (i, config), (j, split), (k, cache) in itertools.product(
-        enumerate(CONFIGS), enumerate(SPLITS), enumerate(CACHES)
-    )
+    for i, config in enumerate(CONFIGS)
+    for j, split in enumerate(SPLITS)
+    for k, cache in enumerate(CACHES)
 ]
 
 

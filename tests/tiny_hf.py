@@ -73,27 +73,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _BPE_KINDS = ("qwen3-moe", "olmo2", "glm4")  # upstream's converter takes no SentencePiece vocabulary for these
 
-_WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "quietly",
-    "forge",
-    "boxes",
-    "of",
-    "jade",
-    "and",
-    "onyx",
-]
+_WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "seven", "wizards", "quietly", "forge", "boxes")
 
 
 def _text() -> list[str]:
