@@ -162,8 +162,10 @@ def convert_command(
     swaa-local convert org/name:Q4_K_M -o out.gguf --preset half --dry-run
     swaa-local convert model-swaa.gguf -o plain.gguf --no-swaa
 
-    Presets: {presets}. What is known about them: --list-presets. For a model that is not listed start with half, and
-    measure.
+    Presets (--list-presets shows what is known about them; for an unlisted model start with half, and measure):
+
+    \b
+    {presets}
     """
     if in_place:
         raise click.UsageError("convert never rewrites its source; name another file with -o, and remove the old one")
@@ -194,4 +196,4 @@ def convert_command(
     reporter.note(f"wrote {output} ({format_bytes(output.stat().st_size)}); swaa-local inspect {output} shows it")
 
 
-convert_command.help = (convert_command.help or "").format(presets=", ".join(PRESETS))
+convert_command.help = (convert_command.help or "").format(presets="\n    ".join(PRESETS))

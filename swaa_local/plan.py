@@ -312,9 +312,10 @@ def _check_output(request: Request, source: Path) -> None:
 
 
 def _check_disk(plan: Plan) -> None:
-    free = shutil.disk_usage(plan.output.parent).free
-    needed = plan.output_bytes + plan.temporary_bytes
-    if needed > free:
+    usage = shutil.disk_usage(plan.output.parent)
+    needed, free = plan.output_bytes + plan.temporary_bytes, usage.free
+    # Some filesystems, such as /proc, have no size.
+    if usage.total and needed > free:
         raise ConvertError(
             f"not enough space for {plan.output}: about {format_bytes(needed)} needed"
             + (f" ({format_bytes(plan.temporary_bytes)} of it for a while)" if plan.temporary_bytes else "")
