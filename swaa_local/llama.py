@@ -17,6 +17,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as _c
+from llama_cpp._internals import LlamaContext
 
 from swaa_local import engine_log, memory, native
 from swaa_local.config import Schedule, ScheduleError, SWAAConfig, SWAAError, default_flash_attn
@@ -38,7 +39,7 @@ class Llama(llama_cpp.Llama):
     """`llama_cpp.Llama` plus a schedule; keywords that are not listed here are upstream's.
 
     swaa: None takes the GGUF's schedule, False full attention, an `SWAAConfig` (or a resolved `Schedule`) overrides the
-        GGUF's. It is fixed for the life of the object.
+        GGUF's. `set_schedule` changes it.
     n_ctx: tokens. 0 or None: the model's own context, or the longest that the free memory holds (then a
         `ContextFitWarning` names both, and it is never below 4096). A given number is taken as it is.
     n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and 512.
@@ -53,6 +54,7 @@ class Llama(llama_cpp.Llama):
     n_tokens: int
     input_ids: Any
     scores: Any
+    _ctx: Any
 
     def __init__(
         self,
@@ -67,8 +69,7 @@ class Llama(llama_cpp.Llama):
         on_prefill: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
-            raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
+        _check_swaa(swaa)
         for name in ("type_k", "type_v"):
             if kwargs.get(name) is not None and kwargs[name] not in memory.KV_TYPE_NAMES:
                 known = ", ".join(f"{number} ({kind})" for number, kind in memory.KV_TYPE_NAMES.items())
@@ -77,6 +78,7 @@ class Llama(llama_cpp.Llama):
         self._flash_attn = flash_attn
         self._fit_n_ctx = not n_ctx
         self.schedule: Schedule | None = None
+        self.file_schedule: Schedule | None = None
         self.on_prefill = on_prefill
         self._prompt_end = 0
         self._clock: RunClock | None = None
@@ -119,18 +121,46 @@ class Llama(llama_cpp.Llama):
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
         if not self.model_params.vocab_only:
-            self._apply_schedule(model)
+            self.file_schedule = _get_schedule(model.model, _c.llama_model_n_layer(model.model))
+            self._apply_schedule(model, self._swaa)
             self._size_context(model)
 
-    def _apply_schedule(self, model: Any) -> None:
+    def set_schedule(self, swaa: SWAAConfig | Schedule | bool | None) -> None:
+        """Change the schedule without loading the model again; `swaa` as in the constructor.
+
+        The context is made anew, of the same length, and so is empty. Raises `ScheduleError`, with nothing changed, and
+        `ModelLoadError` if the new context cannot be made; this object is closed then.
+        """
+        _check_swaa(swaa)
+        self._live_ctx()
+        self._apply_schedule(self._model, swaa)
+        self._swaa = swaa
+        self._choose_flash_attn()
+        self._ctx.close()  # first, so that there is never memory for two
+        with engine_log.captured(self.verbose) as log:
+            try:
+                self._ctx = LlamaContext(model=self._model, params=self.context_params, verbose=self.verbose)
+                if self._lora_adapter is not None:
+                    adapters = (_c.llama_adapter_lora_p_ctypes * 1)(self._lora_adapter)
+                    scales = (ctypes.c_float * 1)(self.lora_scale)
+                    if _c.llama_set_adapters_lora(self._ctx.ctx, adapters, 1, scales):
+                        raise ValueError(f"the LoRA adapter {self.lora_path} cannot be set")
+            except ValueError as error:
+                self.close()
+                raise ModelLoadError(f"{self.model_path}: {log.reason or error}") from error
+        self.n_tokens, self._prompt_end, self._clock = 0, 0, None
+        self._requires_eval = True
+
+    def _apply_schedule(self, model: Any, wanted: SWAAConfig | Schedule | bool | None) -> None:
         n_layer = _c.llama_model_n_layer(model.model)
         stored = _get_schedule(model.model, n_layer)
-        wanted = self._swaa
         if isinstance(wanted, SWAAConfig):
             wanted = wanted.schedule(n_layer)
-        elif wanted is False:
+        elif wanted is None:
+            wanted = self.file_schedule or Schedule.full(n_layer)
+        elif not isinstance(wanted, Schedule):
             wanted = Schedule.full(n_layer)
-        if isinstance(wanted, Schedule) and wanted != (stored or Schedule.full(n_layer)):
+        if wanted != (stored or Schedule.full(n_layer)):
             modes = (ctypes.c_uint8 * wanted.n_layer)(*wanted.layer_modes)
             with engine_log.captured(self.verbose) as log:
                 code = native.llama_model_swaa_set(model.model, wanted.window, wanted.sinks, modes, wanted.n_layer)
@@ -139,20 +169,32 @@ class Llama(llama_cpp.Llama):
             stored = _get_schedule(model.model, n_layer)
         self.schedule = stored
 
+    @property
+    def _gpu_layers(self) -> int:
+        wanted = self.model_params.n_gpu_layers if _c.llama_supports_gpu_offload() else 0
+        return (1 << 30) if wanted < 0 else wanted
+
+    def _choose_flash_attn(self) -> None:
+        """Where the user did not say; the schedule decides it, among others."""
+        if self._flash_attn is not None:
+            return
+        params, on_gpu = self.context_params, self._gpu_layers > 0
+        quantized_v = params.type_v not in memory.PLAIN_TYPES
+        schedule = self.schedule or Schedule.full(1)
+        if not default_flash_attn(schedule, gpu=on_gpu, quantized_v=quantized_v):
+            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # On a GPU llama.cpp itself knows which heads its kernels support.
+        elif on_gpu and not quantized_v:
+            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO
+        else:
+            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+
     def _size_context(self, model: Any) -> None:
-        params = self.context_params
-        gpu_layers = self.model_params.n_gpu_layers if _c.llama_supports_gpu_offload() else 0
-        gpu_layers = (1 << 30) if gpu_layers < 0 else gpu_layers
-        schedule = self.schedule or Schedule.full(max(1, _c.llama_model_n_layer(model.model)))
-        if self._flash_attn is None:
-            quantized_v = params.type_v not in memory.PLAIN_TYPES
-            flash = default_flash_attn(schedule, gpu=gpu_layers > 0, quantized_v=quantized_v)
-            # On a GPU llama.cpp itself knows which heads its kernels support.
-            if flash:
-                auto = gpu_layers > 0 and not quantized_v
-                params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO if auto else _c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._choose_flash_attn()
         if not self._fit_n_ctx:
             return
+        params, gpu_layers = self.context_params, self._gpu_layers
+        schedule = self.schedule or Schedule.full(max(1, _c.llama_model_n_layer(model.model)))
         n_ctx_train = model.n_ctx_train()
         cost = memory.context_cost(
             model.model,
@@ -355,6 +397,11 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"swaa": self._swaa, "flash_attn": self._flash_attn}
+
+
+def _check_swaa(swaa: object) -> None:
+    if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
+        raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
 
 
 def _get_schedule(model: Any, n_layer: int) -> Schedule | None:
