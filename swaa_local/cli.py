@@ -197,3 +197,87 @@ def convert_command(
 
 
 convert_command.help = (convert_command.help or "").format(presets="\n    ".join(PRESETS))
+
+
+_KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
+_COUNT = click.IntRange(1)
+
+
+@main.command("chat", short_help="Talk to a model about long texts.")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("-m", "--model", "model_option", type=click.Path(path_type=Path), help="The same as MODEL.")
+@click.option("-p", "--prompt", "message", metavar="TEXT", help="Ask this one question and leave.")
+@click.option(
+    "-f", "--file", "files", metavar="PATH", multiple=True, help="A text to talk about; - is stdin. Repeatable."
+)
+@click.option("-s", "--system", "-sys", metavar="TEXT", help="System message.")
+@click.option("--think/--no-think", default=None, help="Let a thinking model think, or not [its template decides].")
+@click.option("--hide-thinking", is_flag=True, help="Do not show what it thinks.")
+@click.option("-n", "--max-tokens", "--predict", type=int, help="Tokens of an answer, thinking included [no limit].")
+@click.option("--temp", type=click.FloatRange(0), help="Temperature; 0 is greedy [0.8].")
+@click.option("--top-k", type=click.IntRange(0), help="Sample from the k likeliest tokens; 0 from all [40].")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Sample from the likeliest that sum to p [0.95].")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest [0.05].")
+@click.option("--repeat-penalty", type=click.FloatRange(0), help="Penalty for repeated tokens [1.0, none].")
+@click.option("--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
+@click.option(
+    "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), help="Context in tokens [the model's, or what fits]."
+)
+@click.option(
+    "-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [all]."
+)
+@click.option("-t", "--threads", "n_threads", type=_COUNT, help="Threads [half the CPUs to write, all to read].")
+@click.option("-tb", "--threads-batch", "n_threads_batch", type=_COUNT, help="Threads to read the prompt [-t].")
+@click.option("-b", "--batch-size", "n_batch", type=_COUNT, help="Tokens of a batch [2048].")
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=_COUNT, help="Tokens of a part of a batch [512].")
+@click.option(
+    "-fa",
+    "--flash-attn",
+    type=click.Choice(["on", "off", "auto"]),
+    default="auto",
+    help="Flash attention; auto is on where it is faster [auto].",
+)
+@click.option("-ctk", "--cache-type-k", "type_k", type=_KV_TYPE, help="Type of the cached keys [f16].")
+@click.option("-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16].")
+@schedule_options
+@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log.")
+def chat_command(
+    model: Path | None,
+    model_option: Path | None,
+    system: str | None,
+    think: bool | None,
+    hide_thinking: bool,
+    flash_attn: str,
+    schedule: ScheduleOptions,
+    **options: Any,
+) -> int:
+    """Talk to MODEL, a GGUF file, about long texts.
+
+    The schedule is the file's; the options below replace it for this chat. The answer goes to stdout, everything else
+    to stderr. With -p, or with a question piped in, there is one answer; otherwise a conversation, where /help lists
+    the commands. Sampling defaults in the GGUF win over those below.
+
+    \b
+    swaa-local chat model.gguf
+    swaa-local chat model.gguf --file book.txt -p "Who is the narrator?"
+    man bash | swaa-local chat model.gguf -p "How do I read a file line by line?"
+    swaa-local chat model.gguf --file a.txt --file b.txt --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
+    """
+    if model is not None and model_option is not None:
+        raise click.UsageError("MODEL is given twice, by itself and with -m")
+    path = model or model_option
+    if path is None:
+        raise click.UsageError(
+            "no MODEL given; a GGUF file is needed, for instance one made with: "
+            "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
+        )
+    from swaa_local.chat import ChatOptions, chat
+    from swaa_local.chat_session import Settings
+
+    sampling = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed")
+    given = {name: value for name in sampling if (value := options.pop(name)) is not None}
+    settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
+    fa = {"on": True, "off": False, "auto": None}[flash_attn]
+    return chat(
+        ChatOptions(model=path, schedule=schedule, settings=settings, given=tuple(given), flash_attn=fa, **options)
+    )

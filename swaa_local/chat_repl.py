@@ -1,0 +1,165 @@
+"""The interactive loop of a chat: reads lines with editing and history, runs commands, prints replies.
+
+Knows prompt_toolkit; what commands do is in `chat_commands`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document as EditedText
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import create_output
+
+from swaa_local.chat_commands import COMMANDS, run_command
+from swaa_local.chat_session import Session
+from swaa_local.chat_terminal import Terminal
+from swaa_local.chat_thinking import Piece
+from swaa_local.config import SWAAError
+from swaa_local.errors import PromptTooLong
+
+_FENCE = '"""'
+ReadLine = Callable[[str], str]
+
+
+def converse(session: Session, terminal: Terminal, read_line: ReadLine | None = None) -> None:
+    """Talk until /exit, the end of input, or Ctrl-C twice.
+
+    read_line: gets a prompt, returns a line, raises EOFError or KeyboardInterrupt; default: prompt_toolkit.
+    """
+    read_line = read_line or _line_editor()
+    stopped = False  # the last thing was a Ctrl-C
+    while True:
+        try:
+            message = _read_message(read_line)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if stopped:
+                return
+            stopped = True
+            terminal.note("Ctrl-C once more leaves, and so do Ctrl-D and /exit")
+            continue
+        stopped = False
+        try:
+            if message.startswith("/"):
+                outcome = run_command(session, message, terminal.note)
+                if outcome.leave:
+                    return
+                pieces = outcome.reply
+            else:
+                pieces = session.ask(message) if message else None
+            if pieces is not None:
+                stopped = say_reply(session, terminal, pieces)
+        except KeyboardInterrupt:
+            stopped = True
+        except PromptTooLong as error:
+            terminal.error(too_long(error, session))
+            if session.pending:
+                session.pending = []
+                terminal.note("the documents of this message were put away")
+        except SWAAError as error:
+            terminal.error(str(error))
+
+
+def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece]) -> bool:
+    """Print a reply and its figures; True if it was interrupted."""
+    terminal.show_thinking = not session.settings.hide_thinking
+    session.llm.on_prefill = terminal.on_prefill
+    interrupted = False
+    with closing(pieces):  # type: ignore[type-var]
+        try:
+            terminal.reply(pieces)
+        except KeyboardInterrupt:  # while printing; the session keeps what there is
+            interrupted = True
+    interrupted = interrupted or session.finish == "interrupted"
+    if interrupted:
+        terminal.note("stopped" if session.replied else "stopped; the message was taken back")
+    elif session.finish == "length":
+        terminal.note(f"stopped after {session.settings.max_tokens} tokens (max-tokens)")
+    elif session.finish == "context":
+        terminal.note(
+            f"the context of {session.llm.n_ctx()} tokens is full, so the answer is cut; a larger -c holds more"
+        )
+    if session.stats:
+        terminal.figures(session.stats, session.llm.kv_bytes)
+    return interrupted
+
+
+def too_long(error: PromptTooLong, session: Session) -> str:
+    """The error in the command line's terms."""
+    what = "the file" if session.pending else "it"
+    trained = session.llm._model.n_ctx_train()
+    beyond = f" (the model was trained for {trained})" if error.n_ctx_needed > trained else ""
+    return error.advice("-c {}", what) + beyond
+
+
+def _read_message(read_line: ReadLine) -> str:
+    line = read_line(">>> ").strip()
+    if not line.startswith(_FENCE):
+        return line
+    lines = [line.removeprefix(_FENCE)]
+    while not lines[-1].rstrip().endswith(_FENCE):
+        lines.append(read_line("... "))
+    lines[-1] = lines[-1].rstrip().removesuffix(_FENCE)
+    # A fence makes everything text, a leading slash too.
+    text = "\n".join(lines).strip()
+    return f" {text}" if text.startswith("/") else text
+
+
+def _line_editor() -> ReadLine:
+    stream = sys.stderr if sys.stderr.isatty() else sys.stdout
+    if not stream.isatty():
+        return lambda _prompt: input()
+    editor: PromptSession[str] = PromptSession(
+        history=_history(), output=create_output(stdout=stream), completer=_Commands(), complete_while_typing=False
+    )
+    return editor.prompt
+
+
+class _Commands(Completer):
+    """Completes command names, and paths where a command takes one."""
+
+    _paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: EditedText, complete_event: object) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        name, space, argument = text.partition(" ")
+        if not name.startswith("/"):
+            return
+        if not space:
+            yield from (Completion(f"/{known}", -len(text)) for known in COMMANDS if known.startswith(name[1:]))
+        elif name in ("/read", "/file", "/save", "/load"):
+            path = EditedText(argument.removeprefix("-f "))
+            yield from self._paths.get_completions(path, complete_event)  # type: ignore[arg-type]
+
+
+class _QuietFileHistory(FileHistory):
+    """A history that nobody misses: a file that cannot be read or written is no reason to fail."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            yield from list(super().load_history_strings())
+        except (OSError, UnicodeError):
+            return
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(string)
+        except OSError:
+            return
+
+
+def _history() -> History:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "swaa-local"
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return InMemoryHistory()
+    return _QuietFileHistory(str(state / "chat_history"))

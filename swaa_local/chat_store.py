@@ -1,0 +1,107 @@
+"""Conversations in JSON files: complete under their name or not at all.
+
+Knows the format; nothing of models or terminals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from swaa_local.chat_document import Document
+from swaa_local.chat_session import Turn
+from swaa_local.config import SWAAError
+
+_FORMAT, _VERSION = "swaa-local-chat", 1
+
+
+class StoreError(SWAAError):
+    """A conversation that cannot be written or read; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is saved: turns with their documents, the system message and documents not yet sent."""
+
+    turns: tuple[Turn, ...]
+    system: str = ""
+    pending: tuple[Document, ...] = ()
+    model: str = ""
+
+
+def save_conversation(path: str, conversation: Conversation, *, overwrite: bool = False) -> None:
+    """Write a file. Raises `StoreError`, also if it exists and `overwrite` is not set."""
+    target = Path(path).expanduser()
+    data = {"format": _FORMAT, "version": _VERSION, **asdict(conversation)}
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", suffix=".part", delete=False
+        ) as part:
+            try:
+                json.dump(data, part, ensure_ascii=False, indent=1)
+                part.flush()
+                os.fsync(part.fileno())
+                os.chmod(part.name, 0o666 & ~_umask())
+                if overwrite:
+                    os.replace(part.name, target)
+                else:
+                    os.link(part.name, target)  # unlike a rename, a link never replaces a file
+                    os.unlink(part.name)
+            except BaseException:
+                os.unlink(part.name)
+                raise
+    except FileExistsError:
+        raise StoreError(f"{path} exists; /save -f {path} overwrites it") from None
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def load_conversation(path: str) -> Conversation:
+    """Read a file that `save_conversation` wrote. Raises `StoreError`."""
+    try:
+        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise StoreError(f"{path} is not a saved conversation: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise StoreError(f"{path} is not a saved conversation")
+    if data.get("version") != _VERSION:
+        raise StoreError(f"{path} has version {data.get('version')!r}, but this program reads version {_VERSION}")
+    try:
+        return Conversation(
+            turns=tuple(_turn(turn) for turn in data["turns"]),
+            system=_text(data["system"]),
+            pending=_documents(data["pending"]),
+            model=_text(data["model"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged: {error!r}") from None
+
+
+def _turn(data: Any) -> Turn:
+    role = data["role"]
+    if role not in ("user", "assistant"):
+        raise ValueError(f"role {role!r}")
+    return Turn(role, _text(data["text"]), _text(data["thinking"]), _documents(data["documents"]))
+
+
+def _documents(data: Sequence[Any]) -> tuple[Document, ...]:
+    return tuple(Document(_text(item["name"]), _text(item["text"])) for item in data)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

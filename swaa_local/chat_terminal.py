@@ -1,0 +1,134 @@
+"""The terminal side of a chat: the answer on stdout, everything else on stderr.
+
+Knows streams and rich; nothing of models. Progress and thoughts are for people: where stderr is no terminal, only notes
+and errors are written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from swaa_local.chat_thinking import Piece
+from swaa_local.units import format_bytes
+
+if TYPE_CHECKING:
+    from swaa_local.run_stats import RunStats
+
+# What a text must not do to a terminal: everything below a space but tab and newline, DEL, and C1.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Terminal:
+    """Writes for one chat. show_thinking may change between replies."""
+
+    def __init__(self, *, show_thinking: bool = True) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.show_thinking = show_thinking
+        self._progress: Progress | None = None
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(
+                errors="replace"
+            )  # an answer in a terminal without Unicode loses letters, not itself
+        self._plain = sys.stdout.isatty()
+
+    def note(self, text: str) -> None:
+        """A line beside the conversation."""
+        self.console.print(Text(text, style="dim"))
+
+    def error(self, text: str) -> None:
+        self.console.print(Text(" ".join(text.split()), style="red"))
+
+    def loading(self, name: str) -> AbstractContextManager[object]:
+        """A spinner while a model loads."""
+        if not self.console.is_terminal:
+            return nullcontext()
+        return self.console.status(Text(f"loading {name}", style="dim"), spinner_style="dim")
+
+    # Progress of a prefill, as `Llama.on_prefill` takes it.
+
+    def on_prefill(self, done: int, total: int) -> None:
+        """Show a bar for a prompt that takes more than one step; it goes away when the prompt is read."""
+        if done >= total:
+            self.end_progress()
+            return
+        if self._progress is None:
+            if done > 0 or not self.console.is_terminal:
+                return
+            self._progress = Progress(
+                TextColumn("[dim]reading"),
+                BarColumn(),
+                TextColumn("[dim]{task.completed:,}/{task.total:,} tokens"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.add_task("prefill", total=total)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=done)
+
+    def end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    # A reply.
+
+    def reply(self, pieces: Iterable[Piece]) -> None:
+        """Print a reply as it comes; the line is ended whatever happens."""
+        answered = thought = 0
+        end_of_line = "\n"
+        try:
+            for piece in pieces:
+                self.end_progress()
+                if piece.thinking:
+                    thought += 1
+                    if self.show_thinking and self.console.is_terminal:
+                        self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
+                    continue
+                if not answered and thought and self.show_thinking and self.console.is_terminal:
+                    self.console.print("\n")
+                answered += 1
+                end_of_line = piece.text[-1:]
+                sys.stdout.write(self._clean(piece.text))
+                sys.stdout.flush()
+        finally:
+            self.end_progress()
+            if answered and end_of_line != "\n":
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+            elif thought and not answered and self.show_thinking and self.console.is_terminal:
+                self.console.print()
+
+    def figures(self, stats: RunStats, kv_bytes: int) -> None:
+        self.note(describe(stats, kv_bytes))
+
+    def _clean(self, text: str) -> str:
+        return _CONTROLS.sub("", text) if self._plain else text
+
+
+def describe(stats: RunStats, kv_bytes: int) -> str:
+    """One line: prompt and cached tokens, prefill and generation speed, size of the KV cache."""
+
+    def rate(value: float) -> str:
+        return "" if math.isnan(value) else f", {value:,.1f} tok/s"
+
+    cached = f" ({stats.cached_tokens:,} cached)" if stats.cached_tokens else ""
+    return " · ".join(
+        [
+            f"prompt {stats.prompt_tokens:,} tokens{cached}",
+            f"prefill {stats.prefill_s:.2f} s{rate(stats.prefill_tokens_per_s)}",
+            f"generated {stats.generated_tokens:,} tokens{rate(stats.decode_tokens_per_s)}",
+            f"KV {format_bytes(kv_bytes)}",
+        ]
+    )
