@@ -24,6 +24,7 @@ from swaa_local.errors import PromptTooLong
 from swaa_local.gguf_meta import read_model_info
 from swaa_local.llama import Llama
 from swaa_local.memory import kv_type_id
+from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
@@ -37,7 +38,7 @@ class ChatOptions:
     message: one question, then the program ends. given: names of the settings that the user chose.
     """
 
-    model: Path
+    model: str
     schedule: ScheduleOptions
     settings: Settings
     given: tuple[str, ...] = ()
@@ -89,11 +90,8 @@ def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
 
 
 def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
-    if options.model.is_dir():
-        raise ChatError(
-            f"{options.model} is a directory; make a GGUF of it first: swaa-local convert {options.model} -o model.gguf"
-        )
-    swaa = options.schedule.config(read_model_info(options.model).n_layer) or None  # --no-swaa is `full` below
+    path = find_gguf(options.model)
+    swaa = options.schedule.config(read_model_info(path).n_layer) or None  # --no-swaa is `full` below
     arguments: dict[str, Any] = {
         "n_ctx": options.n_ctx,
         "n_gpu_layers": options.n_gpu_layers,
@@ -109,9 +107,9 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
         arguments["n_ubatch"] = options.n_ubatch
 
     def open_llm(full: bool) -> Llama:
-        with warnings.catch_warnings(record=True) as caught, terminal.loading(options.model.name):
+        with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
             warnings.simplefilter("always")
-            llm = Llama(str(options.model), swaa=False if full else swaa, **arguments)
+            llm = Llama(str(path), swaa=False if full else swaa, **arguments)
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", "pass -c"))
         return llm

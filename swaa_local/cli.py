@@ -204,8 +204,8 @@ _COUNT = click.IntRange(1)
 
 
 @main.command("chat", short_help="Talk to a model about long texts.")
-@click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("-m", "--model", "model_option", type=click.Path(path_type=Path), help="The same as MODEL.")
+@click.argument("model", required=False)
+@click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
 @click.option("-p", "--prompt", "message", metavar="TEXT", help="Ask this one question and leave.")
 @click.option(
     "-f", "--file", "files", metavar="PATH", multiple=True, help="A text to talk about; - is stdin. Repeatable."
@@ -242,8 +242,8 @@ _COUNT = click.IntRange(1)
 @schedule_options
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log.")
 def chat_command(
-    model: Path | None,
-    model_option: Path | None,
+    model: str | None,
+    model_option: str | None,
     system: str | None,
     think: bool | None,
     hide_thinking: bool,
@@ -251,7 +251,9 @@ def chat_command(
     schedule: ScheduleOptions,
     **options: Any,
 ) -> int:
-    """Talk to MODEL, a GGUF file, about long texts.
+    """Talk to MODEL about long texts.
+
+    MODEL is a GGUF file, or one on the hub: org/name or org/name:file.gguf, which is downloaded once.
 
     The schedule is the file's; the options below replace it for this chat. The answer goes to stdout, everything else
     to stderr. With -p, or with a question piped in, there is one answer; otherwise a conversation, where /help lists
@@ -265,8 +267,8 @@ def chat_command(
     """
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
-    path = model or model_option
-    if path is None:
+    model = model or model_option
+    if model is None:
         raise click.UsageError(
             "no MODEL given; a GGUF file is needed, for instance one made with: "
             "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
@@ -279,5 +281,5 @@ def chat_command(
     settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
     fa = {"on": True, "off": False, "auto": None}[flash_attn]
     return chat(
-        ChatOptions(model=path, schedule=schedule, settings=settings, given=tuple(given), flash_attn=fa, **options)
+        ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), flash_attn=fa, **options)
     )

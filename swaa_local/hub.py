@@ -162,6 +162,25 @@ def fetch(model: HubModel) -> Path:
         return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=patterns))
 
 
+def fetch_file(
+    hub_id: HubId,
+    listing: HubListing,
+    name: str,
+    *,
+    local_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """One file of a repository, in the cache or under `local_dir`."""
+    from huggingface_hub import hf_hub_download
+
+    if listing.cached_at is not None and local_dir is None:
+        return listing.cached_at / name
+    with _hub_errors(hub_id):
+        return Path(
+            hf_hub_download(hub_id.repo, name, revision=hub_id.revision, local_dir=local_dir, cache_dir=cache_dir)
+        )
+
+
 def fetch_small_file(hub_id: HubId, listing: HubListing, name: str) -> bytes:
     """A small file, such as config.json, through the cache."""
     from huggingface_hub import hf_hub_download

@@ -12,6 +12,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -20,9 +21,11 @@ from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
 from swaa_local import engine_log, memory, native
-from swaa_local.config import Schedule, ScheduleError, SWAAConfig, SWAAError, default_flash_attn
+from swaa_local.config import Schedule, SWAAConfig, SWAAError, default_flash_attn
+from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, get_schedule
 from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError
 from swaa_local.interrupt import Shield
+from swaa_local.model_path import fetch_matching
 from swaa_local.run_stats import RunClock, RunStats
 
 __all__ = ["ContextFull", "DecodeError", "Llama", "ModelLoadError", "PromptTooLong", "RunStats", "StateError"]
@@ -60,7 +63,7 @@ class Llama(llama_cpp.Llama):
         self,
         model_path: str,
         *,
-        swaa: SWAAConfig | Schedule | bool | None = None,
+        swaa: Wanted = None,
         n_ctx: int | None = 0,
         n_batch: int | None = None,
         n_ubatch: int = DEFAULT_N_UBATCH,
@@ -69,7 +72,7 @@ class Llama(llama_cpp.Llama):
         on_prefill: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_swaa(swaa)
+        check_wanted(swaa)
         for name in ("type_k", "type_v"):
             if kwargs.get(name) is not None and kwargs[name] not in memory.KV_TYPE_NAMES:
                 known = ", ".join(f"{number} ({kind})" for number, kind in memory.KV_TYPE_NAMES.items())
@@ -121,19 +124,19 @@ class Llama(llama_cpp.Llama):
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
         if not self.model_params.vocab_only:
-            self.file_schedule = _get_schedule(model.model, _c.llama_model_n_layer(model.model))
-            self._apply_schedule(model, self._swaa)
+            self.file_schedule = get_schedule(model.model)
+            self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
             self._size_context(model)
 
-    def set_schedule(self, swaa: SWAAConfig | Schedule | bool | None) -> None:
+    def set_schedule(self, swaa: Wanted) -> None:
         """Change the schedule without loading the model again; `swaa` as in the constructor.
 
         The context is made anew, of the same length, and so is empty. Raises `ScheduleError`, with nothing changed, and
         `ModelLoadError` if the new context cannot be made; this object is closed then.
         """
-        _check_swaa(swaa)
+        check_wanted(swaa)
         self._live_ctx()
-        self._apply_schedule(self._model, swaa)
+        self.schedule = apply_schedule(self.model, swaa, self.file_schedule, verbose=self.verbose)
         self._swaa = swaa
         self._choose_flash_attn()
         self._ctx.close()  # first, so that there is never memory for two
@@ -150,24 +153,6 @@ class Llama(llama_cpp.Llama):
                 raise ModelLoadError(f"{self.model_path}: {log.reason or error}") from error
         self.n_tokens, self._prompt_end, self._clock = 0, 0, None
         self._requires_eval = True
-
-    def _apply_schedule(self, model: Any, wanted: SWAAConfig | Schedule | bool | None) -> None:
-        n_layer = _c.llama_model_n_layer(model.model)
-        stored = _get_schedule(model.model, n_layer)
-        if isinstance(wanted, SWAAConfig):
-            wanted = wanted.schedule(n_layer)
-        elif wanted is None:
-            wanted = self.file_schedule or Schedule.full(n_layer)
-        elif not isinstance(wanted, Schedule):
-            wanted = Schedule.full(n_layer)
-        if wanted != (stored or Schedule.full(n_layer)):
-            modes = (ctypes.c_uint8 * wanted.n_layer)(*wanted.layer_modes)
-            with engine_log.captured(self.verbose) as log:
-                code = native.llama_model_swaa_set(model.model, wanted.window, wanted.sinks, modes, wanted.n_layer)
-            if code != 0:
-                raise ScheduleError(log.reason or f"the engine refused the schedule (code {code})")
-            stored = _get_schedule(model.model, n_layer)
-        self.schedule = stored
 
     @property
     def _gpu_layers(self) -> int:
@@ -193,25 +178,15 @@ class Llama(llama_cpp.Llama):
         self._choose_flash_attn()
         if not self._fit_n_ctx:
             return
-        params, gpu_layers = self.context_params, self._gpu_layers
-        schedule = self.schedule or Schedule.full(max(1, _c.llama_model_n_layer(model.model)))
         n_ctx_train = model.n_ctx_train()
-        cost = memory.context_cost(
+        n_ctx = memory.longest_n_ctx(
             model.model,
-            schedule,
-            params,
+            self.schedule,
+            self.context_params,
             n_ubatch=self._n_ubatch,
-            flash_attn=params.flash_attn_type != _c.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-            n_gpu_layers=gpu_layers,
+            n_gpu_layers=self._gpu_layers,
             logits_all=self._logits_all,
-        )
-        weights = int(model.size() * (1 - cost.n_gpu_layers / schedule.n_layer))
-        mapped = weights if self.model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE else 0
-        n_ctx = memory.fit_n_ctx(
-            cost,
-            n_ctx_train,
-            free_host=memory.free_host_bytes(mapped=mapped),
-            free_gpu=memory.free_gpu_bytes() if cost.n_gpu_layers else None,
+            mapped=self.model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE,
         )
         if n_ctx < n_ctx_train:
             warnings.warn(
@@ -390,6 +365,24 @@ class Llama(llama_cpp.Llama):
             kept = min(state.n_tokens, len(state.scores))
             self.scores[:kept] = state.scores[:kept]
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | Path | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Llama:
+        """Upstream's, for current releases of huggingface-hub, which no longer take `local_dir_use_symlinks`.
+
+        filename, additional_files: names or glob patterns, each of exactly one file of the hub repository.
+        """
+        patterns = [filename, *(additional_files or ())]
+        return cls(str(fetch_matching(repo_id, patterns, local_dir=local_dir, cache_dir=cache_dir)), **kwargs)
+
     def close(self) -> None:
         """Free the model and the context; also after a failed construction."""
         if stack := self.__dict__.get("_stack"):
@@ -397,17 +390,3 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"swaa": self._swaa, "flash_attn": self._flash_attn}
-
-
-def _check_swaa(swaa: object) -> None:
-    if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
-        raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
-
-
-def _get_schedule(model: Any, n_layer: int) -> Schedule | None:
-    """The model's schedule; None for full attention."""
-    window, sinks, modes = ctypes.c_uint32(), ctypes.c_uint32(), (ctypes.c_uint8 * max(1, n_layer))()
-    if not native.llama_model_swaa_get(model, ctypes.byref(window), ctypes.byref(sinks), modes, n_layer):
-        return None
-    schedule = Schedule(window.value, sinks.value, tuple(modes))
-    return None if schedule.is_full else schedule

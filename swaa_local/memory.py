@@ -81,21 +81,40 @@ class ContextCost:
         return widest * self.n_ubatch * (6 + (0 if self.flash_attn else 4 * self.n_head))
 
 
-def context_cost(
+def longest_n_ctx(
     model: Any,
-    schedule: Schedule,
+    schedule: Schedule | None,
     params: Any,
     *,
     n_ubatch: int,
-    flash_attn: bool,
     n_gpu_layers: int,
     logits_all: bool,
+    mapped: bool,
+) -> int:
+    """The longest context, up to the model's own, that this machine's free memory holds; see `fit_n_ctx`.
+
+    model: a loaded `llama_model_p`. params: the `llama_context_params` to be, but for n_ubatch. mapped: the weights are
+    a mapped file, which must stay in memory though the system counts it as free.
+    """
+    cost = context_cost(model, schedule, params, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, logits_all=logits_all)
+    on_host = _c.llama_model_size(model) * (1 - cost.n_gpu_layers / cost.schedule.n_layer) if mapped else 0
+    return fit_n_ctx(
+        cost,
+        _c.llama_model_n_ctx_train(model),
+        free_host=free_host_bytes(mapped=int(on_host)),
+        free_gpu=free_gpu_bytes() if cost.n_gpu_layers else None,
+    )
+
+
+def context_cost(
+    model: Any, schedule: Schedule | None, params: Any, *, n_ubatch: int, n_gpu_layers: int, logits_all: bool
 ) -> ContextCost:
-    """The cost of a context of `model` (a `llama_model_p`) with `params` (`llama_context_params`, but for n_ubatch)."""
+    """What a context of `model` costs; arguments as in `longest_n_ctx`."""
     arch = _meta(model, "general.architecture") or ""
     n_head = max(1, _c.llama_model_n_head(model))
     head_dim = _c.llama_model_n_embd(model) // n_head
     n_head_kv = max(1, _c.llama_model_n_head_kv(model))
+    schedule = schedule or Schedule.full(max(1, _c.llama_model_n_layer(model)))
     on_gpu = n_gpu_layers - 1 if params.offload_kqv else 0  # llama.cpp counts the output as one more layer
     return ContextCost(
         schedule=schedule,
@@ -105,7 +124,7 @@ def context_cost(
         type_v=KV_TYPE_NAMES[params.type_v],
         n_head=n_head,
         n_ubatch=n_ubatch,
-        flash_attn=flash_attn,
+        flash_attn=params.flash_attn_type != _c.LLAMA_FLASH_ATTN_TYPE_DISABLED,
         n_gpu_layers=max(0, min(on_gpu, schedule.n_layer)),
         n_scores=_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(model)) if logits_all else 0,
     )

@@ -1,0 +1,63 @@
+"""A model as a user names it, a file or a hub id, to a GGUF file on this machine. Knows nothing of the engine."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+
+from swaa_local import hub
+from swaa_local.config import SWAAError
+
+
+class ModelNotFound(SWAAError, ValueError):
+    """There is no such GGUF; the message says what to do."""
+
+
+def find_gguf(model: str) -> Path:
+    """The file of `PATH`, `org/name` or `org/name:file.gguf`; downloads what is missing.
+
+    Raises `ModelNotFound` or `hub.HubError`, also for a checkpoint, which must be converted first.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise _needs_conversion(model)
+    hub_id = hub.parse_hub_id(model)
+    if hub_id is None or (model.endswith((".gguf", "/")) and ":" not in model):
+        raise ModelNotFound(f"{model}: no such file, and not a hub id (org/name or org/name:file.gguf)")
+    found = hub.choose(hub.list_repo(hub_id))
+    if found.gguf is None:
+        raise _needs_conversion(model)
+    return hub.fetch(found)
+
+
+def _needs_conversion(model: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"{model} is a checkpoint, not a GGUF file; make one first: swaa-local convert {model} -o model.gguf"
+    )
+
+
+def fetch_matching(
+    repo_id: str,
+    patterns: Sequence[str],
+    *,
+    local_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Download one file of a hub repository for each glob pattern, and return the first one's path.
+
+    Raises `ModelNotFound` for a pattern that does not match exactly one file, and `hub.HubError`.
+    """
+    hub_id = hub.HubId(repo_id)
+    listing = hub.list_repo(hub_id)
+    names = []
+    for pattern in patterns:
+        matching = fnmatch.filter(listing.sizes, pattern)
+        if len(matching) != 1:
+            what = f"several files match {pattern!r}: {', '.join(matching)}" if matching else f"no file is {pattern!r}"
+            raise ModelNotFound(f"{repo_id}: {what}; its files are {', '.join(listing.sizes)}")
+        names += matching
+    paths = [hub.fetch_file(hub_id, listing, name, local_dir=local_dir, cache_dir=cache_dir) for name in names]
+    return paths[0]
