@@ -7,6 +7,7 @@ removing and shifting positions is plain array work. `forward` is the whole of a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,8 +42,7 @@ class NumpyModel:
 
     def feed(self, tokens: Sequence[int], *, decode: bool | Sequence[bool] | np.ndarray = False) -> np.ndarray:
         """Append tokens, each in its phase; logits (n, n_vocab)."""
-        start = self.positions[-1] + 1 if len(self.positions) else 0
-        pos = np.arange(start, start + len(tokens))
+        pos = np.arange(self.next_position, self.next_position + len(tokens))
         phase = np.broadcast_to(np.asarray(decode, bool), pos.shape)
         self.positions = np.concatenate([self.positions, pos])
         x = self.weights["token_embd.weight"][list(tokens)]
@@ -52,6 +52,16 @@ class NumpyModel:
             h = _rms_norm(x, layer["ffn_norm.weight"], self.shape.norm_eps)
             x = x + (_moe(h, layer, self.shape) if "ffn_gate_inp.weight" in layer else _mlp(h, layer))
         return _rms_norm(x, self.weights["output_norm.weight"], self.shape.norm_eps) @ self.weights["output.weight"].T
+
+    @property
+    def next_position(self) -> int:
+        return int(self.positions[-1]) + 1 if len(self.positions) else 0
+
+    def copy(self) -> NumpyModel:
+        """The same weights, the same past, futures apart."""
+        other = copy.copy(self)
+        other.keys, other.values = list(self.keys), list(self.values)
+        return other
 
     def remove(self, p0: int, p1: int) -> None:
         """Forget positions p0 <= p < p1."""
