@@ -154,14 +154,38 @@ def _build_folder() -> Iterator[Path]:
     """
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     folder = Path(os.path.realpath(tempfile.gettempdir()), f"swaa-build-{user}")
+    with contextlib.ExitStack() as held:
+        if not _claim(folder, held):
+            folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _claim(folder: Path, held: contextlib.ExitStack) -> bool:
+    """Make the folder, or empty what a killed build left in it; False where it is in use or somebody else's.
+
+    The claim is a lock that dies with the process.
+    """
     try:
+        import fcntl
+    except ImportError:
+        return False
+    with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    except FileExistsError:
-        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        held.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours, there = os.fstat(handle), folder.stat()
+        if ours.st_uid != os.getuid() or (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
+            return False
+        for left in folder.iterdir():
+            shutil.rmtree(left)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

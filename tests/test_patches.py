@@ -421,3 +421,30 @@ def test_pip_shows_the_sentence(project: Project, tmp_path: Path) -> None:
 
 def test_no_sdist_is_made(project: Project) -> None:
     assert "build a wheel" in one_sentence(project.hook("build_sdist"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the lock is POSIX")
+def test_builds_share_a_folder_in_turn_and_never_at_once(project: Project, tmp_path: Path) -> None:
+    program = """
+import os, sys, build_backend
+with build_backend._build_folder() as one:
+    (one / "tree").mkdir()
+    with build_backend._build_folder() as other:
+        print(one.name, other.name, flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), 9)
+"""
+
+    def build(end: str) -> list[str]:
+        run = subprocess.run(
+            [sys.executable, "-c", program, end],
+            env=project.environment(TMPDIR=str(tmp_path), PYTHONPATH=str(project.patches)),
+            capture_output=True,
+            text=True,
+        )
+        return run.stdout.split() or run.stderr.split()
+
+    first = [build("done")[0], build("killed")[0], build("done")[0]]
+    assert first == [f"swaa-build-{os.getuid()}"] * 3
+    assert build("done")[1] != first[0]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(first[0])]
