@@ -59,13 +59,16 @@ class ChatOptions:
 def chat(options: ChatOptions) -> int:
     """Run a chat and return the exit code: 0, or 130 if Ctrl-C stopped the only answer. Raises `SWAAError`."""
     terminal = Terminal(show_thinking=not options.settings.hide_thinking)
-    interactive = options.message is None and sys.stdin.isatty()
+    interactive = options.message is None and sys.stdin is not None and sys.stdin.isatty()
     documents = [read_document(path) for path in options.files]
     message = options.message
     if not interactive and message is None:
         if "-" in options.files:
             raise ChatError("standard input is the document, so the question must come with -p")
-        message = decode_document("standard input", sys.stdin.buffer.read()).text.strip()
+        data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        if not data.strip():
+            raise ChatError("no question: standard input is empty; ask with -p TEXT")
+        message = decode_document("standard input", data).text.strip()
     session = _open_session(options, terminal)
     try:
         if not interactive and options.message is not None and "-" not in options.files:

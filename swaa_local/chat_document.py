@@ -37,6 +37,8 @@ def read_document(path: str) -> Document:
     UTF-8, or UTF-16/32 with a byte order mark. Raises `DocumentError` for anything else: nothing is guessed or lost.
     """
     if path == "-":
+        if sys.stdin is None:
+            raise DocumentError("standard input is closed")
         return decode_document("stdin", sys.stdin.buffer.read())
     file = Path(path).expanduser()
     try:

@@ -54,12 +54,9 @@ class ChatTemplate:
         self.has_thinking_switch = re.search(r"\benable_thinking\b|\bif (not )?thinking\b", self.source) is not None
         bos, eos = llm.token_bos(), llm.token_eos()
         text = llm._model.token_get_text
-        try:
-            self._formatter = Jinja2ChatFormatter(
-                self.source, eos_token=text(eos) if eos >= 0 else "", bos_token=text(bos) if bos >= 0 else ""
-            )
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the model's chat template is broken: {error}") from error
+        self._formatter = Jinja2ChatFormatter(
+            self.source, eos_token=text(eos) if eos >= 0 else "", bos_token=text(bos) if bos >= 0 else ""
+        )
 
     def prompt(self, llm: Llama, messages: Sequence[dict[str, Any]], *, think: bool | None = None) -> Prompt:
         """Render and tokenize. `think` None leaves the choice to the template. Raises `TemplateError`.

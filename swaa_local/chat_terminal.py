@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # What a text must not do to a terminal: everything below a space but tab and newline, DEL, and C1.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
+_LONG_PROMPT = 64  # tokens
+
 
 class Terminal:
     """Writes for one chat. show_thinking may change between replies."""
@@ -38,7 +40,7 @@ class Terminal:
             sys.stdout.reconfigure(
                 errors="replace"
             )  # an answer in a terminal without Unicode loses letters, not itself
-        self._plain = sys.stdout.isatty()
+        self._to_terminal = sys.stdout.isatty()
 
     def note(self, text: str) -> None:
         """A line beside the conversation."""
@@ -56,12 +58,12 @@ class Terminal:
     # Progress of a prefill, as `Llama.on_prefill` takes it.
 
     def on_prefill(self, done: int, total: int) -> None:
-        """Show a bar for a prompt that takes more than one step; it goes away when the prompt is read."""
+        """Show a bar for a prompt that may take a while; it goes away when the prompt is read."""
         if done >= total:
             self.end_progress()
             return
         if self._progress is None:
-            if done > 0 or not self.console.is_terminal:
+            if total < _LONG_PROMPT or not self.console.is_terminal:
                 return
             self._progress = Progress(
                 TextColumn("[dim]reading"),
@@ -86,35 +88,37 @@ class Terminal:
 
     def reply(self, pieces: Iterable[Piece]) -> None:
         """Print a reply as it comes; the line is ended whatever happens."""
-        answered = thought = 0
-        end_of_line = "\n"
+        visible = self.show_thinking and self.console.is_terminal
+        last = Piece("\n")
+        spinner = self.console.status(Text("thinking", style="dim"), spinner_style="dim")
         try:
             for piece in pieces:
                 self.end_progress()
-                if piece.thinking:
-                    thought += 1
-                    if self.show_thinking and self.console.is_terminal:
-                        self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
-                    continue
-                if not answered and thought and self.show_thinking and self.console.is_terminal:
-                    self.console.print("\n")
-                answered += 1
-                end_of_line = piece.text[-1:]
-                sys.stdout.write(self._clean(piece.text))
-                sys.stdout.flush()
+                if not piece.thinking:
+                    spinner.stop()
+                    if last.thinking and visible:
+                        self.console.print("\n")
+                    sys.stdout.write(self._clean(piece.text))
+                    sys.stdout.flush()
+                elif visible:
+                    self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
+                elif self.console.is_terminal:
+                    spinner.start()
+                last = piece
         finally:
             self.end_progress()
-            if answered and end_of_line != "\n":
+            spinner.stop()
+            if last.thinking and visible:
+                self.console.print()
+            elif not last.thinking and not last.text.endswith("\n"):
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-            elif thought and not answered and self.show_thinking and self.console.is_terminal:
-                self.console.print()
 
     def figures(self, stats: RunStats, kv_bytes: int) -> None:
         self.note(describe(stats, kv_bytes))
 
     def _clean(self, text: str) -> str:
-        return _CONTROLS.sub("", text) if self._plain else text
+        return _CONTROLS.sub("", text) if self._to_terminal else text
 
 
 def describe(stats: RunStats, kv_bytes: int) -> str:

@@ -37,7 +37,7 @@ class ThinkingSplitter:
     """Feed it text as it comes; it gives back pieces without the marks.
 
     A thought is one at the start of a reply only. Blank space around the thought and before the answer is dropped. Text
-    that may be the beginning of a mark is held back until it is clear.
+    that may belong to either is held back until it is clear.
 
     closing: the mark that ends a thought begun by the prompt.
     """
@@ -67,9 +67,10 @@ class ThinkingSplitter:
         if self._closing is not None:
             thought, mark, rest = self._held.partition(self._closing)
             if not mark:
-                keep = _overlap(thought, self._closing)
-                self._held = thought[len(thought) - keep :]
-                yield from self._emit(thought[: len(thought) - keep], thinking=True)
+                # Blank space is held back too: it may be the last before the mark.
+                clear = thought[: len(thought) - _overlap(thought, self._closing)].rstrip()
+                self._held = thought[len(clear) :]
+                yield from self._emit(clear, thinking=True)
                 return
             yield from self._emit(thought.rstrip(), thinking=True)
             self._closing, self._held, self._blank = None, rest, True

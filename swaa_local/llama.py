@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as _c
@@ -105,6 +106,8 @@ class Llama(llama_cpp.Llama):
                 raise
             except (ValueError, RuntimeError) as error:
                 raise ModelLoadError(f"{model_path}: {log.reason}" if log.reason else str(error)) from error
+            except jinja2.TemplateError as error:  # upstream compiles the GGUF's chat templates
+                raise ModelLoadError(f"{model_path}: the chat template is broken: {error}") from error
         self._model.__dict__.pop("n_ctx_train", None)
         # llama.cpp rounds a context up, upstream's buffers don't follow.
         if len(self.input_ids) < self._n_ctx:
