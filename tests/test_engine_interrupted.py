@@ -1,4 +1,4 @@
-"""After what goes wrong in the middle: aborted calls, a full context, holes in the past. Nothing wrong is left behind."""
+"""After what goes wrong in the middle: aborted calls, a full context, holes in the past. Nothing wrong stays."""
 
 from __future__ import annotations
 

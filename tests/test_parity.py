@@ -16,10 +16,11 @@ import pytest
 from masks import Sched
 from tiny import ALWAYS, FULL, PREFILL
 
-pytest.importorskip("torch", reason="PyTorch is not installed, so nothing is compared with transformers")
-pytest.importorskip("transformers", reason="transformers is not installed, so nothing is compared with it")
+for module in ("torch", "transformers", "sentencepiece"):
+    pytest.importorskip(module, reason=f"{module} is not installed, so nothing is compared with transformers")
 
 from engine import worst_ratio
+from program import succeeds
 from reference import TransformersModel
 from tiny_hf import KINDS, N_LAYER, convert_all, write_checkpoint
 
@@ -100,10 +101,11 @@ class Subject:
         model = self.transformer
         return {name: model.logits(self.tokens, schedule(config), PROMPT) for name, config in CONFIGS.items()}
 
-    def run(self, config: str, split: tuple[int, int], cache: Cache) -> np.ndarray:
+    def run(self, config: str | None, split: tuple[int, int], cache: Cache, gguf: Path | None = None) -> np.ndarray:
+        """Logits of the engine; config None: the schedule that the file holds."""
         llm = Llama(
-            str(self.gguf),
-            swaa=CONFIGS[config],
+            str(gguf or self.gguf),
+            swaa=None if config is None else CONFIGS[config],
             n_ctx=512,
             n_batch=split[0],
             n_ubatch=split[1],
@@ -171,3 +173,13 @@ def test_parity(subjects, request, kind, config, split, cache):
         request.config.parity_figures.append((worst, cache, kind, config, split))
         assert worst < tolerance
         assert all(worst_ratio(got, references[name]) > 10 * worst for name in others)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("qwen3", []), ("qwen3-moe", ["--pre-tokenizer", "qwen2"])])
+def test_parity_of_what_convert_makes(subjects, tmp_path, kind, options):
+    """The command on a checkpoint, with the schedule in the file; SentencePiece and BPE."""
+    subject, gguf = subjects[kind], tmp_path / "out.gguf"
+    schedule_options = ["--window", "24", "--sinks", "4", "--full-layers", "1::2", "--fa-decode"]
+    succeeds("convert", subject.checkpoint, "-o", gguf, "--outtype", "f32", *schedule_options, *options)
+    got = subject.run(None, (64, 16), CACHES["f32"], gguf)
+    assert worst_ratio(got, subject.references["full layers 1::2, FA decode"]) < 1e-3
