@@ -13,17 +13,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swaa_local.chat_commands import describe_schedule
 from swaa_local.chat_document import Document, decode_document, read_document
 from swaa_local.chat_repl import converse, say_reply, too_long
 from swaa_local.chat_session import ChatError, Session, Settings
 from swaa_local.chat_terminal import Terminal
+from swaa_local.engine_options import EngineOptions
 from swaa_local.errors import PromptTooLong
 from swaa_local.gguf_meta import read_model_info
 from swaa_local.llama import Llama
-from swaa_local.memory import kv_type_id
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
 
@@ -45,15 +44,7 @@ class ChatOptions:
     message: str | None = None
     files: Sequence[str] = ()
     n_ctx: int | None = None
-    n_gpu_layers: int = 0
-    n_threads: int | None = None
-    n_threads_batch: int | None = None
-    n_batch: int | None = None
-    n_ubatch: int | None = None
-    flash_attn: bool | None = None
-    type_k: str | None = None
-    type_v: str | None = None
-    verbose: bool = False
+    engine: EngineOptions = EngineOptions()  # noqa: RUF009 frozen
 
 
 def chat(options: ChatOptions) -> int:
@@ -95,24 +86,11 @@ def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
 def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     path = find_gguf(options.model)
     swaa = options.schedule.config(read_model_info(path).n_layer) or None  # --no-swaa is `full` below
-    arguments: dict[str, Any] = {
-        "n_ctx": options.n_ctx,
-        "n_gpu_layers": options.n_gpu_layers,
-        "n_threads": options.n_threads,
-        "n_threads_batch": options.n_threads_batch or options.n_threads,
-        "n_batch": options.n_batch,
-        "flash_attn": options.flash_attn,
-        "type_k": None if options.type_k is None else kv_type_id(options.type_k),
-        "type_v": None if options.type_v is None else kv_type_id(options.type_v),
-        "verbose": options.verbose,
-    }
-    if options.n_ubatch is not None:
-        arguments["n_ubatch"] = options.n_ubatch
 
     def open_llm(full: bool) -> Llama:
         with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
             warnings.simplefilter("always")
-            llm = Llama(str(path), swaa=False if full else swaa, **arguments)
+            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=options.n_ctx, **options.engine.arguments())
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", "pass -c"))
         return llm

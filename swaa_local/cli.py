@@ -16,6 +16,7 @@ import click
 
 from swaa_local import __version__
 from swaa_local.config import KV_TYPES, PRESETS, SWAAError
+from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, schedule_options
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -199,10 +200,6 @@ def convert_command(
 convert_command.help = (convert_command.help or "").format(presets="\n    ".join(PRESETS))
 
 
-_KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
-_COUNT = click.IntRange(1)
-
-
 @main.command("chat", short_help="Talk to a model about long texts.")
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
@@ -223,31 +220,15 @@ _COUNT = click.IntRange(1)
 @click.option(
     "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), help="Context in tokens [the model's, or what fits]."
 )
-@click.option(
-    "-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [all]."
-)
-@click.option("-t", "--threads", "n_threads", type=_COUNT, help="Threads [half the CPUs to write, all to read].")
-@click.option("-tb", "--threads-batch", "n_threads_batch", type=_COUNT, help="Threads to read the prompt [-t].")
-@click.option("-b", "--batch-size", "n_batch", type=_COUNT, help="Tokens of a batch [2048].")
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=_COUNT, help="Tokens of a part of a batch [512].")
-@click.option(
-    "-fa",
-    "--flash-attn",
-    type=click.Choice(["on", "off", "auto"]),
-    default="auto",
-    help="Flash attention; auto is on where it is faster [auto].",
-)
-@click.option("-ctk", "--cache-type-k", "type_k", type=_KV_TYPE, help="Type of the cached keys [f16].")
-@click.option("-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16].")
+@engine_options
 @schedule_options
-@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log.")
 def chat_command(
     model: str | None,
     model_option: str | None,
     system: str | None,
     think: bool | None,
     hide_thinking: bool,
-    flash_attn: str,
+    engine: EngineOptions,
     schedule: ScheduleOptions,
     **options: Any,
 ) -> int:
@@ -279,7 +260,6 @@ def chat_command(
     sampling = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed")
     given = {name: value for name in sampling if (value := options.pop(name)) is not None}
     settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
-    fa = {"on": True, "off": False, "auto": None}[flash_attn]
     return chat(
-        ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), flash_attn=fa, **options)
+        ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)
     )
