@@ -17,7 +17,7 @@ import click
 from swaa_local import __version__
 from swaa_local.config import KV_TYPES, PRESETS, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
-from swaa_local.options import ScheduleOptions, schedule_options
+from swaa_local.options import ScheduleOptions, Tokens, schedule_options
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -83,10 +83,8 @@ def main() -> None:
 
 @main.command("inspect", short_help="Show a schedule, and what it costs and saves.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-c", "--ctx-size", "n_ctx", type=click.IntRange(1), help="Context in tokens [the model's, at most 32768]."
-)
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True)
+@click.option("-c", "--ctx-size", "n_ctx", type=Tokens(1), help="Context in tokens [the model's, at most 32768].")
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=Tokens(1), default=512, show_default=True)
 @click.option(
     "-ctk", "--cache-type-k", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True
 )

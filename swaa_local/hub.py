@@ -5,6 +5,8 @@ Downloads, resuming, caching and tokens (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from swaa_local.units import format_bytes
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+_RESUMABLE_BYTES = 10_000_000
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -145,19 +148,23 @@ def _one_gguf(hub_id: HubId, names: list[str], ggufs: list[str]) -> tuple[str, t
 def fetch(model: HubModel) -> Path:
     """Download what is missing and return the GGUF, or the checkpoint's directory, in the cache.
 
-    An interrupted download is taken up where it stopped. Progress bars are huggingface-hub's, on a terminal only.
+    An interrupted download of a large file is taken up where it stopped. Progress bars are huggingface-hub's, on a
+    terminal only.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     hub_id = model.listing.hub_id
     if not sys.stderr.isatty():
         disable_progress_bars()
+    if model.gguf is not None:
+        return fetch_file(hub_id, model.listing, model.gguf)
     if model.listing.cached_at is not None:
-        return model.listing.cached_at / (model.gguf or "")
+        return model.listing.cached_at
     with _hub_errors(hub_id):
-        if model.gguf is not None:
-            return Path(hf_hub_download(hub_id.repo, model.gguf, revision=hub_id.revision))
+        for name in model.files:
+            if (model.listing.sizes[name] or 0) >= _RESUMABLE_BYTES:
+                _fetch_resumably(hub_id, name)
         patterns = [re.sub(r"([\[*?])", r"[\1]", name) for name in model.files]
         return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=patterns))
 
@@ -170,15 +177,66 @@ def fetch_file(
     local_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """One file of a repository, in the cache or under `local_dir`."""
+    """One file of a repository, in the cache or under `local_dir`; in the cache an interrupted download is resumed."""
     from huggingface_hub import hf_hub_download
 
     if listing.cached_at is not None and local_dir is None:
         return listing.cached_at / name
     with _hub_errors(hub_id):
+        if local_dir is None and cache_dir is None and (listing.sizes.get(name) or 0) >= _RESUMABLE_BYTES:
+            _fetch_resumably(hub_id, name)
         return Path(
             hf_hub_download(hub_id.repo, name, revision=hub_id.revision, local_dir=local_dir, cache_dir=cache_dir)
         )
+
+
+def _fetch_resumably(hub_id: HubId, name: str) -> None:
+    """Put a file's content where huggingface-hub's cache will find it, through a part file that survives Ctrl-C.
+
+    huggingface-hub itself resumes within one process only: since 2.x it throws its part file away at the end.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if isinstance(try_to_load_from_cache(hub_id.repo, name, revision=hub_id.revision), str):
+        return
+    url = hf_hub_url(hub_id.repo, name, revision=hub_id.revision)
+    about = get_hf_file_metadata(url)
+    limit = getattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 50_000_000_000)
+    if about.etag is None or about.size is None or about.size > limit:
+        return  # not to be had by plain HTTP; huggingface-hub knows other ways
+    blob = cache_folder(hub_id) / "blobs" / about.etag
+    if blob.exists():
+        return
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(f"{about.etag}.swaa-local.incomplete")
+    try:
+        with FileLock(f"{part}.lock", timeout=0):
+            with open(part, "ab") as file:
+                done = file.tell()
+                if done < about.size:
+                    http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=about.size)
+            _check_content(part, about.etag, about.size, f"{hub_id.repo}:{name}")
+            os.replace(part, blob)
+    except Timeout:
+        raise HubError(f"{hub_id.repo}:{name} is being downloaded by another process; wait for it") from None
+    Path(f"{part}.lock").unlink(missing_ok=True)
+
+
+def _check_content(path: Path, etag: str, size: int, what: str) -> None:
+    """A part file that was taken up again must be the whole file; the etag of a large file is its SHA-256."""
+    is_whole = path.stat().st_size == size
+    if is_whole and re.fullmatch(r"[0-9a-f]{64}", etag):
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        is_whole = digest.hexdigest() == etag
+    if not is_whole:
+        path.unlink()
+        raise HubError(f"the download of {what} is damaged and was thrown away; start it again")
 
 
 def fetch_small_file(hub_id: HubId, listing: HubListing, name: str) -> bytes:

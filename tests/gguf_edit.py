@@ -41,6 +41,27 @@ SWAA: dict[str, Typed] = {
 }
 
 
+# One value of every type.
+ODD_VALUES: dict[str, Typed] = {
+    "x.u8": Typed(200, T.UINT8),
+    "x.i8": Typed(-3, T.INT8),
+    "x.u16": Typed(60000, T.UINT16),
+    "x.i16": Typed(-300, T.INT16),
+    "x.i32": Typed(-70000, T.INT32),
+    "x.u64": Typed(2**63, T.UINT64),
+    "x.i64": Typed(-(2**40), T.INT64),
+    "x.f32": Typed(0.5, T.FLOAT32),
+    "x.f64": Typed(0.1, T.FLOAT64),
+    "x.bool": Typed(True, T.BOOL),
+    "x.text": Typed("grüße 你好", T.STRING),
+    "x.texts": Typed(["", "a", "你好"], T.ARRAY, T.STRING),
+    "x.floats": Typed([0.5, -1.0], T.ARRAY, T.FLOAT32),
+    "x.bools": Typed([True, False], T.ARRAY, T.BOOL),
+    "x.empty": Typed([], T.ARRAY, T.INT32),
+    "x.no_texts": Typed([], T.ARRAY, T.STRING),
+}
+
+
 def write_header_model(path: Path, keys: Mapping[str, Typed | None], arch: str = "qwen3", n_layer: int = 4) -> Path:
     """A model's metadata with one small tensor. `keys` add to the basic ones or, with None, take one away."""
     base: dict[str, Typed | None] = {

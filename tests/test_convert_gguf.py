@@ -14,9 +14,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_edit import SWAA, Typed, i32s, u32, write_header_model
+from gguf_edit import ODD_VALUES, SWAA, Typed, i32s, u32, write_header_model
 from program import environment, fails, interrupt, run, succeeds
-from test_gguf_meta import ODD_VALUES
 from tiny import ScheduleKeys, write_tiny_gguf
 
 from swaa_local import gguf_meta, plan
@@ -290,6 +289,13 @@ def test_quantizing_is_what_llama_cpp_does(tmp_path, tiny_model):
             assert np.array_equal(tensor.data, expected), tensor.name
         else:
             assert np.array_equal(tensor.data, original[tensor.name].data)
+
+
+def test_what_the_quantizer_would_damage_is_refused(tmp_path):
+    """llama.cpp's quantizer pads to 32 bytes whatever the file says, so its output could not be loaded."""
+    source = write_header_model(tmp_path / "m.gguf", {"general.alignment": u32(64)})
+    message = fails("convert", source, "-o", tmp_path / "o.gguf", "--outtype", "q8_0")
+    assert "has 64-byte alignment, which llama.cpp's quantizer cannot write" in message
 
 
 def test_quantizing_again_has_to_be_allowed(tmp_path, tiny_model):

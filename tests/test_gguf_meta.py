@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from gguf_edit import SWAA, Typed, i32s, patch_bytes, set_version, u32, write_header_model
+from gguf_edit import ODD_VALUES, SWAA, Typed, i32s, patch_bytes, set_version, u32, write_header_model
 from tiny import write_tiny_gguf
 
 from swaa_local.config import MAX_TOKENS, LayerMode, Schedule
@@ -149,26 +149,6 @@ def test_architectures_a_schedule_cannot_apply_to(tmp_path, arch, keys, reason):
 def test_unsupported_reason_reads_metadata_not_yet_written():
     keys = {"jamba.ssm.conv_kernel": 4}
     assert "recurrent" in (unsupported_reason("jamba", keys, keys.get) or "")
-
-
-ODD_VALUES = {
-    "x.u8": Typed(200, T.UINT8),
-    "x.i8": Typed(-3, T.INT8),
-    "x.u16": Typed(60000, T.UINT16),
-    "x.i16": Typed(-300, T.INT16),
-    "x.i32": Typed(-70000, T.INT32),
-    "x.u64": Typed(2**63, T.UINT64),
-    "x.i64": Typed(-(2**40), T.INT64),
-    "x.f32": Typed(0.5, T.FLOAT32),
-    "x.f64": Typed(0.1, T.FLOAT64),
-    "x.bool": Typed(True, T.BOOL),
-    "x.text": Typed("grüße 你好", T.STRING),
-    "x.texts": Typed(["", "a", "你好"], T.ARRAY, T.STRING),
-    "x.floats": Typed([0.5, -1.0], T.ARRAY, T.FLOAT32),
-    "x.bools": Typed([True, False], T.ARRAY, T.BOOL),
-    "x.empty": Typed([], T.ARRAY, T.INT32),
-    "x.no_texts": Typed([], T.ARRAY, T.STRING),
-}
 
 
 def test_nested_arrays_are_read(tmp_path):
