@@ -210,10 +210,13 @@ def _fetch_resumably(hub_id: HubId, name: str) -> None:
     blob = cache_folder(hub_id) / "blobs" / about.etag
     if blob.exists():
         return
-    blob.parent.mkdir(parents=True, exist_ok=True)
+    # huggingface-hub's own lock of this file, so that its downloads keep out too.
+    lock = Path(constants.HF_HUB_CACHE, ".locks", blob.parent.parent.name, f"{about.etag}.lock")
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     part = blob.with_name(f"{about.etag}.swaa-local.incomplete")
     try:
-        with FileLock(f"{part}.lock", timeout=0):
+        with FileLock(lock, timeout=0):
             with open(part, "ab") as file:
                 done = file.tell()
                 if done < about.size:
@@ -222,7 +225,6 @@ def _fetch_resumably(hub_id: HubId, name: str) -> None:
             os.replace(part, blob)
     except Timeout:
         raise HubError(f"{hub_id.repo}:{name} is being downloaded by another process; wait for it") from None
-    Path(f"{part}.lock").unlink(missing_ok=True)
 
 
 def _check_content(path: Path, etag: str, size: int, what: str) -> None:
