@@ -196,6 +196,17 @@ def check_pre_tokenizer(name: str) -> None:
         raise SWAAError(f"unknown --pre-tokenizer {name!r}; known are {', '.join(names)}")
 
 
+def unsupported_by_settings(directory: Path) -> str | None:
+    """Why no schedule can apply to a checkpoint, from its config.json alone; None if that does not tell."""
+    request = {"converter": os.fspath(converter_path()), "checkpoint": os.fspath(directory)}
+    try:
+        events = run_child("swaa_local.hf_runner", request, what="upstream's converter")
+    except ChildError:
+        # Some settings cannot be read without the weights; the conversion itself will judge.
+        return None
+    return next((event["unsupported"] for event in events if "unsupported" in event), None)
+
+
 def convert_checkpoint(
     checkpoint: Path,
     target: Path,

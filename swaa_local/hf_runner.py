@@ -30,7 +30,10 @@ class _LastError(logging.Handler):
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
-    """Convert. Events: `writing` with what is being written, `note`, and at a failure `error`."""
+    """Convert. Events: `writing` with what is being written, `note`, and at a failure `error`.
+
+    A request without a target only asks what the model's settings tell: `unsupported`, if no schedule can apply.
+    """
     converter = Path(request["converter"])
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
     os.environ["TQDM_DISABLE"] = "1"
@@ -38,6 +41,9 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
     logging.getLogger().addHandler(last_error)
     logging.getLogger().addHandler(logging.StreamHandler())
     logging.getLogger().setLevel(logging.INFO)
+    if "target" not in request:
+        _judge_settings(Path(request["checkpoint"]), emit)
+        return
     try:
         _wrap_pre_tokenizer(request.get("pre_tokenizer"), emit)
         _wrap_writer(request.get("schedule"), emit)
@@ -61,6 +67,21 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
         traceback.print_exc()
         emit(error=f"upstream's converter stopped: {type(error).__name__}: {error}")
         raise SystemExit(1) from None
+
+
+def _judge_settings(directory: Path, emit: Callable[..., None]) -> None:
+    import gguf
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+    from swaa_local.gguf_meta import unsupported_reason
+
+    hparams = ModelBase.load_hparams(directory, False)
+    model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+    model = model_class(directory, gguf.LlamaFileType.MOSTLY_F16, directory / "unused.gguf")
+    model.set_gguf_parameters()
+    keys = {key: entry.value for key, entry in model.gguf_writer.kv_data[0].items()}
+    if reason := unsupported_reason(model.gguf_writer.arch, keys, keys.get):
+        emit(unsupported=reason)
 
 
 def _wrap_pre_tokenizer(name: str | None, emit: Callable[..., None]) -> None:

@@ -241,18 +241,14 @@ def _check_content(path: Path, etag: str, size: int, what: str) -> None:
         raise HubError(f"the download of {what} is damaged and was thrown away; start it again")
 
 
-def fetch_small_file(hub_id: HubId, listing: HubListing, name: str) -> bytes:
-    """A small file, such as config.json, through the cache."""
-    from huggingface_hub import hf_hub_download
+def fetch_small_file(hub_id: HubId, listing: HubListing, name: str) -> Path:
+    """A small file, such as config.json, in the cache; without a progress bar."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if listing.cached_at is not None:
-        return (listing.cached_at / name).read_bytes()
     were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        with _hub_errors(hub_id):
-            return Path(hf_hub_download(hub_id.repo, name, revision=hub_id.revision)).read_bytes()
+        return fetch_file(hub_id, listing, name)
     finally:
         if not were_disabled:
             enable_progress_bars()

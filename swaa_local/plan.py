@@ -202,15 +202,13 @@ def _plan_hub(request: Request, out_type: OutType | None) -> Plan:
     if listing.cached_at is not None:
         notes = (f"the hub cannot be asked; using {listing.cached_at}",)
     if model.gguf is None:
-        config = hf.parse_config(hub.fetch_small_file(hub_id, listing, "config.json"), f"{hub_id} config.json")
+        config_file = hub.fetch_small_file(hub_id, listing, "config.json")
+        config = hf.parse_config(config_file.read_bytes(), f"{hub_id} config.json")
         weights = sum(listing.sizes[n] or 0 for n in model.files if n.endswith((".safetensors", ".bin")))
-        plan = _plan_checkpoint(
-            request,
-            Checkpoint(
-                None, str(hub_id), hf.architecture_of(config, str(hub_id)), hf.n_layer_of(config), None, weights
-            ),
-            out_type,
-        )
+        architecture, n_layer = hf.architecture_of(config, str(hub_id)), hf.n_layer_of(config)
+        plan = _plan_checkpoint(request, Checkpoint(None, str(hub_id), architecture, n_layer, None, weights), out_type)
+        if plan.schedule is not None and (reason := hf.unsupported_by_settings(config_file.parent)):
+            raise ConvertError(f"no schedule can apply: {reason}")
     else:
         if request.schedule is None and out_type is None:
             raise _nothing_to_do(str(hub_id))

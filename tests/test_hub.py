@@ -172,6 +172,26 @@ def test_an_unreachable_hub_is_one_line(env, tmp_path):
     assert "Connection refused" in message
 
 
+def test_an_architecture_is_refused_before_its_weights_are_downloaded(hub, env, tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed, so no checkpoint is converted")
+    pytest.importorskip("transformers", reason="transformers is not installed, so no checkpoint is converted")
+    config = {
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    }
+    hub.repos["org/own-window"] = {"config.json": json.dumps(config).encode(), "model.safetensors": bytes(1000)}
+    message = fails("convert", "org/own-window", "-o", tmp_path / "o.gguf", *OPTIONS, **env)
+    assert "no schedule can apply: architecture 'olmo2' has a sliding window of its own (4096 tokens)" in message
+    assert [name for name, _ in hub.bodies()] == ["config.json"]
+
+
 def test_a_checkpoint_is_downloaded_and_converted(hub, env, tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed, so no checkpoint is converted")
     pytest.importorskip("transformers", reason="transformers is not installed, so no checkpoint is converted")
