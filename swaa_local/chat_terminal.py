@@ -94,9 +94,10 @@ class Terminal:
         try:
             for piece in pieces:
                 self.end_progress()
+                before, last = last, piece
                 if not piece.thinking:
                     spinner.stop()
-                    if last.thinking and visible:
+                    if before.thinking and visible:
                         self.console.print("\n")
                     sys.stdout.write(self._clean(piece.text))
                     sys.stdout.flush()
@@ -104,7 +105,6 @@ class Terminal:
                     self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
                 elif self.console.is_terminal:
                     spinner.start()
-                last = piece
         finally:
             self.end_progress()
             spinner.stop()

@@ -1,4 +1,4 @@
-"""Ctrl-C while llama.cpp computes: the computation stops early, and Python hears of it only after the bookkeeping.
+"""Ctrl-C while llama.cpp works: the work stops early where it can, and Python hears of it only after the bookkeeping.
 
 Knows signals and llama.cpp's abort callback; nothing of tokens.
 """
@@ -14,30 +14,34 @@ from llama_cpp import llama_cpp as _c
 
 
 class Shield:
-    """Context manager around `llama_decode` and what must follow it undisturbed.
+    """Context manager around calls of llama.cpp and what must follow them undisturbed.
 
-    A SIGINT inside the block reaches the program's handler when the block is left. If that is Python's own, which
-    raises KeyboardInterrupt, a running `llama_decode` also returns 2 ("aborted") between two nodes of its graph, where
-    the backend supports that (CPU does). In a thread other than the main one, and where Python does not handle SIGINT,
-    the block runs as if there were no shield.
+    A SIGINT inside the block reaches the program's handler when the block is left. Without this it would be raised in
+    whichever callback llama.cpp calls next, its log for one, and be lost there. In a thread other than the main one,
+    and where Python does not handle SIGINT, the block runs as if there were no shield.
 
-    abortable: allow the abort. Costs a Python call a graph node: for prefill, not for one token.
+    abort: a `llama_context_p` whose running `llama_decode` is to return 2 ("aborted") between two nodes of its graph,
+    where the backend supports that (CPU does). It costs a Python call a node: for prefill, not for one token.
     """
 
-    def __init__(self, ctx: Any, *, abortable: bool) -> None:
-        self._ctx = ctx
-        self._abortable = abortable
+    def __init__(self, abort: Any = None) -> None:
+        self._ctx = abort
         self._previous: Any = None
         self._received: tuple[int, FrameType | None] | None = None
         self._callback: Any = None
+
+    @property
+    def raises(self) -> bool:
+        """True if leaving the block will raise KeyboardInterrupt, so that the work may be given up."""
+        return self._received is not None and self._previous is signal.default_int_handler
 
     def __enter__(self) -> Shield:
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not callable(handler):
             return self
         self._previous = signal.signal(signal.SIGINT, self._receive)
-        if self._abortable and handler is signal.default_int_handler:
-            self._callback = _c.ggml_abort_callback(lambda _data: self._received is not None)
+        if self._ctx is not None and handler is signal.default_int_handler:
+            self._callback = _c.ggml_abort_callback(lambda _data: self.raises)
             _c.llama_set_abort_callback(self._ctx, self._callback, None)
         return self
 

@@ -91,7 +91,7 @@ class Llama(llama_cpp.Llama):
         if n_batch is None:
             n_batch = max(DEFAULT_N_BATCH, n_ubatch)
         self._n_ubatch = min(n_batch, n_ubatch)
-        with engine_log.captured(verbose) as log:
+        with Shield() as self._loading, engine_log.captured(verbose) as log:
             try:
                 super().__init__(
                     str(model_path),
@@ -116,6 +116,18 @@ class Llama(llama_cpp.Llama):
         rows = self._n_ctx if self._logits_all else 1
         if self.scores.shape[0] != rows:
             self.scores = np.zeros((rows, self._n_vocab), dtype=np.single)
+
+    # Upstream makes the parameters in its constructor; the progress callback is where loading can be stopped.
+
+    @property
+    def model_params(self) -> Any:
+        return self.__dict__["model_params"]
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        self.__dict__["model_params"] = params
+        loading = self._loading
+        params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not loading.raises)
 
     # Between loading the model and creating the context, upstream assigns `_model`: the moment to set the schedule.
 
@@ -143,7 +155,7 @@ class Llama(llama_cpp.Llama):
         self._swaa = swaa
         self._choose_flash_attn()
         self._ctx.close()  # first, so that there is never memory for two
-        with engine_log.captured(self.verbose) as log:
+        with Shield(), engine_log.captured(self.verbose) as log:
             try:
                 self._ctx = LlamaContext(model=self._model, params=self.context_params, verbose=self.verbose)
                 if self._lora_adapter is not None:
@@ -270,7 +282,7 @@ class Llama(llama_cpp.Llama):
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
         if not (last or self._logits_all or self.context_params.embeddings):
             self._batch.batch.logits[n - 1] = False
-        with Shield(self.ctx, abortable=n > 1):
+        with Shield(abort=self.ctx if n > 1 else None):
             code = _c.llama_decode(self.ctx, self._batch.batch)
             if code == 0:
                 self.input_ids[n_past : n_past + n] = tokens
@@ -354,7 +366,7 @@ class Llama(llama_cpp.Llama):
         if state.n_tokens > self._n_ctx:
             raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self._n_ctx}")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        with engine_log.captured(self.verbose) as log:
+        with Shield(), engine_log.captured(self.verbose) as log:
             read = _c.llama_state_set_data(ctx, data, state.llama_state_size)
         if read != state.llama_state_size:
             self._forget()

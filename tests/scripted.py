@@ -6,6 +6,7 @@ the reply depends on the prompt's last token alone, and stochastic sampling chan
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ CERTAIN = 50.0  # logit
 
 
 def scripted_model(path: Path, script: list[str], **kwargs: Any) -> Path:
-    """A GGUF whose tokens follow each other as in `script`; no token may come twice. Without a successor: <|im_end|>."""
+    """A GGUF whose tokens follow each other as in `script`, where none comes twice; <|im_end|> follows all others."""
     assert len(set(script)) == len(script)
     shape = TinyShape(n_layer=1, n_embd=384)
     weights = {k: v if "norm" in k else np.zeros_like(v) for k, v in tiny_weights(shape).items()}
     weights["output_norm.weight"] = np.ones(shape.n_embd, np.float32)
     n = len(VOCAB)
     weights["token_embd.weight"][:, :n] = np.eye(n)
-    successors = dict(zip(script, script[1:], strict=False))
+    successors = dict(pairwise(script))
     for token in VOCAB:
         follower = VOCAB.index(successors.get(token, "<|im_end|>"))
         weights["output.weight"][follower, VOCAB.index(token)] = CERTAIN / np.sqrt(shape.n_embd)

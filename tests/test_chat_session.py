@@ -63,9 +63,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_documents_are_delimited_and_the_question_is_last():
     message = compose_message("Why?", [Document("a.txt", "one\n"), Document("b.txt", "two")])
-    assert message == (
-        '<document name="a.txt">\none\n</document>\n\n<document name="b.txt">\ntwo\n</document>\n\nWhy?'
-    )
+    assert message == ('<document name="a.txt">\none\n</document>\n\n<document name="b.txt">\ntwo\n</document>\n\nWhy?')
     assert compose_message("Why?", []) == "Why?"
 
 
@@ -343,7 +341,11 @@ def test_a_switch_that_fails_leaves_the_model_usable(load, tiny_model):
 
 
 def test_sampling_recommended_in_the_gguf_is_the_default():
-    metadata = {"general.sampling.temp": "0.6", "general.sampling.top_k": "20", "general.sampling.penalty_repeat": "1.1"}
+    metadata = {
+        "general.sampling.temp": "0.6",
+        "general.sampling.top_k": "20",
+        "general.sampling.penalty_repeat": "1.1",
+    }
     settings = Settings(top_k=7).with_defaults_of(metadata, given=["top_k"])
     assert (settings.temp, settings.top_k, settings.repeat_penalty, settings.top_p) == (0.6, 7, 1.1, 0.95)
 
