@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from swaa_local import __version__
+from swaa_local.cli_eval import eval_command
 from swaa_local.config import KV_TYPES, PRESETS, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, Tokens, schedule_options
@@ -261,3 +262,6 @@ def chat_command(
     return chat(
         ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)
     )
+
+
+main.add_command(eval_command)

@@ -1,0 +1,23 @@
+"""The model that comes with the package: small, made to answer questions about facts in long documents, no more."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from swaa_local.config import SWAAError
+
+NAME = "needle.gguf"
+
+
+class NoBundledModel(SWAAError):
+    """This installation lacks the model."""
+
+
+def bundled_model() -> Path:
+    """The GGUF's path. Raises `NoBundledModel`."""
+    with as_file(files("swaa_local") / "models" / NAME) as path:
+        # Wheels are unpacked on installation, so the path stays valid.
+        if path.is_file():
+            return path
+    raise NoBundledModel(f"this installation has no bundled model (swaa_local/models/{NAME}); name a GGUF file")

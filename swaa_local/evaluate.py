@@ -1,0 +1,331 @@
+"""`swaa-local eval`: the same questions under several schedules of one model, with the time that reading them takes.
+
+Plans the questions, asks them, and keeps every answer in a results file from which a stopped run continues. Tables and
+plots are made of what it returns (`eval_table`, `eval_plot`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swaa_local.config import Schedule, SWAAError
+from swaa_local.engine_options import EngineOptions
+from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
+from swaa_local.eval_watch import SILENT, Cell, Watch
+from swaa_local.gguf_meta import read_model_info, read_schedule
+from swaa_local.scoring import MISS, Metric, Score, score
+from swaa_local.tasks import Question, Task, make_tasks, needs_haystack
+from swaa_local.tasks.datasets import Dataset, read_dataset
+from swaa_local.tasks.essay import read_essay
+from swaa_local.variants import Variant, default_variants, parse_variants
+
+_WARM_UP_TOKENS = 64
+
+
+class EvalError(SWAAError, ValueError):
+    """An evaluation that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate.
+
+    results: the file of all answers; it is continued if it exists. lengths: of prompts with their answers, in tokens.
+    samples: questions of each task and length. variants: see `variants`; None compares what the file allows. dataset:
+    instead of tasks. n_ctx: tokens at most, for datasets; None is the model's own context. skip_long: leave out what
+    does not fit it. think, think_tokens: see `answering`. max_tokens: of an answer, instead of the task's own.
+    """
+
+    model: Path
+    results: Path
+    tasks: Sequence[str] = ("facts",)
+    lengths: Sequence[int] = (4096,)
+    samples: int = 50
+    variants: str | None = None
+    dataset: Path | None = None
+    haystack: Path | None = None
+    n_ctx: int | None = None
+    skip_long: bool = False
+    seed: int = 0
+    think: bool | None = None
+    think_tokens: int = 2048
+    max_tokens: int | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out: the cells of the plan in order, and the records of their questions and answers."""
+
+    model: str
+    variants: tuple[Variant, ...]
+    cells: tuple[Cell, ...]
+    questions: dict[str, QuestionRecord]
+    answers: dict[tuple[str, str], AnswerRecord]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Questions that share a task and a length, and so a context. length: None for a dataset."""
+
+    task: str
+    length: int | None
+    questions: list[QuestionRecord]
+    distractors: list[tuple[str, ...]]
+
+
+def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
+    """Ask what the results file lacks, and return all of it. Raises `SWAAError`; what was answered is in the file."""
+    info = read_model_info(request.model)
+    of_file = read_schedule(request.model)
+    variants = parse_variants(request.variants or default_variants(of_file), info.n_layer, of_file)
+    if any(not variant.schedule.is_full for variant in variants) and info.unsupported:
+        raise EvalError(info.unsupported)
+    source = _Source(request, info.n_ctx_train, watch)
+    with closing(source), EvalLog(request.results, source.config()) as log:
+        for variant in variants:
+            log.add_variant(variant)
+        batches = list(source.batches())
+        for batch in batches:
+            for question in batch.questions:
+                log.add_question(question)
+        cells = [
+            Cell(batch.task, batch.length, variant.name, tuple(question.id for question in batch.questions))
+            for batch in batches
+            for variant in variants
+        ]
+        watch.begin(cells, log)
+        for batch in batches:
+            _run_batch(request, source, batch, variants, log, watch)
+        watch.end()
+        asked = {id for cell in cells for id in cell.questions}
+        return Evaluation(
+            model=request.model.name,
+            variants=tuple(variants),
+            cells=tuple(cells),
+            questions={id: question for id, question in log.questions.items() if id in asked},
+            answers={key: log.answers[key] for cell in cells for key in cell.keys},
+        )
+
+
+class _Source:
+    """Makes the questions. Tokens are counted with the model's vocabulary alone: weights are loaded when needed."""
+
+    def __init__(self, request: EvalRequest, n_ctx_train: int | None, watch: Watch) -> None:
+        from swaa_local.answering import Answerer
+        from swaa_local.llama import Llama
+
+        self._request = request
+        self._watch = watch
+        self._n_ctx_train = n_ctx_train or (1 << 30)
+        self.dataset: Dataset | None = None
+        self.tasks: list[Task] = []
+        if request.dataset is not None:
+            self.dataset = read_dataset(request.dataset)
+        else:
+            essay = None
+            if request.haystack is not None and needs_haystack(request.tasks):
+                essay, _ = read_essay(request.haystack)
+            self.tasks = make_tasks(request.tasks, essay)
+        self._llm = Llama(str(request.model), vocab_only=True, n_ctx=512, **request.engine.arguments())
+        self._answerer = Answerer(self._llm, think=request.think)
+        if self._answerer.template.is_fallback:
+            watch.note("this model has no chat template, so ChatML is used; a base model answers poorly")
+        if request.think is not None and not self._answerer.template.has_thinking_switch:
+            watch.note("this model's chat template has no switch for thinking, so --think changes nothing")
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def config(self) -> dict[str, Any]:
+        """What the answers depend on, and their times. What the prompts depend on shows in the prompts."""
+        import llama_cpp
+
+        request, engine = self._request, self._request.engine
+        return {
+            "model": request.model.name,
+            "model_sha256": _fingerprint(request.model),
+            "seed": request.seed,
+            "think": {None: "auto", True: "on", False: "off"}[request.think],
+            "think_tokens": request.think_tokens,
+            "max_tokens": request.max_tokens,
+            "n_threads": self._llm.n_threads,
+            "n_threads_batch": self._llm.n_threads_batch,
+            "n_batch": engine.n_batch,
+            "n_ubatch": engine.n_ubatch,
+            "n_gpu_layers": engine.n_gpu_layers,
+            "flash_attn": engine.flash_attn,
+            "type_k": engine.type_k,
+            "type_v": engine.type_v,
+            "engine": llama_cpp.__version__,
+        }
+
+    def batches(self) -> Iterator[_Batch]:
+        """All questions, from short to long."""
+        if self.dataset is not None:
+            yield self._from_dataset(self.dataset)
+            return
+        lengths = sorted(set(self._request.lengths))
+        if lengths[-1] > self._n_ctx_train:
+            self._watch.note(
+                f"{lengths[-1]} tokens are more than the {self._n_ctx_train} that the model was trained on"
+            )
+        for length in lengths:
+            for task in self.tasks:
+                with self._watch.making(task.name, length, self._request.samples) as made:
+                    questions = []
+                    for index in range(self._request.samples):
+                        rng = random.Random(f"{self._request.seed}/{task.name}/{length}/{index}")
+                        questions.append(task.make(rng, length, index, self._answerer.count))
+                        made(index + 1)
+                yield self._batch(task.name, length, list(enumerate(questions)))
+
+    def _from_dataset(self, dataset: Dataset) -> _Batch:
+        limit = self._request.n_ctx or self._n_ctx_train
+        chosen: list[tuple[int, Question]] = []
+        n_long = 0
+        wanted = dataset.questions[: None if self._request.skip_long else self._request.samples]
+        with self._watch.making(dataset.name, None, len(wanted)) as made:
+            for index, question in enumerate(wanted):
+                if len(chosen) == self._request.samples:
+                    break
+                needed = self._answerer.count(question.prompt, question.answer_prefix) + self._limit(question)
+                if needed <= limit:
+                    chosen.append((index, question))
+                elif self._request.skip_long:
+                    n_long += 1
+                else:
+                    raise EvalError(
+                        f"question {index + 1} of {dataset.name} needs {needed} tokens with its answer but the context "
+                        f"is {limit}; pass -c {needed}, or --skip-long to leave such questions out"
+                    )
+                made(index + 1)
+        if not chosen:
+            raise EvalError(f"no question of {dataset.name} fits a context of {limit} tokens; pass a larger -c")
+        if n_long:
+            self._watch.note(f"left out {n_long} questions of {dataset.name} that need more than {limit} tokens")
+        if dataset.metric == "contains":
+            self._watch.note(f"{dataset.name}: an answer is right if it contains the reference; no judge reads it")
+        return self._batch(dataset.name, None, chosen)
+
+    def _limit(self, question: Question) -> int:
+        return self._request.max_tokens or question.max_tokens
+
+    def _batch(self, task: str, length: int | None, questions: list[tuple[int, Question]]) -> _Batch:
+        count = self._answerer.count
+        records = []
+        for index, question in questions:
+            after = None
+            if question.needle_at is not None:
+                after = count(question.prompt[question.needle_at :], question.answer_prefix)
+            record = QuestionRecord(
+                id="/".join(str(part) for part in (task, length, index) if part is not None),
+                task=task,
+                length=length,
+                index=index,
+                prompt=question.prompt,
+                answer_prefix=question.answer_prefix,
+                references=question.references,
+                metric=question.metric,
+                max_tokens=self._limit(question),
+                prompt_tokens=count(question.prompt, question.answer_prefix),
+                depth=question.depth,
+                tokens_after=after,
+            )
+            records.append(record)
+        return _Batch(task, length, records, [question.distractors for _, question in questions])
+
+    def n_ctx(self, batch: _Batch) -> int:
+        """Tokens of context: the prompts and their answers, and room for thoughts as far as the model was trained."""
+        needed = max(question.prompt_tokens + question.max_tokens for question in batch.questions)
+        thoughts = self._request.think_tokens if self._answerer.may_think else 0
+        return max(needed, min(needed + thoughts, self._n_ctx_train))
+
+
+def _run_batch(
+    request: EvalRequest, source: _Source, batch: _Batch, variants: Sequence[Variant], log: EvalLog, watch: Watch
+) -> None:
+    from swaa_local.answering import Answerer
+    from swaa_local.llama import Llama
+
+    todo = {
+        variant.name: [i for i, q in enumerate(batch.questions) if (q.id, variant.name) not in log.answers]
+        for variant in variants
+    }
+    if not any(todo.values()):
+        return
+    llm = Llama(
+        str(request.model), n_ctx=source.n_ctx(batch), on_prefill=watch.on_prefill, **request.engine.arguments()
+    )
+    with closing(llm):
+        answerer = Answerer(llm, think=request.think, think_tokens=request.think_tokens)
+        for variant in variants:
+            if not (indices := todo[variant.name]):
+                continue
+            llm.set_schedule(variant.schedule)
+            llm.on_prefill = None
+            _warm_up(answerer, batch.questions[indices[0]])
+            llm.on_prefill = watch.on_prefill
+            for i in indices:
+                question = batch.questions[i]
+                watch.asking(variant.name, question)
+                prompt = answerer.prompt(question.prompt, question.answer_prefix)
+                answer = answerer.ask(prompt, question.max_tokens)
+                worth = judge(question, answer.text, answer.finish, batch.distractors[i])
+                record = AnswerRecord(
+                    question=question.id,
+                    variant=variant.name,
+                    answer=answer.text,
+                    thinking=answer.thinking,
+                    finish=answer.finish,
+                    share=worth.share,
+                    correct=worth.correct,
+                    prefill_s=answer.stats.prefill_s,
+                    generated_tokens=answer.stats.generated_tokens,
+                    decode_s=answer.stats.decode_s,
+                    kv_bytes=llm.kv_bytes,
+                )
+                log.add_answer(record)
+                watch.answered(record)
+
+
+def judge(question: QuestionRecord, answer: str, finish: str, distractors: Sequence[str] = ()) -> Score:
+    """The worth of an answer. Thinking that does not end is a miss, and so is, for a value, an answer that does not.
+
+    RULER cuts answers at their limit and scores what is there; so do its measures here.
+    """
+    metric: Metric = question.metric  # type: ignore[assignment]
+    if finish == "thinking" or (finish == "length" and metric == "value"):
+        return MISS
+    return score(answer, question.references, metric, distractors)
+
+
+def _warm_up(answerer: Any, question: QuestionRecord) -> None:
+    """A new context's first evaluation also reads weights and compiles kernels; that is no prefill time."""
+    answerer.llm.eval(answerer.prompt(question.prompt).tokens[:_WARM_UP_TOKENS])
+    answerer.llm.reset()
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the header, the schedule in it and some weights, so that a large model is not read twice."""
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(16 << 20))
+        file.seek(-min(1 << 20, path.stat().st_size), 2)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def default_results(model: Path) -> Path:
+    """Where the answers go where the user does not say: in the current directory, named after the model."""
+    return Path(f"{model.stem}.eval.jsonl")
+
+
+def schedule_of(evaluation: Evaluation, name: str) -> Schedule:
+    return next(variant.schedule for variant in evaluation.variants if variant.name == name)

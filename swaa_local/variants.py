@@ -1,0 +1,102 @@
+"""Variants of one model: the schedules that a command compares, each under the words that the user gave it.
+
+Grammar: variants separated by commas; a variant is a name (`full`, `file`, `naive`, or a preset's) or words separated
+by blanks:
+
+    w2048      the window, in tokens            naive      the file's window
+    k100       sinks, in tokens                 sinks      as many as the file has
+    fadec      FA decode in all layers          layers     the full layers of the file
+    1::2       full layers: 1,3,5 or 0-3 too
+
+Pure: knows the rules of schedules; nothing of files, of the engine or of the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from swaa_local.config import PRESETS, LayerMode, Schedule, ScheduleError, SWAAConfig, get_preset, parse_layers
+
+FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A schedule with the name it is shown under."""
+
+    name: str
+    schedule: Schedule
+
+    @property
+    def window(self) -> int | None:
+        """In tokens; None where no layer slides."""
+        return None if self.schedule.is_full else self.schedule.window
+
+
+def parse_variants(text: str, n_layer: int, of_file: Schedule | None) -> list[Variant]:
+    """The variants of a list such as `full,naive,file,w2048 k100 fadec 1::2` for a model of this depth.
+
+    of_file: the schedule that the file has. Raises `ScheduleError`, naming the variant, for words that mean nothing,
+    for what the file lacks, and for a variant that is given twice.
+    """
+    variants: list[Variant] = []
+    # A layer list may hold commas: an item that does not begin with a letter continues it.
+    for item in re.split(r",(?!\s*[\d:-])", text):
+        name = " ".join(item.split())
+        if not name:
+            raise ScheduleError(f"empty variant in {text!r}; write for instance full,naive,file")
+        if any(variant.name == name for variant in variants):
+            raise ScheduleError(f"variant {name!r} is given twice")
+        try:
+            variants.append(Variant(name, _parse(name, n_layer, of_file)))
+        except ScheduleError as error:
+            raise ScheduleError(f"variant {name!r}: {error}") from None
+    return variants
+
+
+def default_variants(of_file: Schedule | None) -> str:
+    """What to compare where the user does not say."""
+    return FULL if of_file is None else f"{FULL},{NAIVE},{FILE}"
+
+
+def _parse(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
+    if name == FULL:
+        return Schedule.full(n_layer)
+    if name == FILE:
+        return _stored(of_file)
+    if name.lower() in PRESETS:
+        return get_preset(name).config(n_layer).schedule(n_layer)
+    window: int | None = None
+    sinks, fa_decode = 0, False
+    layers: list[int] = []
+    # Blanks around a comma belong to the layer list.
+    for word in re.sub(r"\s*,\s*", ",", name).split(" "):
+        if word == NAIVE:
+            window = _stored(of_file).window
+        elif match := re.fullmatch(r"w(\d+)", word):
+            window = int(match[1])
+        elif word == SINKS:
+            sinks = _stored(of_file).sinks
+        elif match := re.fullmatch(r"k(\d+)", word):
+            sinks = int(match[1])
+        elif word == LAYERS:
+            layers += _stored(of_file).layers(LayerMode.FULL)
+        elif word == FA_DECODE:
+            fa_decode = True
+        elif re.fullmatch(r"[\d:,-]+", word):
+            layers += parse_layers(word, n_layer)
+        else:
+            raise ScheduleError(
+                f"{word!r} means nothing; a variant is full, naive, file, a preset ({', '.join(PRESETS)}), or words "
+                "such as w2048 k100 fadec 1::2"
+            )
+    if window is None:
+        raise ScheduleError("it needs a window: w2048, or naive for that of the file")
+    return SWAAConfig(window, sinks, fa_decode, layers).schedule(n_layer)
+
+
+def _stored(of_file: Schedule | None) -> Schedule:
+    if of_file is None:
+        raise ScheduleError("the file has no schedule; write the window and the rest in words, for instance w2048 k100")
+    return of_file
