@@ -96,6 +96,7 @@ def eval_command(
       NAME     a preset; see swaa-local convert --list-presets
       words    a window w2048 (or naive), and any of: sinks k100, FA decode fadec, full layers 1::2;
                sinks and layers by name take what the file has
+    Any of them may end in think or direct, which goes before --think.
 
     \b
     swaa-local eval

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from swaa_local.config import Schedule, SWAAError
+from swaa_local.config import SWAAError
 from swaa_local.variants import Variant
 
 FORMAT = 1
@@ -94,12 +94,12 @@ class EvalLog:
 
     def add_variant(self, variant: Variant) -> None:
         """Note a variant's schedule. Raises `EvalLogError` if the file has another under this name."""
-        schedule = _schedule(variant.schedule)
+        spelled = _spelled(variant)
         known = self._variants.get(variant.name)
         if known is None:
-            self._variants[variant.name] = schedule
-            self._write({"kind": "variant", "name": variant.name, "schedule": schedule})
-        elif known != schedule:
+            self._variants[variant.name] = spelled
+            self._write({"kind": "variant", "name": variant.name} | spelled)
+        elif known != spelled:
             raise EvalLogError(
                 f"{self.path} has answers of another schedule under the name {variant.name!r}; {self._way_out}"
             )
@@ -154,7 +154,7 @@ class EvalLog:
                         raise KeyError
                     config = row
                 elif kind == "variant":
-                    self._variants[row["name"]] = row["schedule"]
+                    self._variants[row.pop("name")] = row
                 elif kind == "question":
                     question = QuestionRecord(**row | {"references": tuple(row["references"])})
                     self.questions[question.id] = question
@@ -195,10 +195,11 @@ class EvalLog:
         self._file.flush()
 
 
-def _schedule(schedule: Schedule) -> dict[str, Any]:
-    if schedule.is_full:
-        return {"layer_modes": [0] * schedule.n_layer}
-    return {"window": schedule.window, "sinks": schedule.sinks, "layer_modes": [int(m) for m in schedule.layer_modes]}
+def _spelled(variant: Variant) -> dict[str, Any]:
+    """Without window and sinks where they mean nothing."""
+    schedule = variant.schedule
+    meaning = {} if schedule.is_full else {"window": schedule.window, "sinks": schedule.sinks}
+    return {"think": variant.think, "layer_modes": [int(mode) for mode in schedule.layer_modes]} | meaning
 
 
 def _short(value: Any) -> str:

@@ -192,22 +192,9 @@ def _seconds(seconds: float) -> str:
 def as_csv(evaluation: Evaluation) -> str:
     """A line for each cell and, if needles are single, for each of its depth bins; shares are between 0 and 1."""
     out = io.StringIO()
-    columns = [
-        "variant",
-        "task",
-        "length",
-        "depth_from",
-        "depth_to",
-        "n",
-        "right",
-        "accuracy",
-        "low",
-        "high",
-        "found",
-        "beyond_n",
-        "beyond_right",
-    ]
-    columns += ["prompt_tokens", "prefill_s", "prefill_tokens_per_s", "generated_tokens", "decode_s", "cut", "kv_bytes"]
+    columns = ["variant", "task", "length", "depth_from", "depth_to", "n", "right", "accuracy", "low", "high", "found"]
+    columns += ["beyond_n", "beyond_right", "prompt_tokens", "prefill_s", "prefill_tokens_per_s", "generated_tokens"]
+    columns += ["decode_s", "cut", "kv_bytes"]
     writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for cell in figures(evaluation):
@@ -237,6 +224,7 @@ def as_json(evaluation: Evaluation) -> str:
     variants = [
         {
             "name": v.name,
+            "think": v.think,
             "window": v.window,
             "sinks": v.schedule.sinks,
             "layer_modes": list(map(int, v.schedule.layer_modes)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swaa_local.config import Schedule, SWAAError
+from swaa_local.config import SWAAError
 from swaa_local.engine_options import EngineOptions
 from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
 from swaa_local.eval_watch import SILENT, Cell, Watch
@@ -87,7 +87,7 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
     variants = parse_variants(request.variants or default_variants(of_file), info.n_layer, of_file)
     if any(not variant.schedule.is_full for variant in variants) and info.unsupported:
         raise EvalError(info.unsupported)
-    source = _Source(request, info.n_ctx_train, watch)
+    source = _Source(request, [variant.think for variant in variants], info.n_ctx_train, watch)
     with closing(source), EvalLog(request.results, source.config()) as log:
         for variant in variants:
             log.add_variant(variant)
@@ -117,7 +117,9 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
 class _Source:
     """Makes the questions. Tokens are counted with the model's vocabulary alone: weights are loaded when needed."""
 
-    def __init__(self, request: EvalRequest, n_ctx_train: int | None, watch: Watch) -> None:
+    def __init__(
+        self, request: EvalRequest, thinks: Sequence[bool | None], n_ctx_train: int | None, watch: Watch
+    ) -> None:
         from swaa_local.answering import Answerer
         from swaa_local.llama import Llama
 
@@ -134,11 +136,13 @@ class _Source:
                 essay, _ = read_essay(request.haystack)
             self.tasks = make_tasks(request.tasks, essay)
         self._llm = Llama(str(request.model), vocab_only=True, n_ctx=512, **request.engine.arguments())
-        self._answerer = Answerer(self._llm, think=request.think)
-        if self._answerer.template.is_fallback:
+        chosen = {request.think if think is None else think for think in thinks}
+        self._answerers = [Answerer(self._llm, think=think) for think in chosen]
+        template = self._answerers[0].template
+        if template.is_fallback:
             watch.note("this model has no chat template, so ChatML is used; a base model answers poorly")
-        if request.think is not None and not self._answerer.template.has_thinking_switch:
-            watch.note("this model's chat template has no switch for thinking, so --think changes nothing")
+        if chosen != {None} and not template.has_thinking_switch:
+            watch.note("this model's chat template has no switch for thinking, so asking for it changes nothing")
 
     def close(self) -> None:
         self._llm.close()
@@ -166,6 +170,10 @@ class _Source:
             "engine": llama_cpp.__version__,
         }
 
+    def count(self, message: str, answer_prefix: str = "") -> int:
+        """Tokens of a prompt, in the variant that takes most."""
+        return max(answerer.count(message, answer_prefix) for answerer in self._answerers)
+
     def batches(self) -> Iterator[_Batch]:
         """All questions, from short to long."""
         if self.dataset is not None:
@@ -182,7 +190,7 @@ class _Source:
                     questions = []
                     for index in range(self._request.samples):
                         rng = random.Random(f"{self._request.seed}/{task.name}/{length}/{index}")
-                        questions.append(task.make(rng, length, index, self._answerer.count))
+                        questions.append(task.make(rng, length, index, self.count))
                         made(index + 1)
                 yield self._batch(task.name, length, list(enumerate(questions)))
 
@@ -195,7 +203,7 @@ class _Source:
             for index, question in enumerate(wanted):
                 if len(chosen) == self._request.samples:
                     break
-                needed = self._answerer.count(question.prompt, question.answer_prefix) + self._limit(question)
+                needed = self.count(question.prompt, question.answer_prefix) + self._limit(question)
                 if needed <= limit:
                     chosen.append((index, question))
                 elif self._request.skip_long:
@@ -218,7 +226,7 @@ class _Source:
         return self._request.max_tokens or question.max_tokens
 
     def _batch(self, task: str, length: int | None, questions: list[tuple[int, Question]]) -> _Batch:
-        count = self._answerer.count
+        count = self.count
         records = []
         for index, question in questions:
             after = None
@@ -244,7 +252,7 @@ class _Source:
     def n_ctx(self, batch: _Batch) -> int:
         """Tokens of context: the prompts and their answers, and room for thoughts as far as the model was trained."""
         needed = max(question.prompt_tokens + question.max_tokens for question in batch.questions)
-        thoughts = self._request.think_tokens if self._answerer.may_think else 0
+        thoughts = self._request.think_tokens if any(each.may_think for each in self._answerers) else 0
         return max(needed, min(needed + thoughts, self._n_ctx_train))
 
 
@@ -264,10 +272,11 @@ def _run_batch(
         str(request.model), n_ctx=source.n_ctx(batch), on_prefill=watch.on_prefill, **request.engine.arguments()
     )
     with closing(llm):
-        answerer = Answerer(llm, think=request.think, think_tokens=request.think_tokens)
         for variant in variants:
             if not (indices := todo[variant.name]):
                 continue
+            think = request.think if variant.think is None else variant.think
+            answerer = Answerer(llm, think=think, think_tokens=request.think_tokens)
             llm.set_schedule(variant.schedule)
             llm.on_prefill = None
             _warm_up(answerer, batch.questions[indices[0]])
@@ -325,7 +334,3 @@ def _fingerprint(path: Path) -> str:
 def default_results(model: Path) -> Path:
     """Where the answers go where the user does not say: in the current directory, named after the model."""
     return Path(f"{model.stem}.eval.jsonl")
-
-
-def schedule_of(evaluation: Evaluation, name: str) -> Schedule:
-    return next(variant.schedule for variant in evaluation.variants if variant.name == name)

@@ -8,6 +8,8 @@ by blanks:
     fadec      FA decode in all layers          layers     the full layers of the file
     1::2       full layers: 1,3,5 or 0-3 too
 
+Either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other variants.
+
 Pure: knows the rules of schedules; nothing of files, of the engine or of the command line.
 """
 
@@ -19,14 +21,16 @@ from dataclasses import dataclass
 from swaa_local.config import PRESETS, LayerMode, Schedule, ScheduleError, SWAAConfig, get_preset, parse_layers
 
 FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
+THINK = {"think": True, "direct": False}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A schedule with the name it is shown under."""
+    """A schedule with the name it is shown under. think: whether to think first; None where it does not say."""
 
     name: str
     schedule: Schedule
+    think: bool | None = None
 
     @property
     def window(self) -> int | None:
@@ -49,7 +53,7 @@ def parse_variants(text: str, n_layer: int, of_file: Schedule | None) -> list[Va
         if any(variant.name == name for variant in variants):
             raise ScheduleError(f"variant {name!r} is given twice")
         try:
-            variants.append(Variant(name, _parse(name, n_layer, of_file)))
+            variants.append(_parse(name, n_layer, of_file))
         except ScheduleError as error:
             raise ScheduleError(f"variant {name!r}: {error}") from None
     return variants
@@ -60,7 +64,14 @@ def default_variants(of_file: Schedule | None) -> str:
     return FULL if of_file is None else f"{FULL},{NAIVE},{FILE}"
 
 
-def _parse(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
+def _parse(name: str, n_layer: int, of_file: Schedule | None) -> Variant:
+    words, _, last = name.rpartition(" ")
+    if words and last in THINK:
+        return Variant(name, _schedule(words, n_layer, of_file), THINK[last])
+    return Variant(name, _schedule(name, n_layer, of_file))
+
+
+def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
     if name == FULL:
         return Schedule.full(n_layer)
     if name == FILE:
