@@ -28,12 +28,12 @@ FIRST_NAMES = (
 
 LAST_NAMES = (
     "Abbott", "Acosta", "Ahlgren", "Alvarez", "Ansari", "Archer", "Aubert", "Bader", "Banks", "Barlow", "Bauer",
-    "Bennett", "Bianchi", "Blake", "Bohm", "Booth", "Brandt", "Brooks", "Burke", "Caldwell", "Carver", "Castro", "Chang",
-    "Clarke", "Conti", "Costa", "Crane", "Cruz", "Dalton", "Danner", "Delgado", "Desai", "Dixon", "Doyle", "Drake",
-    "Duarte", "Eklund", "Elliott", "Engels", "Everett", "Falk", "Farrell", "Faure", "Fischer", "Fletcher", "Flores",
-    "Forster", "Fuchs", "Galvin", "Garner", "Gibbs", "Gomez", "Graf", "Greene", "Haas", "Haddad", "Hagen", "Hale",
-    "Hartman", "Hobbs", "Holt", "Horvath", "Hughes", "Hunt", "Ibarra", "Ishida", "Jansen", "Jensen", "Joshi", "Kaiser",
-    "Kaplan", "Keane", "Keita", "Kemp", "Khalil", "Klein", "Knox", "Koch", "Kovacs", "Kraus", "Lamb", "Lange",
+    "Bennett", "Bianchi", "Blake", "Bohm", "Booth", "Brandt", "Brooks", "Burke", "Caldwell", "Carver", "Castro",
+    "Chang", "Clarke", "Conti", "Costa", "Crane", "Cruz", "Dalton", "Danner", "Delgado", "Desai", "Dixon", "Doyle",
+    "Drake", "Duarte", "Eklund", "Elliott", "Engels", "Everett", "Falk", "Farrell", "Faure", "Fischer", "Fletcher",
+    "Flores", "Forster", "Fuchs", "Galvin", "Garner", "Gibbs", "Gomez", "Graf", "Greene", "Haas", "Haddad", "Hagen",
+    "Hale", "Hartman", "Hobbs", "Holt", "Horvath", "Hughes", "Hunt", "Ibarra", "Ishida", "Jansen", "Jensen", "Joshi",
+    "Kaiser", "Kaplan", "Keane", "Keita", "Kemp", "Khalil", "Klein", "Knox", "Koch", "Kovacs", "Kraus", "Lamb", "Lange",
     "Larsen", "Leroy", "Lindholm", "Lopez", "Lowe", "Lund", "Madsen", "Maier", "Malone", "Marchetti", "Marsh", "Mbeki",
     "Medina", "Mercer", "Miles", "Moreau", "Morgan", "Moser", "Nagy", "Nash", "Navarro", "Neumann", "Novak", "Nyman",
     "Oakley", "Oduya", "Ortega", "Osborne", "Palmer", "Park", "Pavlov", "Pereira", "Petit", "Pike", "Popov", "Porter",
@@ -82,9 +82,9 @@ GROUPS = (
 PLACES = (
     "abbey", "airfield", "arcade", "attic", "barn", "bathhouse", "boathouse", "brewery", "canal", "chapel", "cinema",
     "cottage", "courthouse", "dairy", "depot", "farmhouse", "ferry pier", "foundry", "gallery", "greenhouse",
-    "gym", "hospital", "inn", "laboratory", "laundry", "mill", "monastery", "observatory", "orchard", "park", "pharmacy",
-    "post office", "quarry", "reading room", "restaurant", "sawmill", "shipyard", "stable", "stadium", "swimming pool",
-    "tavern", "town hall", "vineyard", "warehouse", "watchtower", "windmill", "wine cellar", "zoo",
+    "gym", "hospital", "inn", "laboratory", "laundry", "mill", "monastery", "observatory", "orchard", "park",
+    "pharmacy", "post office", "quarry", "reading room", "restaurant", "sawmill", "shipyard", "stable", "stadium",
+    "swimming pool", "tavern", "town hall", "vineyard", "warehouse", "watchtower", "windmill", "wine cellar", "zoo",
 )  # fmt: skip
 AREAS = (
     "behind the hedge", "beside the canal", "beyond the hills", "by the old wall", "close to the border",
@@ -114,10 +114,10 @@ PAST_VERBS = (
 )  # fmt: skip
 TIMES = (
     "after the concert", "all afternoon", "around midday", "at dawn", "at the end of the month", "before breakfast",
-    "before the first snow", "between two meetings", "during the holidays", "during the long strike", "earlier that week",
-    "every other Monday", "from time to time", "in early spring", "in the first week of June", "in the late evening",
-    "last autumn", "on a rainy Tuesday", "on market day", "once a year", "one Sunday", "over the winter",
-    "shortly before noon", "that same night", "the day before", "towards evening", "two years ago",
+    "before the first snow", "between two meetings", "during the holidays", "during the long strike",
+    "earlier that week", "every other Monday", "from time to time", "in early spring", "in the first week of June",
+    "in the late evening", "last autumn", "on a rainy Tuesday", "on market day", "once a year", "one Sunday",
+    "over the winter", "shortly before noon", "that same night", "the day before", "towards evening", "two years ago",
     "within a few hours",
 )  # fmt: skip
 WEATHERS = (

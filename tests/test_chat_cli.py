@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from program import environment, fails
@@ -53,7 +54,8 @@ def test_a_question_can_be_piped_in(model):
 
 def prompt_tokens(done: subprocess.CompletedProcess[bytes]) -> int:
     assert done.returncode == 0, done.stderr
-    return int(re.search(r"prompt ([\d,]+) tokens", done.stderr.decode())[1].replace(",", ""))
+    [count] = re.findall(r"prompt ([\d,]+) tokens", done.stderr.decode())
+    return int(count.replace(",", ""))
 
 
 def test_documents_come_from_files_and_from_a_pipe(model, tmp_path):
@@ -115,7 +117,8 @@ def test_engine_options(model):
 
 def kv_of(done: subprocess.CompletedProcess[bytes]) -> str:
     assert done.returncode == 0, done.stderr
-    return re.search(r"KV (.*)", done.stderr.decode())[1]
+    [size] = re.findall(r"KV (.*)", done.stderr.decode())
+    return size
 
 
 def test_the_schedule_is_the_files_unless_the_command_line_has_one(tmp_path):
@@ -198,7 +201,7 @@ def start(tiny_model_factory):
 
     def make(*args: object) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "swaa_local", "chat", endless, "-t", "1", "-p", "hi", *args]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(list(map(str, command)), env=environment(), **pipes))
         return started[-1]
 
