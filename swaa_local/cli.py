@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from swaa_local import __version__
-from swaa_local.cli_eval import eval_command
+from swaa_local.cli_eval import demo_command, eval_command
 from swaa_local.config import KV_TYPES, PRESETS, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, Tokens, schedule_options
@@ -265,3 +265,4 @@ def chat_command(
 
 
 main.add_command(eval_command)
+main.add_command(demo_command)

@@ -144,3 +144,43 @@ def eval_command(
             for target in draw(evaluation, plot):
                 watch.note(f"wrote {target}")
     click.echo({"md": markdown, "csv": as_csv, "json": as_json}[form](evaluation).rstrip("\n"))
+
+
+@click.command("demo", short_help="See what schedules do, on the bundled model, offline.")
+@click.option("-n", "--questions", "n_questions", type=_COUNT, default=20, show_default=True, help="Questions to ask.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the document and the questions.")
+@click.option("--length", type=_COUNT, metavar="TOKENS", help="Of the document with a question and its answer [3584].")
+@click.option("-m", "--model", metavar="MODEL", help="Another GGUF with a schedule, made for such questions.")
+@click.option("--chat/--no-chat", "may_chat", default=True, help="Offer to talk about the document afterwards.")
+@engine_options
+def demo_command(
+    n_questions: int, seed: int, length: int | None, model: str | None, may_chat: bool, engine: EngineOptions
+) -> int:
+    """See what sliding windows break, and what each strategy wins back.
+
+    Writes a long document with facts in it and asks a small model, which comes with the package, the same questions
+    under seven schedules: full attention, a naive window, each of the four strategies alone (sinks, full attention
+    while decoding, some full layers, thinking first), and all of them together. Needs no network and a minute or two.
+
+    \b
+    swaa-local demo
+    swaa-local demo --questions 50 --seed 7
+    """
+    from rich.console import Console
+
+    from swaa_local.bundled import bundled_model
+    from swaa_local.demo import run_demo
+    from swaa_local.demo_chat import offer_chat
+    from swaa_local.demo_view import TerminalView, conclusion, result
+    from swaa_local.model_path import find_gguf
+
+    path = bundled_model() if model is None else find_gguf(model)
+    with TerminalView() as view:
+        outcome = run_demo(path, n_questions=n_questions, seed=seed, length=length, engine=engine, view=view)
+    table = result(outcome)
+    if isinstance(table, str):
+        click.echo(table)
+    else:
+        Console(highlight=False).print(table)
+    click.echo(f"\n{conclusion(outcome)}")
+    return offer_chat(path, outcome.questions, engine) if may_chat else 0

@@ -158,16 +158,17 @@ def _main_table(group: Sequence[CellFigures]) -> str:
         row += [f"{full.prefill_s / cell.prefill_s:.2f}"] if full else []
         row += [_seconds(cell.prefill_s + cell.decode_s), format_bytes(cell.kv_bytes)]
         rows.append(row + [str(cell.cut)] * cut)
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _depth_table(group: Sequence[CellFigures]) -> str:
     head = ["needle depth", *(f"{100 * i // N_DEPTHS}-{100 * (i + 1) // N_DEPTHS} %" for i in range(N_DEPTHS))]
     rows = [[cell.variant, *(f"{d.right}/{d.n}" if d else "" for d in cell.depths)] for cell in group]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their cells, so that it reads well as plain text too; the first one is aligned left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
