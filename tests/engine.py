@@ -63,10 +63,14 @@ def captured_log() -> Iterator[list[str]]:
 
 
 class EngineModel:
-    """A loaded model. `schedule` replaces the file's through `llama_model_swaa_set`."""
+    """A loaded model. `schedule` replaces the file's through `llama_model_swaa_set`; `overrides` are of swaa.* keys."""
 
-    def __init__(self, path: str | Path, schedule: Sched | None = None) -> None:
+    def __init__(self, path: str | Path, schedule: Sched | None = None, **overrides: int) -> None:
         params = C.llama_model_default_params()
+        kv = (C.llama_model_kv_override * (len(overrides) + 1))()
+        for slot, (key, value) in zip(kv, overrides.items(), strict=False):
+            slot.tag, slot.key, slot.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, f"swaa.{key}".encode(), value
+        params.kv_overrides = kv
         params.n_gpu_layers = 0
         with captured_log() as log:
             self.ptr = C.llama_model_load_from_file(str(path).encode(), params)

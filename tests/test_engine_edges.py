@@ -1,0 +1,147 @@
+"""The engine at its edges: a window of 1, shifted prompt ends, partial copies, spare sequence ids, reserved buffers."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+from engine import EngineContext, EngineError, EngineModel, assert_close, captured_log
+from llama_cpp import llama_cpp as C
+from masks import Sched
+from reference_numpy import NumpyModel
+from tiny import ALWAYS, FULL, PREFILL, TinyShape, random_tokens
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+N_LAYER = 2
+EXACT = 1e-3
+TOKENS = random_tokens(700)
+
+
+@pytest.fixture
+def new_context(load_model):
+    contexts = []
+
+    def make(schedule: Sched | None, **kwargs) -> EngineContext:
+        defaults = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 32, "flash": "off", "kv": "F32"}
+        contexts.append(load_model(schedule, n_layer=N_LAYER).context(**{**defaults, **kwargs}))
+        return contexts[-1]
+
+    yield make
+    for ctx in contexts:
+        ctx.close()
+
+
+def reference(schedule: Sched) -> NumpyModel:
+    return NumpyModel(schedule, shape=TinyShape(n_layer=N_LAYER))
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_window_of_1_keeps_the_last_token_of_an_idle_sequence(new_context, sinks):
+    schedule = Sched(1, sinks, (ALWAYS, ALWAYS))
+    ctx, ref = new_context(schedule, n_seq_max=2, unified=True), reference(schedule)
+    assert_close(ctx.feed(TOKENS[:50], seq=0), ref.feed(TOKENS[:50]), EXACT)
+    ctx.feed(TOKENS[:600], seq=1)
+    assert ctx.pos_max(0) == 49
+    assert_close(ctx.feed(TOKENS[50:60], seq=0), ref.feed(TOKENS[50:60]), EXACT)
+
+
+def test_window_of_1_does_not_go_back_to_a_position_that_is_gone(new_context):
+    ctx = new_context(Sched(1, 40, (ALWAYS, ALWAYS)), n_ubatch=8)
+    ctx.feed(TOKENS[:600])
+    assert not ctx.rm(0, 100, -1)
+    assert ctx.pos_max(0) == 599
+
+
+@pytest.mark.parametrize("p1", [-1, 300], ids=["to the end", "to the last token"])
+@pytest.mark.parametrize("end", [300, 250, 120])
+def test_the_prompt_end_moves_with_a_context_shift(new_context, end, p1):
+    """After 50..149 are dropped and the rest moves down, what was past the prompt's end still is."""
+    schedule = Sched(32, 4, (PREFILL, PREFILL))
+    ctx, ref = new_context(schedule), reference(schedule)
+    ctx.set_prompt_end(0, end)
+    decode = np.arange(300) >= end
+    assert_close(ctx.feed(TOKENS[:300]), ref.feed(TOKENS[:300], decode=decode), EXACT)
+    assert ctx.rm(0, 50, 150)
+    ctx.shift(0, 150, p1, -100)
+    ref.remove(50, 150)
+    ref.shift(150, -100)
+    assert_close(ctx.feed(TOKENS[300:340]), ref.feed(TOKENS[300:340], decode=True), EXACT)
+
+
+@pytest.mark.parametrize("modes", [(ALWAYS, ALWAYS), (FULL, ALWAYS), (PREFILL, ALWAYS)], ids=str)
+def test_a_partial_copy_of_what_a_ring_dropped_is_not_made(new_context, modes):
+    ctx = new_context(Sched(32, 4, modes), n_seq_max=2, unified=True)
+    ctx.feed(TOKENS[:600], seq=0)
+    with captured_log() as log:
+        ctx.cp(0, 1, 0, 100)
+    assert "does not hold what position 100 of sequence 0 would see" in "".join(log)
+    assert ctx.pos_max(1) == -1
+    with pytest.raises(EngineError, match="evaluate the sequence again from its start"):
+        ctx.decode([(1, 100, 1)])
+
+
+def test_a_ring_s_checkpoint_needs_the_rest_of_the_sequence(new_context):
+    """A partial state holds the ring alone: without the positions of the full layers it is no place to go on from."""
+    schedule = Sched(32, 4, (FULL, ALWAYS))
+    source, other = new_context(schedule), new_context(schedule)
+    source.feed(TOKENS[:200])
+    partial = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    size = C.llama_state_seq_get_size_ext(source.ptr, 0, partial)
+    data = (ctypes.c_uint8 * size)()
+    assert C.llama_state_seq_get_data_ext(source.ptr, data, size, 0, partial) == size
+    assert C.llama_state_seq_set_data_ext(other.ptr, data, size, 0, partial) == size
+    with pytest.raises(EngineError, match="ends at position -1 in the base cache, but at 199 in the ring"):
+        other.decode([(1, 200, 0)])
+
+
+def test_a_copy_may_be_kept_under_an_id_that_is_never_decoded(new_context):
+    """llama.cpp holds more sequences than it decodes; programs stash a prefix that way."""
+    schedule = Sched(32, 4, (PREFILL, ALWAYS))
+    ctx, ref = new_context(schedule), reference(schedule)
+    ctx.feed(TOKENS[:100])
+    ref.feed(TOKENS[:100])
+    ctx.cp(0, 1)
+    assert ctx.pos_max(1) == 99
+    assert_close(ctx.feed(TOKENS[100:300]), ref.feed(TOKENS[100:300]), EXACT)
+
+
+@pytest.mark.parametrize("shape", [{"n_seq_max": 1}, {"n_seq_max": 4, "unified": True}], ids=["one", "four, unified"])
+@pytest.mark.parametrize("flash", ["on", "off"])
+def test_compute_buffers_do_not_grow_where_only_short_ubatches_gather(load_model, capfd, flash, shape):
+    """With W + k + n_ubatch near n_ctx, the largest ubatch attends to the cache as it is, but the last one gathers."""
+    model = load_model(Sched(1700, 8, (PREFILL, PREFILL)), n_layer=N_LAYER)
+    with model.context(n_ctx=2048, n_batch=512, n_ubatch=128, flash=flash, **shape) as ctx:
+        ctx.set_prompt_end(0, 2000)
+        ctx.feed(random_tokens(1920), chunk=128)
+        ctx.feed(random_tokens(10))
+        capfd.readouterr()
+    said = capfd.readouterr().err
+    assert "matches expectation" in said
+    assert "does not match" not in said
+
+
+def test_overrides_of_the_keys(tiny_model_factory):
+    """As for any other key of a file: `--override-kv swaa.window=int:32`."""
+    path = tiny_model_factory(schedule=Sched(24, 4, (ALWAYS, FULL, PREFILL, ALWAYS)))
+    with EngineModel(path, window=32, sinks=0) as model:
+        assert model.get_schedule() == Sched(32, 0, (ALWAYS, FULL, PREFILL, ALWAYS))
+    for bad, said in (
+        ({"window": 0}, "swaa.window = 0"),
+        ({"version": 9}, "swaa.version = 9"),
+        ({"sinks": -1}, "swaa.sinks"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            EngineModel(path, **bad)
+
+
+def test_a_saved_model_keeps_its_schedule(tiny_model_factory, tmp_path):
+    schedule = Sched(24, 4, (ALWAYS, FULL, PREFILL, ALWAYS))
+    out = tmp_path / "saved.gguf"
+    with EngineModel(tiny_model_factory(schedule=schedule)) as model:
+        save = C._lib.llama_model_save_to_file
+        save.argtypes, save.restype = [ctypes.c_void_p, ctypes.c_char_p], None
+        save(model.ptr, str(out).encode())
+    with EngineModel(out) as saved:
+        assert saved.get_schedule() == schedule
