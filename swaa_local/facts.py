@@ -143,7 +143,8 @@ def _statements(rng: random.Random, n_facts: int) -> list[list[_Line]]:
     """Each fact for itself."""
     n_entities = max(2, int(n_facts * (0.35 + 0.55 * rng.random())))
     entities = make_names(rng, n_entities)
-    attributes = sample(rng, ATTRIBUTES, min(len(ATTRIBUTES), max(2, n_facts // 2, int(20 * rng.random()))))
+    n_attributes = max(2, int(len(ATTRIBUTES) * rng.random()), -(-2 * n_facts // n_entities))
+    attributes = sample(rng, ATTRIBUTES, min(len(ATTRIBUTES), n_attributes))
     # Whatever is asked, something shares its entity and something its attribute.
     pairs = [(entities[0], attributes[0]), (entities[0], attributes[1]), (entities[1], attributes[0])][:n_facts]
     seen = set(pairs)
