@@ -117,8 +117,8 @@ class Outcome:
 def run_demo(
     model: Path, *, n_questions: int, seed: int, length: int | None, engine: EngineOptions, view: View | None = None
 ) -> Outcome:
-    """Give the demo. length: of the prompts with their answers, in tokens; None: `DEFAULT_LENGTH`, or what the model was
-    trained for if that is less.
+    """Give the demo. length: of the prompts with their answers, in tokens; None: `DEFAULT_LENGTH`, or what the model
+    was trained for if that is less.
 
     Raises `DemoError` for a model without a schedule or a length that holds no document.
     """

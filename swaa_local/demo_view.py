@@ -164,6 +164,7 @@ def conclusion(outcome: Outcome) -> str:
     return (
         f"Full attention answers {full.right} of {n}. A window of {outcome.window} tokens alone reads "
         f"{full.prefill_s / naive.prefill_s:.1f} times as fast and answers {naive.right}. All four strategies "
-        f"together, the schedule stored in the file and thinking first, read {full.prefill_s / best.prefill_s:.1f} times as fast "
-        f"and answer {best.right}. The document has {outcome.prompt_tokens:,} tokens; the gain grows with the length."
+        "together, the schedule stored in the file and thinking first, read "
+        f"{full.prefill_s / best.prefill_s:.1f} times as fast and answer {best.right}. The document has "
+        f"{outcome.prompt_tokens:,} tokens; the gain grows with the length."
     )

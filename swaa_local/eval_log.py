@@ -76,10 +76,10 @@ class EvalLog:
         self._file = self._open()
         try:
             begun = self._read()
-            if begun is None:
-                self._write({"kind": "config", "format": FORMAT} | dict(config))
-            else:
+            if begun is not None:
                 self._check(begun, config)
+            # Written with the first line behind it, so that what goes wrong before leaves no file.
+            self._unwritten = None if begun is not None else {"kind": "config", "format": FORMAT} | dict(config)
         except BaseException:
             self._file.close()
             raise
@@ -90,6 +90,8 @@ class EvalLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._unwritten is not None:
+            self.path.unlink()
         self._file.close()
 
     def add_variant(self, variant: Variant) -> None:
@@ -113,8 +115,8 @@ class EvalLog:
         elif known != question:
             changed = next(f.name for f in fields(known) if getattr(known, f.name) != getattr(question, f.name))
             raise EvalLogError(
-                f"{self.path} has another question {question.id} (its {changed} differs), so it comes from another "
-                f"version of the tasks; {self._way_out}"
+                f"{self.path} has another question {question.id} (its {changed} differs): of another version of the "
+                f"tasks, another haystack or another dataset; {self._way_out}"
             )
 
     def add_answer(self, answer: AnswerRecord) -> None:
@@ -168,7 +170,6 @@ class EvalLog:
         if config is None and whole == 0 and self._file.seek(0, os.SEEK_END) > 0 and not self._is_ours():
             raise EvalLogError(f"{self.path} is not a results file of swaa-local eval; {self._way_out}")
         self._file.truncate(whole)
-        self._file.seek(whole)
         return config
 
     def _is_ours(self) -> bool:
@@ -191,6 +192,9 @@ class EvalLog:
             raise EvalLogError(f"{self.path} is of another configuration: {'; '.join(differing)}; {self._way_out}")
 
     def _write(self, row: Mapping[str, Any]) -> None:
+        if self._unwritten is not None:
+            first, self._unwritten = self._unwritten, None
+            self._write(first)
         self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
 

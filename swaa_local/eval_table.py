@@ -128,7 +128,8 @@ def markdown(evaluation: Evaluation) -> str:
     for task, length in dict.fromkeys((cell.task, cell.length) for cell in cells):
         group = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
         size = f"{length} tokens" if length is not None else f"{group[0].prompt_tokens:.0f} tokens on average"
-        parts.append(f"### {task}, {size}, {group[0].accuracy.n} questions")
+        n = group[0].accuracy.n
+        parts.append(f"### {task}, {size}, {n} question{'s' * (n != 1)}")
         parts.append(_main_table(group))
         if any(depth for cell in group for depth in cell.depths):
             parts.append(_depth_table(group))

@@ -89,9 +89,9 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
         raise EvalError(info.unsupported)
     source = _Source(request, [variant.think for variant in variants], info.n_ctx_train, watch)
     with closing(source), EvalLog(request.results, source.config()) as log:
+        batches = list(source.batches())
         for variant in variants:
             log.add_variant(variant)
-        batches = list(source.batches())
         for batch in batches:
             for question in batch.questions:
                 log.add_question(question)

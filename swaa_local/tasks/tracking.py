@@ -33,7 +33,9 @@ class VariableTracking:
         def build_example(n: int) -> Question:
             return _build(random.Random(seeds[0]), n, n_letters=3)
 
-        example = sized(self.name, build_example, min(_EXAMPLE_TOKENS, length), count, least=least)
+        shortest = build_example(least)
+        needed = count(shortest.prompt, shortest.answer_prefix) + MAX_TOKENS
+        example = sized(self.name, build_example, max(_EXAMPLE_TOKENS, needed), count, least=least)
         solved = f"{example.prompt}\n{example.answer_prefix}{' '.join(example.references)}\n\n\n"
 
         def build(n: int) -> Question:

@@ -1,0 +1,89 @@
+"""The grammar of variants."""
+
+from __future__ import annotations
+
+import pytest
+
+from swaa_local.config import LayerMode, Schedule, ScheduleError
+from swaa_local.variants import Variant, default_variants, parse_variants
+
+F, P, A = LayerMode
+STORED = Schedule(256, 16, (F, P, F, P))
+
+
+def parse(text: str, of_file: Schedule | None = STORED) -> list[Variant]:
+    return parse_variants(text, 4, of_file)
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("full", Schedule.full(4)),
+        ("file", STORED),
+        ("naive", Schedule(256, 0, (A, A, A, A))),
+        ("naive sinks", Schedule(256, 16, (A, A, A, A))),
+        ("naive fadec", Schedule(256, 0, (P, P, P, P))),
+        ("naive layers", Schedule(256, 0, (F, A, F, A))),
+        ("naive sinks layers fadec", STORED),
+        ("w2048 k100 fadec 1::2", Schedule(2048, 100, (P, F, P, F))),
+        ("1,3 w64", Schedule(64, 0, (A, F, A, F))),
+        ("w64  0-2", Schedule(64, 0, (F, F, F, A))),
+        ("half", Schedule(2048, 0, (F, P, F, P))),
+        ("streaming", Schedule(2048, 0, (A, A, A, A))),
+    ],
+)
+def test_a_variant_is_a_name_or_words(text, schedule):
+    [variant] = parse(text)
+    if text in ("half", "streaming"):  # presets bring their own sinks
+        schedule = Schedule(schedule.window, variant.schedule.sinks, schedule.layer_modes)
+    assert variant == Variant(" ".join(text.split()), schedule)
+
+
+def test_think_and_direct_go_with_any_variant():
+    assert [(v.name, v.think) for v in parse("full think,file direct,w8 k1 direct,naive")] == [
+        ("full think", True),
+        ("file direct", False),
+        ("w8 k1 direct", False),
+        ("naive", None),
+    ]
+
+
+def test_commas_separate_variants_and_layers():
+    names = [variant.name for variant in parse("full, w8 1,3 fadec,naive,w8 0-1, 3 ,file")]
+    assert names == ["full", "w8 1,3 fadec", "naive", "w8 0-1, 3", "file"]
+    assert parse("w8 0-1, 3")[0].schedule.layers(F) == (0, 1, 3)
+
+
+def test_the_window_is_known_where_there_is_one():
+    assert [variant.window for variant in parse("full,naive")] == [None, 256]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("full,full", "'full' is given twice"),
+        ("full,,file", "empty variant"),
+        ("", "empty variant"),
+        ("k100", "'k100': it needs a window: w2048, or naive"),
+        ("fadec", "needs a window"),
+        ("think", "'think' means nothing"),
+        ("w2048 wide", "'wide' means nothing; a variant is full, naive, file, a preset"),
+        ("w0", "between 1 and"),
+        ("w8 4", "past the model's 4 layers"),
+        ("qwen3-4b", "'qwen3-4b': preset qwen3-4b was published for a model of 36 layers"),
+    ],
+)
+def test_what_means_nothing_is_refused(text, reason):
+    with pytest.raises(ScheduleError, match=reason):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["file", "naive", "w8 sinks", "w8 layers"])
+def test_a_file_without_a_schedule_has_nothing_to_take(text):
+    with pytest.raises(ScheduleError, match=f"'{text}': the file has no schedule"):
+        parse(text, None)
+
+
+def test_what_is_compared_by_default():
+    assert default_variants(STORED) == "full,naive,file"
+    assert default_variants(None) == "full"
