@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from swaa_local.config import PRESETS, LayerMode, Preset, Schedule, ScheduleError, SWAAConfig, SWAAError
+    from swaa_local.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
     from swaa_local.gguf_meta import read_schedule
     from swaa_local.llama import Llama, PromptTooLong
+    from swaa_local.presets import PRESETS, Preset
 
 __all__ = [
     "PRESETS",
@@ -30,10 +31,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "PRESETS": "config",
+    "PRESETS": "presets",
     "LayerMode": "config",
     "Llama": "llama",
-    "Preset": "config",
+    "Preset": "presets",
     "PromptTooLong": "llama",
     "SWAAConfig": "config",
     "SWAAError": "config",

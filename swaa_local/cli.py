@@ -16,9 +16,10 @@ import click
 
 from swaa_local import __version__
 from swaa_local.cli_eval import demo_command, eval_command
-from swaa_local.config import KV_TYPES, PRESETS, SWAAError
+from swaa_local.config import KV_TYPES, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, Tokens, schedule_options
+from swaa_local.presets import PRESETS
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

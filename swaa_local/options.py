@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from swaa_local.config import MAX_TOKENS, PRESETS, Preset, SWAAConfig, get_preset, parse_layers
+from swaa_local.config import MAX_TOKENS, SWAAConfig, parse_layers
+from swaa_local.presets import PRESETS, Preset, get_preset
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from swaa_local.config import PRESETS, LayerMode, Schedule, ScheduleError, SWAAConfig, get_preset, parse_layers
+from swaa_local.config import LayerMode, Schedule, ScheduleError, SWAAConfig, parse_layers
+from swaa_local.presets import PRESETS, get_preset
 
 FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
 THINK = {"think": True, "direct": False}

@@ -9,7 +9,7 @@ import pytest
 from program import ROOT, environment, run, succeeds
 
 from swaa_local import __version__
-from swaa_local.config import PRESETS
+from swaa_local.presets import PRESETS
 
 
 def test_help_teaches_and_loads_no_engine(tmp_path):

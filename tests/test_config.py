@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from swaa_local.config import (
-    GENERIC_PRESETS,
     MAX_TOKENS,
-    PRESETS,
     LayerMode,
     Schedule,
     ScheduleError,
@@ -18,12 +16,12 @@ from swaa_local.config import (
     SWAAError,
     format_layers,
     full_cells,
-    get_preset,
     kv_bytes,
     parse_layers,
     window_keys,
     window_pairs,
 )
+from swaa_local.presets import GENERIC_PRESETS, PRESETS, get_preset
 
 F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
 
