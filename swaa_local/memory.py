@@ -62,17 +62,18 @@ class ContextCost:
 
     def host(self, n_ctx: int) -> int:
         split = self.schedule.n_layer - self.n_gpu_layers
-        on_host = self._kv(n_ctx, range(split)) + n_ctx * 4 * (1 + self.n_scores)
+        on_host = self.kv(n_ctx, range(split)) + n_ctx * 4 * (1 + self.n_scores)
         return on_host + (0 if self.n_gpu_layers else self._graph(n_ctx))
 
     def gpu(self, n_ctx: int) -> int:
         split = self.schedule.n_layer - self.n_gpu_layers
-        return self._kv(n_ctx, range(split, self.schedule.n_layer)) + self._graph(n_ctx) if self.n_gpu_layers else 0
+        return self.kv(n_ctx, range(split, self.schedule.n_layer)) + self._graph(n_ctx) if self.n_gpu_layers else 0
 
-    def _kv(self, n_ctx: int, layers: range) -> int:
+    def kv(self, n_ctx: int, layers: range | None = None) -> int:
+        """The KV cache of these layers; default: of all."""
         cells = self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch)
         one_cell = kv_bytes(1, self.n_embd_k, self.n_embd_v, self.type_k, self.type_v)
-        return one_cell * sum(cells[i] for i in layers)
+        return one_cell * sum(cells if layers is None else (cells[i] for i in layers))
 
     def _graph(self, n_ctx: int) -> int:
         """The part of the compute buffer that grows with the context: the mask (f32 and f16), and without flash

@@ -25,6 +25,7 @@ from reference_numpy import NumpyModel, forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 from swaa_local import Llama, PromptTooLong, Schedule, ScheduleError, SWAAConfig, SWAAError, memory
+from swaa_local.config import default_flash_attn
 from swaa_local.errors import ContextFull, ModelLoadError, StateError
 
 EXACT = 1e-3
@@ -295,6 +296,16 @@ def test_a_context_that_does_not_fit_is_shortened_with_a_warning(load, tiny_mode
         assert load(long, n_ctx=8192).n_ctx() == 8192
 
 
+@pytest.mark.parametrize("swaa", [False, FA_DECODE, RING])
+@pytest.mark.parametrize("kv_type", [1, 8])
+def test_the_estimate_of_the_cache_is_what_llama_cpp_allocates(load, swaa, kv_type):
+    llm = load(swaa=swaa, type_k=kv_type, type_v=kv_type, n_ctx=2048)
+    cost = memory.context_cost(
+        llm.model, llm.schedule, llm.context_params, n_ubatch=32, n_gpu_layers=0, logits_all=False
+    )
+    assert cost.kv(2048) == llm.kv_bytes
+
+
 def test_the_context_is_never_useless(load, tiny_model_factory, monkeypatch):
     monkeypatch.setattr(memory, "free_host_bytes", lambda **_: 0)
     with pytest.warns(UserWarning, match="using 4096"):
@@ -341,6 +352,30 @@ def test_an_architecture_outside_is_refused_by_name(tiny_model_factory):
 def test_an_unknown_cache_type_is_refused_before_llama_cpp_aborts(tiny_model, wrong):
     with pytest.raises(ModelLoadError, match=r"which is no KV cache type; known are 0 \(f32\), 1 \(f16\)"):
         Llama(str(tiny_model), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("swaa", "type_v", "gpu", "expected"),
+    [
+        (None, None, False, False),
+        (FA_DECODE, None, False, True),
+        (RING, None, False, False),
+        (SWAAConfig(24, force_fa_decode=[0]), None, False, True),
+        (None, 8, False, True),
+        (None, None, True, True),
+    ],
+)
+def test_flash_attention_is_on_where_it_is_faster(swaa, type_v, gpu, expected):
+    schedule = swaa.schedule(4) if swaa else Schedule.full(4)
+    assert default_flash_attn(schedule, gpu=gpu, quantized_v=type_v is not None) is expected
+
+
+def test_the_choice_of_flash_attention_is_made_with_the_schedule(load):
+    on, off = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    assert load(swaa=FA_DECODE).context_params.flash_attn_type == on
+    assert load(swaa=RING).context_params.flash_attn_type == off
+    assert load(swaa=RING, flash_attn=True).context_params.flash_attn_type == on
+    assert load(swaa=FA_DECODE, flash_attn=False).context_params.flash_attn_type == off
 
 
 def test_a_quantized_cache_gets_the_flash_attention_it_needs(load):
