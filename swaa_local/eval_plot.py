@@ -9,8 +9,8 @@ from typing import Any
 from swaa_local.config import SWAAError
 from swaa_local.eval_table import N_DEPTHS, Accuracy, CellFigures, figures
 from swaa_local.evaluate import Evaluation
-from swaa_local.variants import FULL, NAIVE
 
+_MARKERS = "osD^vP*X<>"
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -40,7 +40,7 @@ def plot(evaluation: Evaluation, path: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     cells = figures(evaluation)
-    drawn = [(_accuracy_time(cells, evaluation.model), path)]
+    drawn = [(_accuracy_time(cells, evaluation), path)]
     if any(depth for cell in cells for depth in cell.depths):
         drawn.append((_depth_length(cells, evaluation.model), path.with_stem(f"{path.stem}-depth")))
     try:
@@ -57,31 +57,45 @@ def _figure(**kwargs: Any) -> Any:
     return Figure(layout="constrained", **kwargs)
 
 
-def _accuracy_time(cells: Sequence[CellFigures], model: str) -> Any:
+def _accuracy_time(cells: Sequence[CellFigures], evaluation: Evaluation) -> Any:
     """A panel for each task and length: what an answer takes, and how often it is right."""
     groups = list(dict.fromkeys((cell.task, cell.length) for cell in cells))
     n_columns = min(3, len(groups))
     n_rows = -(-len(groups) // n_columns)
-    figure = _figure(figsize=(5.2 * n_columns, 4.2 * n_rows))
+    figure = _figure(figsize=(4.8 * n_columns + 1.6, 4.0 * n_rows))
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
-    for ax, (task, length) in zip(axes, groups, strict=False):
+    names = list(dict.fromkeys(cell.variant for cell in cells))
+    handles: dict[str, Any] = {}
+    for i, ax in enumerate(axes):
+        if i >= len(groups):
+            ax.set_visible(False)
+            continue
+        task, length = groups[i]
         group = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
-        baseline = [_point(cell) for name in (NAIVE, FULL) for cell in group if cell.variant == name]
+        baseline = [
+            _point(cell) for name in (evaluation.naive, evaluation.full) for cell in group if cell.variant == name
+        ]
         if len(baseline) == 2:
             ax.plot(*zip(*baseline, strict=True), color="0.7", linestyle="--", zorder=1)
         for cell in group:
             x, y = _point(cell)
             low, high = (100 * bound for bound in cell.accuracy.interval)
-            ax.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3, zorder=2)
-            ax.annotate(cell.variant, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+            number = names.index(cell.variant)
+            handles[cell.variant] = ax.errorbar(
+                x,
+                y,
+                yerr=[[max(0, y - low)], [max(0, high - y)]],
+                fmt=_MARKERS[number % len(_MARKERS)],
+                color=f"C{number % 10}",
+                capsize=3,
+                zorder=2,
+            )
         ax.set(xlabel="seconds an answer (prefill and decode)", ylabel="right, %", ylim=(-4, 108))
-        ax.set_xlim(left=0)
-        ax.margins(x=0.15)
+        ax.set_xlim(0, 1.15 * max(_point(cell)[0] for cell in group))
         ax.set_title(f"{task}{'' if length is None else f', {length} tokens'}, n = {group[0].accuracy.n}", fontsize=10)
         ax.grid(alpha=0.3)
-    for ax in list(axes):
-        ax.set_visible(False)
-    figure.suptitle(f"{model}: accuracy and time; bars are 95 % intervals", fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure.suptitle(f"{evaluation.model}: accuracy and time; bars are 95 % intervals", fontsize=11)
     return figure
 
 
@@ -105,7 +119,7 @@ def _depth_length(cells: Sequence[CellFigures], model: str) -> Any:
         shares = []
         for depth in range(N_DEPTHS):
             shares.append([_mean(cells, variants[i], length, depth) for length in lengths])
-        image = ax.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        image = ax.imshow(shares, vmin=0, vmax=100, cmap="RdYlBu", aspect="auto")
         for y, row in enumerate(shares):
             for x, share in enumerate(row):
                 if share == share:  # not NaN

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from swaa_local.eval_log import AnswerRecord, QuestionRecord
@@ -19,7 +19,6 @@ from swaa_local.eval_watch import Cell
 from swaa_local.evaluate import Evaluation
 from swaa_local.scoring import wilson
 from swaa_local.units import format_bytes
-from swaa_local.variants import FULL
 
 N_DEPTHS = 5
 """Bins of the needle's depth, of equal width."""
@@ -49,7 +48,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class CellFigures:
-    """One variant on one task at one length; means over the questions.
+    """One variant on one task at one length; over the questions, times are medians and counts of tokens means.
 
     found: mean share of references. beyond: only questions whose needle is further from the end of the prompt than the
     variant's window; None if it has none. depths: by needle depth from 0 to 1 in equal bins, None where a bin is empty.
@@ -83,8 +82,8 @@ def figures(evaluation: Evaluation) -> list[CellFigures]:
 def _cell_figures(evaluation: Evaluation, cell: Cell, window: int | None) -> CellFigures:
     pairs = [(evaluation.questions[key[0]], evaluation.answers[key]) for key in cell.keys]
     answers = [answer for _, answer in pairs]
-    prompt_tokens = sum(question.prompt_tokens for question, _ in pairs)
-    prefill_s = sum(answer.prefill_s for answer in answers)
+    prompt_tokens = fmean(question.prompt_tokens for question, _ in pairs)
+    prefill_s = median(answer.prefill_s for answer in answers)
     bins: list[list[AnswerRecord]] = [[] for _ in range(N_DEPTHS)]
     for question, answer in pairs:
         if question.depth is not None:
@@ -100,11 +99,11 @@ def _cell_figures(evaluation: Evaluation, cell: Cell, window: int | None) -> Cel
         beyond=_accuracy(beyond),
         depths=tuple(_accuracy(each) for each in bins),
         n_references=fmean(len(question.references) for question, _ in pairs),
-        prompt_tokens=prompt_tokens / len(pairs),
-        prefill_s=prefill_s / len(pairs),
+        prompt_tokens=prompt_tokens,
+        prefill_s=prefill_s,
         prefill_tokens_per_s=prompt_tokens / prefill_s if prefill_s else 0.0,
         generated_tokens=fmean(answer.generated_tokens for answer in answers),
-        decode_s=fmean(answer.decode_s for answer in answers),
+        decode_s=median(answer.decode_s for answer in answers),
         cut=sum(answer.finish != "stop" for answer in answers),
         kv_bytes=answers[0].kv_bytes,
     )
@@ -130,11 +129,11 @@ def markdown(evaluation: Evaluation) -> str:
         size = f"{length} tokens" if length is not None else f"{group[0].prompt_tokens:.0f} tokens on average"
         n = group[0].accuracy.n
         parts.append(f"### {task}, {size}, {n} question{'s' * (n != 1)}")
-        parts.append(_main_table(group))
+        parts.append(_main_table(group, evaluation.full))
         if any(depth for cell in group for depth in cell.depths):
             parts.append(_depth_table(group))
     metrics = dict.fromkeys(cell.metric for cell in cells)
-    notes = [f"Model {evaluation.model}. Intervals are 95 %. Times are means of one question."]
+    notes = [f"Model {evaluation.model}. Intervals are 95 %. Times are of one question, the median."]
     notes += [_NOTES[metric] for metric in metrics]
     if any(cell.beyond for cell in cells):
         notes.append("beyond: right where the needle is further from the end than the variant's window.")
@@ -142,11 +141,11 @@ def markdown(evaluation: Evaluation) -> str:
     return "\n\n".join(parts)
 
 
-def _main_table(group: Sequence[CellFigures]) -> str:
+def _main_table(group: Sequence[CellFigures], name_of_full: str | None) -> str:
     several = any(cell.n_references > 1 and cell.metric == "all" for cell in group)
     beyond = any(cell.beyond for cell in group)
     cut = any(cell.cut for cell in group)
-    full = next((cell for cell in group if cell.variant == FULL), None)
+    full = next((cell for cell in group if cell.variant == name_of_full), None)
     head = ["variant", "right", "95 %"] + ["found"] * several + ["beyond"] * beyond
     head += ["prefill", "tok/s"] + ["speed-up"] * bool(full) + ["answer", "KV cache"] + ["cut"] * cut
     rows = []

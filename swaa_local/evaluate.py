@@ -69,6 +69,16 @@ class Evaluation:
     questions: dict[str, QuestionRecord]
     answers: dict[tuple[str, str], AnswerRecord]
 
+    @property
+    def full(self) -> str | None:
+        """The first variant with full attention."""
+        return next((variant.name for variant in self.variants if variant.is_full), None)
+
+    @property
+    def naive(self) -> str | None:
+        """The first variant with a window and nothing else."""
+        return next((variant.name for variant in self.variants if variant.is_naive), None)
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -85,7 +95,7 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
     info = read_model_info(request.model)
     of_file = read_schedule(request.model)
     variants = parse_variants(request.variants or default_variants(of_file), info.n_layer, of_file)
-    if any(not variant.schedule.is_full for variant in variants) and info.unsupported:
+    if any(not variant.is_full for variant in variants) and info.unsupported:
         raise EvalError(info.unsupported)
     source = _Source(request, [variant.think for variant in variants], info.n_ctx_train, watch)
     with closing(source), EvalLog(request.results, source.config()) as log:

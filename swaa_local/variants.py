@@ -36,7 +36,17 @@ class Variant:
     @property
     def window(self) -> int | None:
         """In tokens; None where no layer slides."""
-        return None if self.schedule.is_full else self.schedule.window
+        return None if self.is_full else self.schedule.window
+
+    @property
+    def is_full(self) -> bool:
+        """True for full attention."""
+        return self.schedule.is_full
+
+    @property
+    def is_naive(self) -> bool:
+        """True for a window in all layers and nothing else."""
+        return self.schedule.sinks == 0 and set(self.schedule.layer_modes) == {LayerMode.ALWAYS}
 
 
 def parse_variants(text: str, n_layer: int, of_file: Schedule | None) -> list[Variant]:

@@ -84,6 +84,12 @@ def test_a_file_without_a_schedule_has_nothing_to_take(text):
         parse(text, None)
 
 
+def test_baselines_are_known_by_what_they_are():
+    variants = parse("full direct,file,naive think,w8,naive sinks,naive fadec")
+    assert [variant.is_full for variant in variants] == [True, False, False, False, False, False]
+    assert [variant.is_naive for variant in variants] == [False, False, True, True, False, False]
+
+
 def test_what_is_compared_by_default():
     assert default_variants(STORED) == "full,naive,file"
     assert default_variants(None) == "full"
