@@ -7,6 +7,7 @@ that these tests hold the interface itself. Every call that can fail raises `Eng
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from llama_cpp._logger import llama_log_callback as default_log_callback
 from masks import Sched
 
 _lib = C._lib
+# The engine tests run on a GPU build with all layers there if this is set, e.g. to 99.
+GPU_LAYERS = int(os.environ.get("SWAA_TEST_GPU_LAYERS", "0"))
+
 PATCH_SYMBOLS = ("llama_model_swaa_set", "llama_model_swaa_get", "llama_swaa_set_prompt_end", "llama_swaa_kv_bytes")
 MISSING_SYMBOLS = [name for name in PATCH_SYMBOLS if not hasattr(_lib, name)]
 
@@ -71,7 +75,7 @@ class EngineModel:
         for slot, (key, value) in zip(kv, overrides.items(), strict=False):
             slot.tag, slot.key, slot.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, f"swaa.{key}".encode(), value
         params.kv_overrides = kv
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = GPU_LAYERS
         with captured_log() as log:
             self.ptr = C.llama_model_load_from_file(str(path).encode(), params)
         self.log = "".join(log)
