@@ -22,20 +22,20 @@ def find_gguf(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_file():
         return path
-    if path.is_dir():
-        raise _needs_conversion(model)
+    if model and path.is_dir():
+        raise _needs_conversion(model, "a directory")
     hub_id = hub.parse_hub_id(model)
     if hub_id is None or (model.endswith((".gguf", "/")) and ":" not in model):
         raise ModelNotFound(f"{model}: no such file, and not a hub id (org/name or org/name:file.gguf)")
     found = hub.choose(hub.list_repo(hub_id))
     if found.gguf is None:
-        raise _needs_conversion(model)
+        raise _needs_conversion(model, "a checkpoint")
     return hub.fetch(found)
 
 
-def _needs_conversion(model: str) -> ModelNotFound:
+def _needs_conversion(model: str, what: str) -> ModelNotFound:
     return ModelNotFound(
-        f"{model} is a checkpoint, not a GGUF file; make one first: swaa-local convert {model} -o model.gguf"
+        f"{model} is {what}, not a GGUF file; make one first: swaa-local convert {model} -o model.gguf"
     )
 
 

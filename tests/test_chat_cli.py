@@ -166,7 +166,7 @@ def test_bad_files_are_one_line(model, tmp_path):
         tmp_path / "nope.gguf": "no such file",
         tmp_path / "garbage.gguf": "garbage.gguf",
         truncated: "truncated.gguf",
-        tmp_path: "is a checkpoint",
+        tmp_path: "is a directory, not a GGUF file",
         "nope": "not a hub id",
     }.items():
         assert error in fails("chat", what, "-p", "x")
