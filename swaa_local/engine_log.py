@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,27 +43,60 @@ class EngineLog:
         return told[0] if told else (lines[-1] if lines else None)
 
 
-@contextmanager
-def captured(verbose: bool = False) -> Iterator[EngineLog]:
-    """Collect error lines while the block runs; if `verbose`, all lines also go where they went before."""
-    log = EngineLog()
-    previous, user_data = _c.llama_log_callback(), ctypes.c_void_p()
-    _c.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
-    level_of_line = 0
+class _Capture:
+    """One `captured()` block: its log, and whether all lines also go on to where they went before."""
 
-    def receive(level: int, text: bytes, data: int | None) -> None:
-        nonlocal level_of_line
+    def __init__(self, verbose: bool) -> None:
+        self.log = EngineLog()
+        self.verbose = verbose
+        self._level = 0
+
+    def receive(self, level: int, text: str) -> None:
         continued = level == _CONTINUED
         if not continued:
-            level_of_line = level
-        if level_of_line == _ERROR:
-            log.add(text.decode("utf-8", errors="replace"), continued=continued)
-        if verbose and previous:
-            previous(level, text, user_data)
+            self._level = level
+        if self._level == _ERROR:
+            self.log.add(text, continued=continued)
 
-    callback = _c.llama_log_callback(receive)
-    _c.llama_log_set(callback, ctypes.c_void_p(0))
+
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.captures: list[_Capture] = []
+
+
+_threads = _Threads()
+_lock = threading.Lock()
+_n_blocks = 0
+_previous, _previous_data = _c.llama_log_callback(), ctypes.c_void_p()
+
+
+# llama.cpp has one log for all threads: this callback lives as long as the program, and each block gets the lines of
+# its own thread. A callback for each block would be called when it is gone, by another thread's.
+@_c.llama_log_callback
+def _receive(level: int, text: bytes, _data: int | None) -> None:
+    capture = _threads.captures[-1] if _threads.captures else None
+    if capture:
+        capture.receive(level, text.decode("utf-8", errors="replace"))
+    if _previous and (capture is None or capture.verbose):
+        _previous(level, text, _previous_data)
+
+
+@contextmanager
+def captured(verbose: bool = False) -> Iterator[EngineLog]:
+    """Collect this thread's error lines while the block runs; if `verbose`, all lines also go where they went before."""
+    global _n_blocks
+    capture = _Capture(verbose)
+    with _lock:
+        if _n_blocks == 0:
+            _c.llama_log_get(ctypes.byref(_previous), ctypes.byref(_previous_data))
+            _c.llama_log_set(_receive, ctypes.c_void_p(0))
+        _n_blocks += 1
+    _threads.captures.append(capture)
     try:
-        yield log
+        yield capture.log
     finally:
-        _c.llama_log_set(previous, user_data)
+        _threads.captures.remove(capture)
+        with _lock:
+            _n_blocks -= 1
+            if _n_blocks == 0:
+                _c.llama_log_set(_previous, _previous_data)

@@ -80,6 +80,8 @@ class Llama(llama_cpp.Llama):
                 raise ModelLoadError(f"{name} is {kwargs[name]!r}, which is no KV cache type; known are {known}")
         self._swaa = swaa
         self._flash_attn = flash_attn
+        if kwargs.get("vocab_only") and not n_ctx:
+            n_ctx = DEFAULT_N_UBATCH  # a vocabulary has no context of its own, but upstream makes one of it
         self._fit_n_ctx = not n_ctx
         self.schedule: Schedule | None = None
         self.file_schedule: Schedule | None = None
@@ -233,6 +235,11 @@ class Llama(llama_cpp.Llama):
         if ctx is None:
             raise SWAAError("this Llama is closed")
         return ctx
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
+        """Upstream's `tokenize`, with which every completion begins."""
+        self._live_ctx()
+        return super().tokenize(*args, **kwargs)
 
     def eval(self, tokens: Sequence[int], decode: bool = False) -> None:
         """Evaluate tokens after those in the cache: prompt tokens, or generated ones if `decode`.

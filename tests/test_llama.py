@@ -389,7 +389,14 @@ def test_a_closed_model_says_so(load):
     llm.close()
     with pytest.raises(SWAAError, match="closed"):
         llm.eval(TOKENS[:3])
+    with pytest.raises(SWAAError, match="closed"):
+        llm("hello")
     llm.close()
+
+
+def test_a_vocabulary_alone_tokenizes(load, tiny_model):
+    vocab = load(vocab_only=True, n_ctx=0)
+    assert vocab.tokenize(b"where the window is") == load().tokenize(b"where the window is")
 
 
 def test_without_the_patches_the_import_says_how_to_mend_it(tmp_path):
