@@ -8,6 +8,11 @@ from pathlib import Path
 from swaa_local.config import SWAAError
 
 NAME = "needle.gguf"
+NOTE = (
+    "this is the bundled model: it answers questions about facts in a text and can do nothing else; for a real one: "
+    "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
+)
+"""What a user should know who did not ask for it."""
 
 
 class NoBundledModel(SWAAError):

@@ -234,7 +234,8 @@ def chat_command(
 ) -> int:
     """Talk to MODEL about long texts.
 
-    MODEL is a GGUF file, or one on the hub: org/name or org/name:file.gguf, which is downloaded once.
+    MODEL is a GGUF file, or one on the hub: org/name or org/name:file.gguf, which is downloaded once. Without one it is
+    the bundled model, which only knows how to answer questions about facts in a text.
 
     The schedule is the file's; the options below replace it for this chat. The answer goes to stdout, everything else
     to stderr. With -p, or with a question piped in, there is one answer; otherwise a conversation, where /help lists
@@ -249,16 +250,17 @@ def chat_command(
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option
-    if model is None:
-        raise click.UsageError(
-            "no MODEL given; a GGUF file is needed, for instance one made with: "
-            "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
-        )
+    from swaa_local.bundled import NOTE, bundled_model
     from swaa_local.chat import ChatOptions, chat
     from swaa_local.chat_session import Settings
+    from swaa_local.terminal import TerminalReporter
 
     sampling = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed")
     given = {name: value for name in sampling if (value := options.pop(name)) is not None}
+    if model is None:
+        model = str(bundled_model())
+        given = {"temp": 0.0} | given
+        TerminalReporter().note(NOTE)
     settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
     return chat(
         ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)

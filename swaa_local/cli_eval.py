@@ -149,7 +149,7 @@ def eval_command(
 @click.command("demo", short_help="See what schedules do, on the bundled model, offline.")
 @click.option("-n", "--questions", "n_questions", type=_COUNT, default=20, show_default=True, help="Questions to ask.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the document and the questions.")
-@click.option("--length", type=_COUNT, metavar="TOKENS", help="Of the document with a question and its answer [3584].")
+@click.option("--length", type=_COUNT, metavar="TOKENS", help="Of the document with a question and its answer [7680].")
 @click.option("-m", "--model", metavar="MODEL", help="Another GGUF with a schedule, made for such questions.")
 @click.option("--chat/--no-chat", "may_chat", default=True, help="Offer to talk about the document afterwards.")
 @engine_options

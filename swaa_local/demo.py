@@ -24,10 +24,11 @@ from swaa_local.scoring import MISS, score
 from swaa_local.tasks.facts_task import spread
 from swaa_local.variants import Variant, parse_variants
 
-DEFAULT_LENGTH = 3584
-"""Tokens; leaves a model of 4096 some room to chat about the document."""
+MAX_LENGTH = 7680
+"""Tokens, where the user does not say: more takes too long."""
 _QUESTIONS_A_DOCUMENT = 30
 _THINK_TOKENS, _ANSWER_TOKENS = 64, 24
+_CHAT_ROOM = 512  # tokens of the model's context, for talking about the document afterwards
 _ROOM = 160  # tokens behind the document: question, template, thought and answer
 _KIND: facts.Kind = "sections"
 _WARM_UP_TOKENS = 64
@@ -117,8 +118,8 @@ class Outcome:
 def run_demo(
     model: Path, *, n_questions: int, seed: int, length: int | None, engine: EngineOptions, view: View | None = None
 ) -> Outcome:
-    """Give the demo. length: of the prompts with their answers, in tokens; None: `DEFAULT_LENGTH`, or what the model
-    was trained for if that is less.
+    """Give the demo. length: of the prompts with their answers, in tokens; None: about what the model was
+    trained for, but not more than `MAX_LENGTH`.
 
     Raises `DemoError` for a model without a schedule or a length that holds no document.
     """
@@ -129,7 +130,7 @@ def run_demo(
     info, of_file = read_model_info(model), read_schedule(model)
     if of_file is None:
         raise DemoError(f"{model} has no schedule to show; swaa-local convert adds one")
-    length = length or min(DEFAULT_LENGTH, info.n_ctx_train or DEFAULT_LENGTH)
+    length = length or min(MAX_LENGTH, (info.n_ctx_train or MAX_LENGTH) - _CHAT_ROOM)
     variants = parse_variants(",".join(words for _, words in _ROWS), info.n_layer, of_file)
     rows = [Row(title, variant) for (title, _), variant in zip(_ROWS, variants, strict=True)]
     with ExitStack() as stack:

@@ -151,8 +151,15 @@ def test_a_prompt_that_is_too_long_names_the_option(model, tmp_path):
     assert re.search(r"prompt is 3\d\d\d tokens but the context is 1024; pass -c 3584 or shorten the file", error)
 
 
-def test_without_a_model_it_says_how_to_get_one():
-    assert "no MODEL given" in fails("chat", "-p", "x", code=2)
+def test_without_a_model_it_is_the_bundled_one_and_says_how_to_get_another(tmp_path):
+    (tmp_path / "a.txt").write_text("The pin code of Ada Klein is 40417. The pin code of Otto Frank is 11735.")
+    done = chat("-f", tmp_path / "a.txt", "-p", "What is the pin code of Ada Klein?", "-t", 1)
+    assert (done.returncode, done.stdout) == (0, b"40417\n")
+    assert b"this is the bundled model" in done.stderr
+    assert b"swaa-local convert Qwen/" in done.stderr
+
+
+def test_a_model_given_twice_is_refused():
     assert "given twice" in fails("chat", "a.gguf", "-m", "b.gguf", code=2)
 
 
