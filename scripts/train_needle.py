@@ -97,8 +97,7 @@ def main() -> None:
     save(model)
     log(f"{outcome.n_tokens / 1e6:.1f} M tokens in {outcome.seconds} s")
     document = {
-        "command": " ".join(["scripts/train_needle.py", *sys.argv[1:]]),
-        "reproduce": f"scripts/train_needle.py --out DIR --steps {curriculum.n_steps} --seed {options.seed}",
+        "command": f"scripts/train_needle.py --out DIR --steps {curriculum.n_steps} --seed {options.seed}",
         "seed": options.seed,
         "device": device_name,
         "versions": {

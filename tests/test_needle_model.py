@@ -6,11 +6,13 @@ the window alone, or with any single strategy, it cannot know. Bounds are far fr
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from swaa_local.bundled import bundled_model
+from swaa_local.config import SWAAConfig
 from swaa_local.demo import Outcome, run_demo
 from swaa_local.engine_options import EngineOptions
 from swaa_local.eval_table import figures
@@ -33,6 +35,14 @@ def test_it_is_small_and_has_a_schedule():
     schedule = read_schedule(bundled_model())
     assert schedule is not None
     assert schedule.window * 8 <= 2560 - 160
+
+
+def test_its_schedule_is_the_one_that_the_training_log_chose():
+    log = Path(__file__).resolve().parent.parent / "docs" / "needle-log.json"
+    chosen = json.loads(log.read_text())["evaluation"]
+    schedule = read_schedule(bundled_model())
+    assert schedule is not None
+    assert schedule.config() == SWAAConfig(chosen["window"], chosen["sinks"], True, chosen["full_layers"])
 
 
 @pytest.mark.parametrize("title", ["full attention", "all four"])
