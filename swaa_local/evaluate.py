@@ -138,12 +138,12 @@ class _Source:
         self._n_ctx_train = n_ctx_train or (1 << 30)
         self.dataset: Dataset | None = None
         self.tasks: list[Task] = []
+        if request.haystack is not None and (request.dataset is not None or not needs_haystack(request.tasks)):
+            raise EvalError("nothing that is asked for needs a text; leave out --haystack")
         if request.dataset is not None:
             self.dataset = read_dataset(request.dataset)
         else:
-            essay = None
-            if request.haystack is not None and needs_haystack(request.tasks):
-                essay, _ = read_essay(request.haystack)
+            essay = None if request.haystack is None else read_essay(request.haystack)
             self.tasks = make_tasks(request.tasks, essay)
         self._llm = Llama(str(request.model), vocab_only=True, n_ctx=512, **request.engine.arguments())
         chosen = {request.think if think is None else think for think in thinks}
@@ -263,7 +263,7 @@ class _Source:
         """Tokens of context: the prompts and their answers, and room for thoughts as far as the model was trained."""
         needed = max(question.prompt_tokens + question.max_tokens for question in batch.questions)
         thoughts = self._request.think_tokens if any(each.may_think for each in self._answerers) else 0
-        return max(needed, min(needed + thoughts, self._n_ctx_train))
+        return max(needed, min(needed + thoughts, self._request.n_ctx or self._n_ctx_train))
 
 
 def _run_batch(

@@ -253,6 +253,7 @@ def test_a_changed_configuration_is_refused(model, tmp_path, tiny_model_factory)
         (["--task", "nope"], "unknown task 'nope'; known are facts, ruler"),
         (["--task", "niah_single_2"], "niah_single_2 needs a text: --haystack FILE"),
         (["--task", "niah_single_2", "--haystack", "nope.txt"], "nope.txt: No such file"),
+        (["--task", "niah_single_1", "--haystack", "nope.txt"], "leave out --haystack"),
         (["--task", "vt", "--length", "50"], "vt needs more than 50 tokens"),
         (["--variants", "full,fast"], "variant 'fast': 'fast' means nothing"),
         (["--variants", "w8 9"], "past the model's 4 layers"),

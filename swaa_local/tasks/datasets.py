@@ -8,7 +8,6 @@ contains the reference, which is another measure.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,11 +27,10 @@ _ANY_OF = "qa"
 
 @dataclass(frozen=True)
 class Dataset:
-    """questions: as given, in order. sha256: of the file."""
+    """questions: as given, in order; they share the metric."""
 
     name: str
     questions: tuple[Question, ...]
-    sha256: str
     metric: Metric
 
 
@@ -50,13 +48,7 @@ def read_dataset(path: Path) -> Dataset:
     metrics = {question.metric for question in questions}
     if len(metrics) > 1:
         raise TaskError(f"{path} mixes rows of RULER (input, outputs) with others (prompt, answer)")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
-    return Dataset(name, tuple(questions), sha256, metrics.pop())
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()  # Python 3.10
+    return Dataset(name, tuple(questions), metrics.pop())
 
 
 def _name(path: Path) -> str:

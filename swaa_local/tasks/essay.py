@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ class Essay:
         return split_sentences(" ".join(repeated[:n]))
 
 
-def read_essay(path: Path) -> tuple[Essay, str]:
-    """The text of a file, and its SHA-256. Raises `TaskError` for what is no text in UTF-8."""
+def read_essay(path: Path) -> Essay:
+    """The text of a file. Raises `TaskError` for what is no text in UTF-8."""
     try:
         data = path.read_bytes()
         words = tuple(data.decode("utf-8-sig").split())
@@ -40,7 +39,7 @@ def read_essay(path: Path) -> tuple[Essay, str]:
         raise TaskError(f"{path} is not UTF-8 (byte {error.start + 1}); convert it, for instance with iconv") from None
     if not words:
         raise TaskError(f"{path} is empty; --haystack needs a text, for instance a book")
-    return Essay(words), hashlib.sha256(data).hexdigest()
+    return Essay(words)
 
 
 def split_sentences(text: str) -> list[str]:
