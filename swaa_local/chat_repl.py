@@ -87,7 +87,8 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece]) -> 
         terminal.note(
             f"the context of {session.llm.n_ctx()} tokens is full, so the answer is cut; a larger -c holds more"
         )
-    if session.stats:
+    # Without a token nobody knows how much of the prompt was read.
+    if session.stats and session.stats.generated_tokens:
         terminal.figures(session.stats, session.llm.kv_bytes)
     return interrupted
 

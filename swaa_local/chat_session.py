@@ -64,13 +64,22 @@ class Settings:
     system: str = ""
 
     def with_defaults_of(self, metadata: Mapping[str, str], given: Sequence[str] = ()) -> Settings:
-        """The sampling that the model's makers recommend in the GGUF, but for the fields `given` by the user."""
+        """The sampling that the model's makers recommend in the GGUF, but for the fields `given` by the user.
+
+        Raises `ChatError` for a recommendation that is no number.
+        """
         keys = {"temp": float, "top_k": int, "top_p": float, "min_p": float, "penalty_repeat": float}
         found: dict[str, Any] = {}
         for key, kind in keys.items():
             field = "repeat_penalty" if key == "penalty_repeat" else key
             if field not in given and (value := metadata.get(f"general.sampling.{key}")) is not None:
-                found[field] = kind(float(value))
+                try:
+                    found[field] = kind(float(value))
+                except (ValueError, OverflowError):
+                    option = "--" + field.replace("_", "-")
+                    raise ChatError(
+                        f"the model's general.sampling.{key} is {value!r}, which is no number; pass {option}"
+                    ) from None
         return replace(self, **found)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from llama_cpp import llama_cpp as _c
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
@@ -69,8 +68,9 @@ class ChatTemplate:
         switches = {} if think is None else {"enable_thinking": think, "thinking": think}
         try:
             text = self._formatter(messages=guarded, **switches).prompt  # type: ignore[arg-type]
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise TemplateError(f"the model's chat template refuses this conversation: {error}") from error
+        except Exception as error:  # the template is a program that came with the model
+            why = str(error) or type(error).__name__
+            raise TemplateError(f"the model's chat template refuses this conversation: {why}") from error
         tokens: list[int] = []
         for index, part in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", text)):
             literal = index % 2 == 1

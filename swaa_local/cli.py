@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. No logic, and no engine before a command runs.
 
-The only place that prints and exits. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 Ctrl-C.
+The only place that prints and exits. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 Ctrl-C,
+141 nobody reads the output.
 """
 
 from __future__ import annotations
@@ -24,8 +25,18 @@ from swaa_local.presets import PRESETS
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+class _NobodyReads(Exception):
+    """A `BrokenPipeError` that click must not see: it would make it exit code 1."""
+
+
 class _Program(click.Group):
     """Turns every way to stop into an exit code and at most one line on stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _NobodyReads from error
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         run: Callable[[], Any] = functools.partial(super().main, *args, **(kwargs | {"standalone_mode": False}))
@@ -39,7 +50,7 @@ class _Program(click.Group):
             code = error.exit_code
         except (KeyboardInterrupt, click.Abort):
             code = 130
-        except BrokenPipeError:
+        except (BrokenPipeError, _NobodyReads):
             # Nobody reads on, for instance `| head`. Keep Python's flush at exit quiet too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141

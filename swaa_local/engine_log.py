@@ -64,39 +64,52 @@ class _Threads(threading.local):
         self.captures: list[_Capture] = []
 
 
-_threads = _Threads()
-_lock = threading.Lock()
-_n_blocks = 0
-_previous, _previous_data = _c.llama_log_callback(), ctypes.c_void_p()
+class _Tap:
+    """Takes llama.cpp's log while any thread captures, and gives each thread's lines to its innermost block.
+
+    llama.cpp has one log for all threads. A callback for each block would be called when it is gone: by another thread
+    that found it there and put it back.
+    """
+
+    def __init__(self) -> None:
+        self._threads = _Threads()
+        self._lock = threading.Lock()
+        self._n_blocks = 0
+        self._callback = _c.llama_log_callback(self._receive)
+        self._previous, self._user_data = _c.llama_log_callback(), ctypes.c_void_p()
+
+    def begin(self, capture: _Capture) -> None:
+        with self._lock:
+            if self._n_blocks == 0:
+                _c.llama_log_get(ctypes.byref(self._previous), ctypes.byref(self._user_data))
+                _c.llama_log_set(self._callback, ctypes.c_void_p(0))
+            self._n_blocks += 1
+        self._threads.captures.append(capture)
+
+    def end(self, capture: _Capture) -> None:
+        self._threads.captures.remove(capture)
+        with self._lock:
+            self._n_blocks -= 1
+            if self._n_blocks == 0:
+                _c.llama_log_set(self._previous, self._user_data)
+
+    def _receive(self, level: int, text: bytes, _data: int | None) -> None:
+        capture = self._threads.captures[-1] if self._threads.captures else None
+        if capture:
+            capture.receive(level, text.decode("utf-8", errors="replace"))
+        if self._previous and (capture is None or capture.verbose):
+            self._previous(level, text, self._user_data)
 
 
-# llama.cpp has one log for all threads: this callback lives as long as the program, and each block gets the lines of
-# its own thread. A callback for each block would be called when it is gone, by another thread's.
-@_c.llama_log_callback
-def _receive(level: int, text: bytes, _data: int | None) -> None:
-    capture = _threads.captures[-1] if _threads.captures else None
-    if capture:
-        capture.receive(level, text.decode("utf-8", errors="replace"))
-    if _previous and (capture is None or capture.verbose):
-        _previous(level, text, _previous_data)
+_tap = _Tap()
 
 
 @contextmanager
 def captured(verbose: bool = False) -> Iterator[EngineLog]:
-    """Collect this thread's error lines while the block runs; if `verbose`, all lines also go where they went before."""
-    global _n_blocks
+    """Collect this thread's error lines while the block runs; if `verbose`, all lines still go where they went."""
     capture = _Capture(verbose)
-    with _lock:
-        if _n_blocks == 0:
-            _c.llama_log_get(ctypes.byref(_previous), ctypes.byref(_previous_data))
-            _c.llama_log_set(_receive, ctypes.c_void_p(0))
-        _n_blocks += 1
-    _threads.captures.append(capture)
+    _tap.begin(capture)
     try:
         yield capture.log
     finally:
-        _threads.captures.remove(capture)
-        with _lock:
-            _n_blocks -= 1
-            if _n_blocks == 0:
-                _c.llama_log_set(_previous, _previous_data)
+        _tap.end(capture)

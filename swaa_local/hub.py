@@ -313,14 +313,7 @@ def _hub_errors(hub_id: HubId) -> Iterator[None]:
         raise HubError(f"the hub refused {hub_id}: {_one_line(error)}") from None
     except Exception as error:
         # What the HTTP client raises; which client it is depends on huggingface-hub's version.
-        if type(error).__module__.partition(".")[0] in (
-            "httpx",
-            "httpx2",
-            "httpcore",
-            "httpcore2",
-            "requests",
-            "urllib3",
-        ):
+        if type(error).__module__.partition(".")[0] in _HTTP_CLIENTS:
             raise _offline(hub_id, _one_line(error)) from None
         raise
 

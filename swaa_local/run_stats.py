@@ -23,9 +23,10 @@ class RunStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Evaluated prompt tokens a second; NaN if nothing was evaluated."""
+        """Evaluated prompt tokens a second; NaN if nothing was evaluated, or not all of the prompt."""
         evaluated = self.prompt_tokens - self.cached_tokens
-        return evaluated / self.prefill_s if evaluated and self.prefill_s > 0 else math.nan
+        whole = self.generated_tokens > 0
+        return evaluated / self.prefill_s if whole and evaluated and self.prefill_s > 0 else math.nan
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -171,6 +171,12 @@ def test_a_template_that_refuses_is_heard(load, tmp_path):
         render(llm)
 
 
+def test_a_template_with_a_bug_is_an_error_like_any_other(load, tmp_path):
+    llm = load(scripted_model(tmp_path / "m.gguf", [], chat_template="{{ 1 // 0 }}"))
+    with pytest.raises(TemplateError, match="division"):
+        render(llm)
+
+
 def test_a_broken_template_is_an_error_of_loading(load, tmp_path):
     with pytest.raises(SWAAError, match=r"m\.gguf: the chat template is broken"):
         load(scripted_model(tmp_path / "m.gguf", [], chat_template="{% if %}"))
@@ -348,6 +354,15 @@ def test_sampling_recommended_in_the_gguf_is_the_default():
     }
     settings = Settings(top_k=7).with_defaults_of(metadata, given=["top_k"])
     assert (settings.temp, settings.top_k, settings.repeat_penalty, settings.top_p) == (0.6, 7, 1.1, 0.95)
+
+
+@pytest.mark.parametrize(("key", "value"), [("temp", "warm"), ("top_k", "nan"), ("top_k", "inf")])
+def test_a_recommendation_that_is_no_number_is_named(key, value):
+    metadata = {f"general.sampling.{key}": value}
+    option = f"--{key.replace('_', '-')}"
+    with pytest.raises(ChatError, match=rf"general\.sampling\.{key} is '{value}'.*pass {option}"):
+        Settings().with_defaults_of(metadata)
+    assert Settings().with_defaults_of(metadata, given=[key]) == Settings()
 
 
 def test_a_token_longer_than_upstreams_buffer_is_whole(load, tmp_path, monkeypatch):

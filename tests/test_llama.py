@@ -5,6 +5,7 @@ The oracle of the logits is the numpy reference; where llama_cpp's own class is 
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -450,6 +451,7 @@ def test_a_prefill_that_was_stopped_goes_on_from_there(exact, swaa):
     with pytest.raises(Stop):
         next(llm.generate(TOKENS[:300]))
     assert llm.n_tokens == 128
+    assert math.isnan(llm.last_run.prefill_tokens_per_s)  # not 300 tokens in the time of 128
     llm.on_prefill = None
     next(llm.generate(TOKENS[:300]))
     assert llm.last_run.cached_tokens == 128
