@@ -67,7 +67,7 @@ def load_conversation(path: str) -> Conversation:
         data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not a saved conversation: {error}") from None
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise StoreError(f"{path} is not a saved conversation")

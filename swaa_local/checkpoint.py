@@ -75,17 +75,19 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 def parse_config(data: bytes, where: str) -> dict[str, Any]:
     try:
         config = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{where} holds no JSON object")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise CheckpointError(f"{where}: text_config is {config['text_config']!r}, expected an object")
     return config
 
 
 def architecture_of(config: dict[str, Any], where: str) -> str:
     """The class of the model; `CheckpointError` if upstream's converter does not know it, where that can be told."""
-    names = config.get("architectures") or config.get("text_config", {}).get("architectures") or []
-    if not names or not isinstance(names[0], str):
+    names = config.get("architectures") or (config.get("text_config") or {}).get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(
             f"{where}: config.json names no architecture ('architectures'), so it cannot be converted"
         )

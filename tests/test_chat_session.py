@@ -497,6 +497,12 @@ def test_nothing_is_overwritten_without_being_asked(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
 
 
+def test_a_file_of_nothing_but_brackets_is_an_error(tmp_path):
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match="not a saved conversation"):
+        load_conversation(str(tmp_path / "c.json"))
+
+
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(StoreError, match="cannot write"):
         save_conversation(str(tmp_path / "no" / "c.json"), CONVERSATION)

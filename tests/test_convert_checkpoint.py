@@ -64,8 +64,11 @@ def test_folders_that_are_no_checkpoints(tmp_path):
     ("config", "message"),
     [
         ("{", "config.json is not JSON"),
+        ("[" * 100_000, "config.json is not JSON"),
         ("[]", "holds no JSON object"),
         ("{}", "names no architecture"),
+        ('{"architectures": 5}', "names no architecture"),
+        ('{"text_config": [1]}', "text_config is [1], expected an object"),
         (json.dumps({"architectures": ["NoSuchForCausalLM"]}), "NoSuchForCausalLM is not known to this version"),
     ],
 )
