@@ -6,6 +6,7 @@ for the error message. Knows processes; nothing of models.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -97,10 +98,11 @@ def run_child(
         if process.poll() is None:
             process.kill()
             process.wait()
-        for reader in readers:
-            reader.join()
-        process.stdout.close()
-        process.stderr.close()
+        for reader, stream in zip(readers, (process.stdout, process.stderr), strict=True):
+            # Ctrl-C may have come before this reader ran; then it ends with the child, if it ever begins.
+            with contextlib.suppress(RuntimeError):
+                reader.join()
+                stream.close()
     if code != 0:
         told = next((event["error"] for event in events if "error" in event), None)
         raise ChildError(told or f"{what} failed{_how(code, tail)}", "\n".join(tail))

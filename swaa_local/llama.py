@@ -92,6 +92,7 @@ class Llama(llama_cpp.Llama):
         self._sampler_to_keep: Any = None
         if n_batch is None:
             n_batch = max(DEFAULT_N_BATCH, n_ubatch)
+        n_ubatch = n_ubatch or n_batch  # as in llama.cpp
         self._n_ubatch = min(n_batch, n_ubatch)
         with Shield() as self._loading, engine_log.captured(verbose) as log:
             try:

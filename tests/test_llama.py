@@ -395,6 +395,12 @@ def test_a_closed_model_says_so(load):
     llm.close()
 
 
+def test_no_n_ubatch_is_n_batch(load):
+    llm = load(n_ubatch=0, n_batch=64)
+    llm.eval(TOKENS[:100])
+    assert (llm.n_tokens, llm.context_params.n_ubatch) == (100, 64)
+
+
 def test_a_vocabulary_alone_tokenizes(load, tiny_model):
     vocab = load(vocab_only=True, n_ctx=0)
     assert vocab.tokenize(b"where the window is") == load().tokenize(b"where the window is")
