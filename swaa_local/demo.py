@@ -7,11 +7,12 @@ reads the document once: questions share it as the prompt's beginning.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def run_demo(
     with ExitStack() as stack:
         answerers = []
         for row in rows:
-            llm = Llama(str(model), swaa=row.variant.schedule, n_ctx=length, **engine.arguments())
+            llm = Llama(str(model), swaa=row.variant.schedule, n_ctx=length, **_calm(engine).arguments())
             stack.callback(llm.close)
             answerers.append(Answerer(llm, think=row.variant.think, think_tokens=_THINK_TOKENS))
             row.kv_bytes = llm.kv_bytes
@@ -161,6 +162,12 @@ def run_demo(
             questions += asked
         view.end()
     return Outcome(tuple(rows), tuple(questions), of_file.window, prompt_tokens)
+
+
+def _calm(engine: EngineOptions) -> EngineOptions:
+    """Few threads where the user does not say: more gain a small model little, and cost it much where cores are busy."""
+    few = max(1, min(4, (os.cpu_count() or 2) // 2))
+    return engine if engine.n_threads or engine.n_threads_batch else replace(engine, n_threads=few)
 
 
 def _write(rng: random.Random, length: int, count: Any, n_facts: int) -> facts.Document:
