@@ -165,7 +165,7 @@ def run_demo(
 
 
 def _calm(engine: EngineOptions) -> EngineOptions:
-    """Few threads where the user does not say: more gain a small model little, and cost it much where cores are busy."""
+    """Few threads where the user does not say: more gain a small model little, and cost it much on busy cores."""
     few = max(1, min(4, (os.cpu_count() or 2) // 2))
     return engine if engine.n_threads or engine.n_threads_batch else replace(engine, n_threads=few)
 
