@@ -51,3 +51,15 @@ class DecodeError(SWAAError, RuntimeError):
 
 class StateError(SWAAError, RuntimeError):
     """A saved state that does not fit this model, schedule or context. The context is empty afterwards."""
+
+
+class TextTooLong(SWAAError, ValueError):
+    """A text to embed does not fit a batch."""
+
+    def __init__(self, n_tokens: int, n_batch: int) -> None:
+        self.n_tokens = n_tokens
+        self.n_batch = n_batch
+        super().__init__(
+            f"text is {n_tokens} tokens but a batch is {n_batch}; pass n_batch={n_tokens} and n_ubatch={n_tokens}, or "
+            "truncate=True to embed its beginning"
+        )

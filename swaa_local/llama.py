@@ -24,7 +24,7 @@ from llama_cpp._internals import LlamaContext
 from swaa_local import engine_log, memory, native
 from swaa_local.config import Schedule, SWAAConfig, SWAAError, default_flash_attn
 from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, get_schedule
-from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError
+from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError, TextTooLong
 from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
 from swaa_local.run_stats import RunClock, RunStats
@@ -355,11 +355,17 @@ class Llama(llama_cpp.Llama):
                 raise PromptTooLong(int(counts[1]), self._n_ctx) from None
             raise
 
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's `embed`; all tokens are prompt."""
+    def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = False, **kwargs: Any) -> Any:
+        """Upstream's `embed`; all tokens are prompt. A text is cut to n_batch tokens only if `truncate` asks for it."""
         # A text comes in one batch, so that the automatic phase is right; a prompt end left by `eval` is not.
         native.llama_swaa_set_prompt_end(self._live_ctx(), 0, -1)
-        return super().embed(*args, **kwargs)
+        try:
+            return super().embed(input, normalize, truncate, **kwargs)
+        except ValueError as error:
+            counts = re.match(r"Requested tokens \((\d+)\) exceed batch size", str(error))
+            if counts:
+                raise TextTooLong(int(counts[1]), self.n_batch) from None
+            raise
 
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended."""

@@ -577,6 +577,16 @@ def test_every_token_of_an_embedding_is_prompt(load, tiny_model_factory):
     assert np.allclose(want, llm.embed(text), atol=1e-3)
 
 
+def test_a_long_text_is_cut_for_an_embedding_only_when_asked(load):
+    llm = load(embedding=True, n_batch=16, n_ubatch=16)
+    text = "a text of more than sixteen tokens, surely, as each of its letters is one"
+    with pytest.raises(ValueError, match=r"text is \d+ tokens but a batch is 16; pass n_batch="):
+        llm.embed(text)
+    with pytest.raises(ValueError, match="a batch is 16"):
+        llm.create_embedding(text)
+    assert len(llm.embed(text, truncate=True)) == 16
+
+
 def test_quiet_by_default(load, capfd):
     llm = load(swaa=FA_DECODE)
     llm("hello", max_tokens=3)
