@@ -127,7 +127,9 @@ def _download(pin: Pin, directory: Path) -> Path:
 
 def _pip_environment() -> dict[str, str]:
     """The user's environment, in which pip takes uv's index where only uv has been told one."""
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_NO_INPUT": "1"}
+    # What an outer pip tells this backend's process would make the inner pip look for upstream's backend in patches/.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("_PYPROJECT_HOOKS_", "PEP517_"))}
+    env = {**own, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_NO_INPUT": "1"}
     for ours, theirs in (
         ("PIP_INDEX_URL", ("UV_DEFAULT_INDEX", "UV_INDEX_URL")),
         ("PIP_EXTRA_INDEX_URL", ("UV_INDEX", "UV_EXTRA_INDEX_URL")),
