@@ -181,9 +181,7 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=0 if direct else checkpoint.size_bytes(16.0),
-        notes=()
-        if schedule
-        else ("no schedule: the file will run with full attention; --preset or --window adds one",),
+        notes=() if schedule else (_NO_SCHEDULE,),
         path=checkpoint.path,
         quantize_to=None if direct else out_type,
         converter_type=converter_type,
