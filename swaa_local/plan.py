@@ -17,6 +17,7 @@ from swaa_local.gguf_copy import encode_header
 from swaa_local.gguf_file import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.gguf_meta import ModelInfo, has_schedule_keys, model_info_of, schedule_of
 from swaa_local.inspect import describe_schedule
+from swaa_local.output_file import check_output
 from swaa_local.quantize import OutType, parse_out_type, quantized_types
 from swaa_local.units import format_bytes
 
@@ -291,20 +292,11 @@ def _needs_imatrix(out_type: OutType) -> ConvertError:
 
 def _check_output(request: Request, source: Path) -> None:
     output = request.output
-    if output.is_dir():
-        raise ConvertError(f"{output} is a directory; name a file in it: -o {output / 'model.gguf'}")
-    try:
-        exists = output.exists()
-    except OSError as error:
-        raise ConvertError(f"cannot write {output}: {error.strerror}") from None
-    if exists and source.exists() and os.path.samefile(output, source):
+    check_output(output, force=True)
+    # Before a word about --force, which does not help here.
+    if output.exists() and source.exists() and os.path.samefile(output, source):
         raise ConvertError(f"{output} is the source itself; convert never rewrites it: name another file with -o")
-    if exists and not request.force:
-        raise ConvertError(f"{output} exists; pass --force to replace it")
-    if exists and not output.is_file():
-        raise ConvertError(f"{output} is not a regular file")
-    if not output.parent.is_dir():
-        raise ConvertError(f"cannot write {output}: {output.parent} is not a directory")
+    check_output(output, force=request.force)
 
 
 def _check_disk(plan: Plan) -> None:

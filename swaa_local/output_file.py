@@ -1,0 +1,82 @@
+"""A large output that appears under its name when it is complete and not before.
+
+Until then it is in a hidden folder beside its place, which goes away whatever happens. Knows files and signals only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swaa_local.config import SWAAError
+
+
+class OutputError(SWAAError):
+    """An output that cannot be written, or must not be; the message says what to do."""
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Raise `OutputError` for a place where no file can be, or where one is that may not be replaced."""
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; name a file in it: -o {output / 'model.gguf'}")
+    try:
+        exists = output.exists()
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}") from None
+    if exists and not force:
+        raise OutputError(f"{output} exists; pass --force to replace it")
+    if exists and not output.is_file():
+        raise OutputError(f"{output} is not a regular file")
+    if not output.parent.is_dir():
+        raise OutputError(f"cannot write {output}: {output.parent} is not a directory")
+
+
+def publish(result: Path, output: Path, *, force: bool) -> None:
+    """Give the complete result its name. Raises `OutputError` if a file has got it meanwhile."""
+    with open(result, "rb") as file:
+        os.fsync(file.fileno())
+    if not force and output.exists():
+        raise OutputError(f"{output} has come into being meanwhile; pass --force to replace it")
+    os.replace(result, output)
+
+
+@contextmanager
+def workplace(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, gone at the end. Raises `OutputError` for what the system refuses."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".swaa-local-", dir=output.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {output.parent.resolve()}: {error.strerror}") from None
+    try:
+        yield folder
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that nothing is left behind."""
+
+    def stop(signum: int, _frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # A program that ignores SIGHUP was started by nohup.
+    previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
