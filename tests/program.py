@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def environment(**changes: str) -> dict[str, str]:
     """This process's, with the package on the path and without what would change output; `changes` on top."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "COLUMNS"))}
-    path = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
+    # absolute, for programs that run in another directory
+    path = [str(ROOT), *(os.path.abspath(p) for p in env.get("PYTHONPATH", "").split(os.pathsep) if p)]
     return env | {"PYTHONPATH": os.pathsep.join(path), "NO_COLOR": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | changes
 
 
