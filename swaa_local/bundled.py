@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import MappingProxyType
 
 from swaa_local.config import SWAAError
 
@@ -13,6 +14,10 @@ NOTE = (
     "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
 )
 """What a user should know who did not ask for it."""
+
+CHAT_SETTINGS = MappingProxyType({"temp": 0.0, "max_tokens": 256})
+"""Settings of a chat that the user did not choose. Its answers take under 100 tokens; spoken to without a text it does
+not find an end."""
 
 
 class NoBundledModel(SWAAError):

@@ -82,7 +82,7 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece]) -> 
     if interrupted:
         terminal.note("stopped" if session.replied else "stopped; the message was taken back")
     elif session.finish == "length":
-        terminal.note(f"stopped after {session.settings.max_tokens} tokens (max-tokens)")
+        terminal.note(f"stopped after {session.settings.max_tokens} tokens; -n or /set max-tokens allows more")
     elif session.finish == "context":
         terminal.note(
             f"the context of {session.llm.n_ctx()} tokens is full, so the answer is cut; a larger -c holds more"

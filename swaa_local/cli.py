@@ -221,7 +221,13 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
 @click.option("-s", "--system", "-sys", metavar="TEXT", help="System message.")
 @click.option("--think/--no-think", default=None, help="Let a thinking model think, or not [its template decides].")
 @click.option("--hide-thinking", is_flag=True, help="Do not show what it thinks.")
-@click.option("-n", "--max-tokens", "--predict", type=int, help="Tokens of an answer, thinking included [no limit].")
+@click.option(
+    "-n",
+    "--max-tokens",
+    "--predict",
+    type=int,
+    help="Tokens of an answer, thinking included [no limit; the bundled model: 256].",
+)
 @click.option("--temp", type=click.FloatRange(0), help="Temperature; 0 is greedy [0.8].")
 @click.option("--top-k", type=click.IntRange(0), help="Sample from the k likeliest tokens; 0 from all [40].")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Sample from the likeliest that sum to p [0.95].")
@@ -261,7 +267,7 @@ def chat_command(
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option
-    from swaa_local.bundled import NOTE, bundled_model
+    from swaa_local.bundled import CHAT_SETTINGS, NOTE, bundled_model
     from swaa_local.chat import ChatOptions, chat
     from swaa_local.chat_session import Settings
     from swaa_local.terminal import TerminalReporter
@@ -270,7 +276,7 @@ def chat_command(
     given = {name: value for name in sampling if (value := options.pop(name)) is not None}
     if model is None:
         model = str(bundled_model())
-        given = {"temp": 0.0} | given
+        given = {**CHAT_SETTINGS, **given}
         TerminalReporter().note(NOTE)
     settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
     return chat(

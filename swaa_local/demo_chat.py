@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from swaa_local.bundled import CHAT_SETTINGS
 from swaa_local.chat import ChatOptions, chat
 from swaa_local.chat_session import Settings
 from swaa_local.demo import Asked
@@ -38,8 +39,8 @@ def offer_chat(model: Path, questions: Sequence[Asked], engine: EngineOptions) -
             ChatOptions(
                 model=str(model),
                 schedule=ScheduleOptions(),
-                settings=Settings(temp=0.0),
-                given=("temp",),
+                settings=Settings(**CHAT_SETTINGS),
+                given=tuple(CHAT_SETTINGS),
                 files=(str(path),),
                 engine=engine,
             )
