@@ -36,7 +36,7 @@ class VariableTracking:
         shortest = build_example(least)
         needed = count(shortest.prompt, shortest.answer_prefix) + MAX_TOKENS
         example = sized(self.name, build_example, max(_EXAMPLE_TOKENS, needed), count, least=least)
-        solved = f"{example.prompt}\n{example.answer_prefix}{' '.join(example.references)}\n\n\n"
+        solved = f"{example.prompt}\n{example.answer_prefix} {' '.join(example.references)}\n\n\n"
 
         def build(n: int) -> Question:
             return _build(random.Random(seeds[1]), n, n_letters=5, before=solved)
@@ -59,6 +59,6 @@ def _build(rng: random.Random, n: int, *, n_letters: int, before: str = "") -> Q
     )
     prefix = (
         f"Answer: By the chain(s) of variable assignments in the text above, {len(names)} variables have the value "
-        f"{value}, namely: "
+        f"{value}, namely:"
     )
     return Question(prompt, tuple(names), "all", MAX_TOKENS, prefix)
