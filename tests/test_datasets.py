@@ -78,6 +78,7 @@ def test_the_papers_rows_hold_a_prompt_or_its_parts(tmp_path):
     ("rows", "reason"),
     [
         (["{"], r"line 1 is not JSON: .* at column 2"),
+        (['{"prompt": "a"\n'], r"line 1 is not JSON: .* at column 15"),
         ([RULER, "[1]\n"], "line 2 is not a JSON object"),
         ([{"text": "a"}], "line 1 has the fields text; needed are input and outputs"),
         ([{}], "has the fields none"),

@@ -64,7 +64,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     continue
                 where = f"{path} line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip("\r\n"))
                 except json.JSONDecodeError as error:
                     raise TaskError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
                 if not isinstance(row, dict):
