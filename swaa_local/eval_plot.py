@@ -123,7 +123,8 @@ def _depth_length(cells: Sequence[CellFigures], model: str) -> Any:
         for y, row in enumerate(shares):
             for x, share in enumerate(row):
                 if share == share:  # not NaN
-                    ax.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
+                    ink = "white" if not 15 <= share <= 85 else "black"  # the colours of both ends are dark
+                    ax.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8, color=ink)
         ax.set_title(variants[i], fontsize=9)
         ax.set_xticks(range(len(lengths)), ["all" if n is None else str(n) for n in lengths], fontsize=8)
         edges = [f"{100 * d // N_DEPTHS}-{100 * (d + 1) // N_DEPTHS} %" for d in range(N_DEPTHS)]
