@@ -33,6 +33,7 @@ _CHAT_ROOM = 512  # tokens of the model's context, for talking about the documen
 _ROOM = 160  # tokens behind the document: question, template, thought and answer
 _KIND: facts.Kind = "sections"
 _WARM_UP_TOKENS = 64
+_UBATCH = 256
 
 _ROWS = (
     ("full attention", "full direct"),
@@ -165,9 +166,15 @@ def run_demo(
 
 
 def _calm(engine: EngineOptions) -> EngineOptions:
-    """Few threads where the user does not say: more gain a small model little, and cost it much on busy cores."""
+    """Few threads and small parts where the user does not say.
+
+    More threads gain a small model little, and cost it much on busy cores. The buffers of full attention grow with the
+    parts, and all contestants hold theirs at the same time.
+    """
     few = max(1, min(4, (os.cpu_count() or 2) // 2))
-    return engine if engine.n_threads or engine.n_threads_batch else replace(engine, n_threads=few)
+    if not (engine.n_threads or engine.n_threads_batch):
+        engine = replace(engine, n_threads=few)
+    return engine if engine.n_ubatch or engine.n_batch else replace(engine, n_ubatch=_UBATCH)
 
 
 def _write(rng: random.Random, length: int, count: Any, n_facts: int) -> facts.Document:
