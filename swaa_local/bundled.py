@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from swaa_local.config import SWAAError
 
@@ -15,7 +17,7 @@ NOTE = (
 )
 """What a user should know who did not ask for it."""
 
-CHAT_SETTINGS = MappingProxyType({"temp": 0.0, "max_tokens": 256})
+CHAT_SETTINGS: Mapping[str, Any] = MappingProxyType({"temp": 0.0, "max_tokens": 256})
 """Settings of a chat that the user did not choose. Its answers take under 100 tokens; spoken to without a text it does
 not find an end."""
 
