@@ -22,7 +22,8 @@ import pytest
 from tiny import write_tiny_gguf
 
 if TYPE_CHECKING:
-    from engine import EngineModel
+    from engine import EngineContext, EngineModel
+    from masks import Sched
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +77,22 @@ def load_model(engine: None, tiny_model_factory: Callable[..., Path]) -> Iterato
             return models[key]
 
         yield load
+
+
+@pytest.fixture
+def new_context(load_model: Callable[..., EngineModel]) -> Iterator[Callable[..., EngineContext]]:
+    """`new_context(schedule, **EngineContext's keywords) -> EngineContext`, closed when the test ends.
+
+    Exact by default: no flash attention, an F32 cache. The model has as many layers as the schedule; without one, two.
+    """
+    with ExitStack() as stack:
+
+        def make(schedule: Sched | None, **kwargs: Any) -> EngineContext:
+            model = load_model(schedule, n_layer=len(schedule.layer_modes) if schedule else 2)
+            defaults = {"n_ctx": 2048, "n_batch": 256, "n_ubatch": 32, "flash": "off", "kv": "F32"}
+            return stack.enter_context(model.context(**{**defaults, **kwargs}))
+
+        yield make
 
 
 def _fail_if_torch_is_required(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -18,7 +18,8 @@ from tiny import TinyShape, tiny_weights
 class NumpyModel:
     """A model and the keys and values of one sequence.
 
-    `rope_scale` multiplies positions, as llama.cpp's `rope_freq_scale` does.
+    `shape` is by default a tiny model's of as many layers as the schedule has. `rope_scale` multiplies positions, as
+    llama.cpp's `rope_freq_scale` does.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class NumpyModel:
         rope_base: float | None = None,
         rope_scale: float = 1.0,
     ) -> None:
-        self.shape = shape or TinyShape()
+        self.shape = shape or (TinyShape(n_layer=len(schedule.layer_modes)) if schedule else TinyShape())
         self.schedule = schedule or full_schedule(self.shape.n_layer)
         self.weights = {k: v.astype(np.float64) for k, v in (weights or tiny_weights(self.shape, seed)).items()}
         d = self.shape.head_dim

@@ -6,11 +6,11 @@ import ctypes
 
 import numpy as np
 import pytest
-from engine import EngineContext, EngineError, EngineModel, assert_close, captured_log
+from engine import EngineError, EngineModel, assert_close, captured_log
 from llama_cpp import llama_cpp as C
 from masks import Sched
 from reference_numpy import NumpyModel
-from tiny import ALWAYS, FULL, PREFILL, TinyShape, random_tokens
+from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -19,28 +19,10 @@ EXACT = 1e-3
 TOKENS = random_tokens(700)
 
 
-@pytest.fixture
-def new_context(load_model):
-    contexts = []
-
-    def make(schedule: Sched | None, **kwargs) -> EngineContext:
-        defaults = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 32, "flash": "off", "kv": "F32"}
-        contexts.append(load_model(schedule, n_layer=N_LAYER).context(**{**defaults, **kwargs}))
-        return contexts[-1]
-
-    yield make
-    for ctx in contexts:
-        ctx.close()
-
-
-def reference(schedule: Sched) -> NumpyModel:
-    return NumpyModel(schedule, shape=TinyShape(n_layer=N_LAYER))
-
-
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_window_of_1_keeps_the_last_token_of_an_idle_sequence(new_context, sinks):
     schedule = Sched(1, sinks, (ALWAYS, ALWAYS))
-    ctx, ref = new_context(schedule, n_seq_max=2, unified=True), reference(schedule)
+    ctx, ref = new_context(schedule, n_seq_max=2, unified=True), NumpyModel(schedule)
     assert_close(ctx.feed(TOKENS[:50], seq=0), ref.feed(TOKENS[:50]), EXACT)
     ctx.feed(TOKENS[:600], seq=1)
     assert ctx.pos_max(0) == 49
@@ -59,7 +41,7 @@ def test_window_of_1_does_not_go_back_to_a_position_that_is_gone(new_context):
 def test_the_prompt_end_moves_with_a_context_shift(new_context, end, p1):
     """After 50..149 are dropped and the rest moves down, what was past the prompt's end still is."""
     schedule = Sched(32, 4, (PREFILL, PREFILL))
-    ctx, ref = new_context(schedule), reference(schedule)
+    ctx, ref = new_context(schedule), NumpyModel(schedule)
     ctx.set_prompt_end(0, end)
     decode = np.arange(300) >= end
     assert_close(ctx.feed(TOKENS[:300]), ref.feed(TOKENS[:300], decode=decode), EXACT)
@@ -99,7 +81,7 @@ def test_a_ring_s_checkpoint_needs_the_rest_of_the_sequence(new_context):
 def test_a_copy_may_be_kept_under_an_id_that_is_never_decoded(new_context):
     """llama.cpp holds more sequences than it decodes; programs stash a prefix that way."""
     schedule = Sched(32, 4, (PREFILL, ALWAYS))
-    ctx, ref = new_context(schedule), reference(schedule)
+    ctx, ref = new_context(schedule), NumpyModel(schedule)
     ctx.feed(TOKENS[:100])
     ref.feed(TOKENS[:100])
     ctx.cp(0, 1)

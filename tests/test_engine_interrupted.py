@@ -6,14 +6,13 @@ import ctypes
 
 import numpy as np
 import pytest
-from engine import EngineContext, EngineError, assert_close
+from engine import EngineError, assert_close
 from llama_cpp import llama_cpp as C
 from masks import Sched
 from reference_numpy import NumpyModel
-from tiny import ALWAYS, FULL, PREFILL, TinyShape, random_tokens
+from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 EXACT = 1e-3
-N_LAYER = 2
 SCHEDULES = {
     "FA decode": Sched(32, 4, (PREFILL, PREFILL)),
     "ring": Sched(32, 4, (ALWAYS, ALWAYS)),
@@ -29,28 +28,14 @@ def schedule(request) -> Sched:
 
 
 @pytest.fixture
-def new_context(load_model, schedule):
-    contexts = []
-
-    def make(**kwargs) -> EngineContext:
-        defaults = {"n_ctx": 2048, "n_batch": 256, "n_ubatch": 32, "flash": "off", "kv": "F32"}
-        contexts.append(load_model(schedule, n_layer=N_LAYER).context(**{**defaults, **kwargs}))
-        return contexts[-1]
-
-    yield make
-    for ctx in contexts:
-        ctx.close()
-
-
-@pytest.fixture
 def ref(schedule) -> NumpyModel:
-    return NumpyModel(schedule, shape=TinyShape(n_layer=N_LAYER))
+    return NumpyModel(schedule)
 
 
 @pytest.mark.parametrize("past", [0, 100, 700])
-def test_aborted_call(new_context, ref, past):
+def test_aborted_call(new_context, schedule, ref, past):
     """The ubatches that were done stay, the one that was not leaves nothing; going on from there is exact."""
-    ctx = new_context(n_ubatch=16)
+    ctx = new_context(schedule, n_ubatch=16)
     if past:
         assert_close(ctx.feed(TOKENS[:past]), ref.feed(TOKENS[:past]), EXACT, "past")
     asked = 0
@@ -72,9 +57,9 @@ def test_aborted_call(new_context, ref, past):
     assert_close(ctx.feed(TOKENS[done : done + 300]), ref.feed(TOKENS[done : done + 300]), EXACT, "after")
 
 
-def test_full_context(new_context, ref):
+def test_full_context(new_context, schedule, ref):
     """A call that finds no room changes nothing; a shorter one still fits."""
-    ctx = new_context(n_ctx=512)
+    ctx = new_context(schedule, n_ctx=512)
     ctx.feed(TOKENS[:450])
     ref.feed(TOKENS[:450])
     with pytest.raises(EngineError):
@@ -84,9 +69,9 @@ def test_full_context(new_context, ref):
 
 
 @pytest.mark.parametrize(("p0", "p1"), [(0, 2), (2, 3), (100, 130), (560, 570), (595, 599)])
-def test_a_hole_in_the_past(new_context, ref, schedule, p0, p1):
+def test_a_hole_in_the_past(new_context, schedule, ref, p0, p1):
     """Removed positions are seen by nobody. A ring may refuse a hole in what it holds; then nothing changes."""
-    ctx = new_context()
+    ctx = new_context(schedule)
     ctx.feed(TOKENS[:600])
     ref.feed(TOKENS[:600])
     if ctx.rm(0, p0, p1):
@@ -96,14 +81,14 @@ def test_a_hole_in_the_past(new_context, ref, schedule, p0, p1):
     assert_close(ctx.feed(TOKENS[600:700]), ref.feed(TOKENS[600:700]), EXACT)
 
 
-def test_swa_full_has_no_say(new_context):
+def test_swa_full_has_no_say(new_context, schedule):
     """Upstream's switch for its own sliding-window caches neither widens nor narrows ours."""
-    a, b = new_context(swa_full=True), new_context(swa_full=False)
+    a, b = new_context(schedule, swa_full=True), new_context(schedule, swa_full=False)
     assert a.kv_bytes() == b.kv_bytes()
     assert np.array_equal(a.feed(TOKENS[:600]), b.feed(TOKENS[:600]))
 
 
 @pytest.mark.parametrize("flash", ["off", "on"])
-def test_keys_and_values_of_two_types(new_context, ref, flash):
-    ctx = new_context(type_k=C.GGML_TYPE_Q8_0, type_v=C.GGML_TYPE_F16, flash=flash)
+def test_keys_and_values_of_two_types(new_context, schedule, ref, flash):
+    ctx = new_context(schedule, type_k=C.GGML_TYPE_Q8_0, type_v=C.GGML_TYPE_F16, flash=flash)
     assert_close(ctx.feed(TOKENS[:600]), ref.feed(TOKENS[:600]), 0.1)

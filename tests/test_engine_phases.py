@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine import EngineContext, assert_close
+from engine import assert_close
 from masks import Sched
 from reference_numpy import NumpyModel, forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens
@@ -16,36 +16,22 @@ SCHEDULES = {"FA decode": FA_DECODE, "all modes": ALL_MODES, "ring": Sched(24, 4
 TOKENS = random_tokens(260)
 
 
-@pytest.fixture
-def new_context(load_model):
-    contexts = []
-
-    def make(schedule: Sched = ALL_MODES, **kwargs) -> EngineContext:
-        defaults = {"n_ctx": 2048, "n_batch": 256, "n_ubatch": 32, "flash": "off", "kv": "F32"}
-        contexts.append(load_model(schedule).context(**{**defaults, **kwargs}))
-        return contexts[-1]
-
-    yield make
-    for ctx in contexts:
-        ctx.close()
-
-
 def test_automatic_phase_is_by_tokens_per_call(new_context):
     """A sequence's only token in a call is decoded, several are prefilled, wherever they stand."""
-    ctx, ref = new_context(), NumpyModel(ALL_MODES)
+    ctx, ref = new_context(ALL_MODES), NumpyModel(ALL_MODES)
     for i, n in [(0, 100), (100, 1), (101, 1), (102, 50), (152, 1), (153, 2), (155, 1)]:
         assert_close(ctx.feed(TOKENS[i : i + n]), ref.feed(TOKENS[i : i + n], decode=n == 1), EXACT, (i, n))
 
 
 def test_automatic_phase_looks_at_the_whole_call_not_the_ubatch(new_context):
     """65 tokens in ubatches of 32 leave an ubatch of one token, which is prefilled like the others."""
-    ctx = new_context(n_ubatch=32)
+    ctx = new_context(ALL_MODES, n_ubatch=32)
     assert_close(ctx.feed(TOKENS[:65]), forward(TOKENS[:65], ALL_MODES), EXACT)
 
 
 def test_a_prompt_end_makes_single_tokens_prefill(new_context):
     """Chunks of one token before the prompt end are prefilled, several tokens from it on in one call are decoded."""
-    ctx = new_context()
+    ctx = new_context(ALL_MODES)
     ctx.set_prompt_end(0, 150)
     got = [ctx.feed(TOKENS[:100]), ctx.feed(TOKENS[100:150], chunk=1), ctx.feed(TOKENS[150:200])]
     assert_close(np.concatenate(got), forward(TOKENS[:200], ALL_MODES, 150), EXACT)
@@ -54,14 +40,14 @@ def test_a_prompt_end_makes_single_tokens_prefill(new_context):
 @pytest.mark.parametrize("end", [0, 1, 97, 128, 199, 200])
 def test_a_prompt_end_inside_a_call(new_context, end):
     """The batch is split where the phase changes."""
-    ctx = new_context(n_ubatch=64)
+    ctx = new_context(ALL_MODES, n_ubatch=64)
     ctx.set_prompt_end(0, end)
     assert_close(ctx.feed(TOKENS[:200]), forward(TOKENS[:200], ALL_MODES, end), EXACT)
 
 
 def test_a_later_turn_is_prefilled_again(new_context):
     """Prompt, answer, next prompt, next answer: keys and values already there are not recomputed."""
-    ctx, ref = new_context(), NumpyModel(ALL_MODES)
+    ctx, ref = new_context(ALL_MODES), NumpyModel(ALL_MODES)
     got, want, at = [], [], 0
     for n_prompt, n_answer in ((90, 20), (40, 30), (1, 10)):
         ctx.set_prompt_end(0, at + n_prompt)
@@ -74,7 +60,7 @@ def test_a_later_turn_is_prefilled_again(new_context):
 
 
 def test_minus_one_makes_the_phase_automatic_again(new_context):
-    ctx = new_context()
+    ctx = new_context(ALL_MODES)
     ctx.set_prompt_end(0, 1000)
     got = [ctx.feed(TOKENS[:100])]
     ctx.set_prompt_end(0, -1)
@@ -114,7 +100,7 @@ def test_prefill_beside_decode(new_context, name, unified, flash, kv, tolerance)
 
 def test_automatic_phase_is_per_sequence(new_context):
     """In one call, the sequence with one token decodes and the other prefills."""
-    ctx = new_context(n_seq_max=2, unified=True)
+    ctx = new_context(ALL_MODES, n_seq_max=2, unified=True)
     refs = [NumpyModel(ALL_MODES), NumpyModel(ALL_MODES)]
     assert_close(ctx.feed(TOKENS[:100], seq=0), refs[0].feed(TOKENS[:100]), EXACT)
     other = random_tokens(60, seed=9)
@@ -156,7 +142,7 @@ def test_copied_sequences_go_their_own_ways(new_context, name, unified):
 
 def test_tokens_of_several_sequences(new_context):
     """A prompt fed once for two sequences at a time (unified)."""
-    ctx = new_context(n_seq_max=2, unified=True)
+    ctx = new_context(ALL_MODES, n_seq_max=2, unified=True)
     refs = [NumpyModel(ALL_MODES), NumpyModel(ALL_MODES)]
     logits = ctx.decode([(t, i, (0, 1)) for i, t in enumerate(TOKENS[:90])])
     for seq, ref in enumerate(refs):

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from engine import EngineContext, EngineError, assert_close
+from engine import EngineError, assert_close
 from masks import Sched
 from reference_numpy import NumpyModel
 from tiny import ALWAYS, FULL, PREFILL, TinyShape, random_tokens
@@ -29,27 +29,14 @@ RINGS = {
 CELL_BYTES = 2 * TinyShape().n_head_kv * TinyShape().head_dim * 2  # K and V of one layer, f16
 
 
-def numpy_model(name: str) -> NumpyModel:
-    return NumpyModel(RINGS[name], shape=TinyShape(n_layer=N_LAYER))
-
-
 @functools.cache
 def reference(name: str) -> np.ndarray:
-    return numpy_model(name).feed(TOKENS, decode=np.arange(N_TOKENS) >= PROMPT)
+    return NumpyModel(RINGS[name]).feed(TOKENS, decode=np.arange(N_TOKENS) >= PROMPT)
 
 
 @pytest.fixture
-def ring_context(load_model):
-    contexts = []
-
-    def make(name: str, **kwargs) -> EngineContext:
-        defaults = {"n_ctx": 4096, "n_batch": 256, "n_ubatch": N_UBATCH, "flash": "off", "kv": "F32"}
-        contexts.append(load_model(RINGS[name], n_layer=N_LAYER).context(**{**defaults, **kwargs}))
-        return contexts[-1]
-
-    yield make
-    for ctx in contexts:
-        ctx.close()
+def ring_context(new_context):
+    return lambda name, **kwargs: new_context(RINGS[name], **{"n_ctx": 4096, "n_ubatch": N_UBATCH, **kwargs})
 
 
 @pytest.mark.parametrize(("flash", "kv", "tolerance"), [("off", "F32", EXACT), ("on", "F16", F16)])
@@ -126,7 +113,7 @@ def test_pos_min_is_the_start_of_the_contiguous_past(ring_context):
 @pytest.mark.parametrize("name", RINGS)
 @pytest.mark.parametrize("seq", [0, -1])
 def test_removing_a_tail_whose_window_is_held(ring_context, name, seq):
-    ctx, ref = ring_context(name), numpy_model(name)
+    ctx, ref = ring_context(name), NumpyModel(RINGS[name])
     ctx.feed(TOKENS[:1000])
     ref.feed(TOKENS[:1000])
     assert ctx.rm(seq, 990, -1)
@@ -168,25 +155,24 @@ def test_clear(ring_context):
 
 
 @pytest.mark.parametrize("modes", [(FULL, PREFILL), (PREFILL, PREFILL)])
-def test_context_shift(load_model, modes):
+def test_context_shift(new_context, modes):
     """Drop the middle and close the gap, as llama.cpp's programs do when the context is full.
 
     The window then reaches over the seam; the remaining keys keep their contents and get their new positions.
     """
     schedule, keep, discard = Sched(WINDOW, SINKS, modes), 8, 300
-    ref = NumpyModel(schedule, shape=TinyShape(n_layer=N_LAYER))
-    with load_model(schedule, n_layer=N_LAYER).context(n_batch=256, n_ubatch=N_UBATCH, flash="off", kv="F32") as ctx:
-        assert ctx.can_shift()
-        ctx.feed(TOKENS[:600])
-        ref.feed(TOKENS[:600])
-        assert ctx.rm(0, keep, keep + discard)
-        ctx.shift(0, keep + discard, -1, -discard)
-        ref.remove(keep, keep + discard)
-        ref.shift(keep + discard, -discard)
-        assert ctx.pos_max() == 299
-        other = random_tokens(300, seed=3)
-        assert_close(ctx.feed(other), ref.feed(other), EXACT)
-        assert_close(ctx.feed(other[:1]), ref.feed(other[:1], decode=True), EXACT, "decode")
+    ctx, ref = new_context(schedule, n_ubatch=N_UBATCH), NumpyModel(schedule)
+    assert ctx.can_shift()
+    ctx.feed(TOKENS[:600])
+    ref.feed(TOKENS[:600])
+    assert ctx.rm(0, keep, keep + discard)
+    ctx.shift(0, keep + discard, -1, -discard)
+    ref.remove(keep, keep + discard)
+    ref.shift(keep + discard, -discard)
+    assert ctx.pos_max() == 299
+    other = random_tokens(300, seed=3)
+    assert_close(ctx.feed(other), ref.feed(other), EXACT)
+    assert_close(ctx.feed(other[:1]), ref.feed(other[:1], decode=True), EXACT, "decode")
 
 
 @pytest.mark.parametrize("name", RINGS)

@@ -24,24 +24,6 @@ TOKENS = random_tokens(900)
 MORE = random_tokens(80, seed=7)
 
 
-@pytest.fixture
-def new_context(load_model):
-    contexts = []
-
-    def make(schedule: Sched | None, **kwargs) -> EngineContext:
-        defaults = {"n_ctx": 1024, "n_batch": 128, "n_ubatch": 32, "flash": "off", "kv": "F32"}
-        contexts.append(load_model(schedule, n_layer=N_LAYER).context(**{**defaults, **kwargs}))
-        return contexts[-1]
-
-    yield make
-    for ctx in contexts:
-        ctx.close()
-
-
-def reference(schedule: Sched | None) -> NumpyModel:
-    return NumpyModel(schedule, shape=TinyShape(n_layer=N_LAYER))
-
-
 def continues_exactly(ctx: EngineContext, ref: NumpyModel, seq: int = 0) -> None:
     assert_close(ctx.feed(MORE, seq=seq), ref.feed(MORE), EXACT, "prefill")
     for i in range(3):
@@ -53,7 +35,7 @@ def continues_exactly(ctx: EngineContext, ref: NumpyModel, seq: int = 0) -> None
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_whole_state(new_context, name, n):
     """Before and long after the ring wrapped; the copy knows what its ring no longer holds."""
-    source, ref = new_context(SCHEDULES[name]), reference(SCHEDULES[name])
+    source, ref = new_context(SCHEDULES[name]), NumpyModel(SCHEDULES[name])
     source.feed(TOKENS[:n])
     ref.feed(TOKENS[:n])
     copy = new_context(SCHEDULES[name])
@@ -82,7 +64,7 @@ def test_one_sequence(new_context, name, unified):
     """Into another sequence of another context, beside one that is in use there."""
     schedule = SCHEDULES[name]
     source = new_context(schedule, n_seq_max=2, unified=unified, n_ctx=2048)
-    ref, busy = reference(schedule), reference(schedule)
+    ref, busy = NumpyModel(schedule), NumpyModel(schedule)
     source.feed(TOKENS[:300], seq=1)
     source.feed(TOKENS, seq=0)
     ref.feed(TOKENS)
@@ -97,7 +79,7 @@ def test_one_sequence(new_context, name, unified):
 
 def test_state_files(new_context, tmp_path):
     schedule = SCHEDULES["ring beside full"]
-    source, ref = new_context(schedule), reference(schedule)
+    source, ref = new_context(schedule), NumpyModel(schedule)
     source.feed(TOKENS)
     ref.feed(TOKENS)
     tokens, count = (ctypes.c_int32 * len(TOKENS))(*TOKENS), ctypes.c_size_t()
