@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from swaa_local import __version__
+from swaa_local.cli_bench import bench_command
 from swaa_local.cli_eval import demo_command, eval_command
 from swaa_local.config import KV_TYPES, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
@@ -284,5 +285,6 @@ def chat_command(
     )
 
 
+main.add_command(bench_command)
 main.add_command(eval_command)
 main.add_command(demo_command)

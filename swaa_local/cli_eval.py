@@ -105,12 +105,12 @@ def eval_command(
     swaa-local eval qwen.gguf --dataset longmemeval_24k.parquet --think on -n 100 -o json --plot plot.png
     """
     from swaa_local.bundled import bundled_model
-    from swaa_local.eval_plot import check_plot
     from swaa_local.eval_plot import plot as draw
     from swaa_local.eval_table import as_csv, as_json, markdown
     from swaa_local.eval_terminal import TerminalWatch
     from swaa_local.evaluate import EvalRequest, default_results, evaluate
     from swaa_local.model_path import find_gguf
+    from swaa_local.plotting import check_plot
 
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")

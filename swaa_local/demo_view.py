@@ -12,8 +12,8 @@ from rich.text import Text
 
 from swaa_local import facts
 from swaa_local.demo import Asked, Outcome, Row, View
-from swaa_local.eval_table import markdown_table
 from swaa_local.scoring import wilson
+from swaa_local.tables import markdown_table
 from swaa_local.units import format_bytes
 
 _ANSWER_WIDTH = 18

@@ -6,7 +6,7 @@ Names are llama.cpp's. Knows click and the constructor of `Llama`; nothing of sc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -47,35 +47,46 @@ class EngineOptions:
         return given
 
 
-def engine_options(command: Command) -> Command:
-    """Add the engine's options; the command gets them as `engine: EngineOptions`."""
-    options = [
-        click.option(
+def engine_options(command: Command, *, without: Collection[str] = ()) -> Command:
+    """Add the engine's options; the command gets them as `engine: EngineOptions`. without: fields to leave out."""
+    options = {
+        "n_gpu_layers": click.option(
             "-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [all]."
         ),
-        click.option("-t", "--threads", "n_threads", type=_COUNT, help="Threads [half the CPUs; all to read]."),
-        click.option("-tb", "--threads-batch", "n_threads_batch", type=_COUNT, help="Threads to read the prompt [-t]."),
-        click.option("-b", "--batch-size", "n_batch", type=_COUNT, help="Tokens of a batch [2048]."),
-        click.option("-ub", "--ubatch-size", "n_ubatch", type=_COUNT, help="Tokens of a part of a batch [512]."),
-        click.option(
+        "n_threads": click.option(
+            "-t", "--threads", "n_threads", type=_COUNT, help="Threads [half the CPUs; all to read]."
+        ),
+        "n_threads_batch": click.option(
+            "-tb", "--threads-batch", "n_threads_batch", type=_COUNT, help="Threads to read the prompt [-t]."
+        ),
+        "n_batch": click.option("-b", "--batch-size", "n_batch", type=_COUNT, help="Tokens of a batch [2048]."),
+        "n_ubatch": click.option(
+            "-ub", "--ubatch-size", "n_ubatch", type=_COUNT, help="Tokens of a part of a batch [512]."
+        ),
+        "flash_attn": click.option(
             "-fa",
             "--flash-attn",
             type=click.Choice(["on", "off", "auto"]),
             default="auto",
             help="Flash attention; auto is on where it is faster [auto].",
         ),
-        click.option("-ctk", "--cache-type-k", "type_k", type=_KV_TYPE, help="Type of the cached keys [f16]."),
-        click.option("-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16]."),
-        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
-    ]
+        "type_k": click.option(
+            "-ctk", "--cache-type-k", "type_k", type=_KV_TYPE, help="Type of the cached keys [f16]."
+        ),
+        "type_v": click.option(
+            "-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16]."
+        ),
+        "verbose": click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    }
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        said = {field.name: kwargs.pop(field.name) for field in fields(EngineOptions)}
+        said = {field.name: kwargs.pop(field.name) for field in fields(EngineOptions) if field.name not in without}
         said["flash_attn"] = {"on": True, "off": False, "auto": None}[said["flash_attn"]]
         return command(*args, engine=EngineOptions(**said), **kwargs)
 
     decorated: Callable[..., Any] = wrapped
-    for option in reversed(options):
-        decorated = option(decorated)
+    for name, option in reversed(options.items()):
+        if name not in without:
+            decorated = option(decorated)
     return decorated  # type: ignore[return-value]

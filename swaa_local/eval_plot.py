@@ -6,28 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swaa_local.config import SWAAError
 from swaa_local.eval_table import N_DEPTHS, Accuracy, CellFigures, figures
 from swaa_local.evaluate import Evaluation
-
-_MARKERS = "osD^vP*X<>"
-FORMATS = (".png", ".svg", ".pdf")
-
-
-class PlotError(SWAAError):
-    """A plot that cannot be made; the message says what to do."""
-
-
-def check_plot(path: Path) -> None:
-    """Fail before an evaluation and not after it. Raises `PlotError`."""
-    if path.suffix.lower() not in FORMATS:
-        raise PlotError(f"{path}: a plot is a file of type {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise PlotError(f"{path}: the directory {path.parent} does not exist")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PlotError("plots need matplotlib: pip install 'swaa-local[plot]'") from None
+from swaa_local.plotting import MARKERS, check_plot, make_figure, save_figure
 
 
 def plot(evaluation: Evaluation, path: Path) -> list[Path]:
@@ -36,25 +17,13 @@ def plot(evaluation: Evaluation, path: Path) -> list[Path]:
     Returns the files written; an existing one is replaced. Raises `PlotError`.
     """
     check_plot(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
     cells = figures(evaluation)
     drawn = [(_accuracy_time(cells, evaluation), path)]
     if any(depth for cell in cells for depth in cell.depths):
         drawn.append((_depth_length(cells, evaluation.model), path.with_stem(f"{path.stem}-depth")))
-    try:
-        for figure, target in drawn:
-            figure.savefig(target, dpi=150)
-    except OSError as error:
-        raise PlotError(f"{error.filename or path}: {error.strerror}") from None
+    for figure, target in drawn:
+        save_figure(figure, target)
     return [target for _, target in drawn]
-
-
-def _figure(**kwargs: Any) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(layout="constrained", **kwargs)
 
 
 def _accuracy_time(cells: Sequence[CellFigures], evaluation: Evaluation) -> Any:
@@ -62,7 +31,7 @@ def _accuracy_time(cells: Sequence[CellFigures], evaluation: Evaluation) -> Any:
     groups = list(dict.fromkeys((cell.task, cell.length) for cell in cells))
     n_columns = min(3, len(groups))
     n_rows = -(-len(groups) // n_columns)
-    figure = _figure(figsize=(4.8 * n_columns + 1.6, 4.0 * n_rows))
+    figure = make_figure(figsize=(4.8 * n_columns + 1.6, 4.0 * n_rows))
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     names = list(dict.fromkeys(cell.variant for cell in cells))
     handles: dict[str, Any] = {}
@@ -85,7 +54,7 @@ def _accuracy_time(cells: Sequence[CellFigures], evaluation: Evaluation) -> Any:
                 x,
                 y,
                 yerr=[[max(0, y - low)], [max(0, high - y)]],
-                fmt=_MARKERS[number % len(_MARKERS)],
+                fmt=MARKERS[number % len(MARKERS)],
                 color=f"C{number % 10}",
                 capsize=3,
                 zorder=2,
@@ -109,7 +78,7 @@ def _depth_length(cells: Sequence[CellFigures], model: str) -> Any:
     lengths = list(dict.fromkeys(cell.length for cell in cells))
     n_columns = min(4, len(variants))
     n_rows = -(-len(variants) // n_columns)
-    figure = _figure(figsize=(2 + (1.2 + 0.6 * len(lengths)) * n_columns, 0.8 + 2.6 * n_rows))
+    figure = make_figure(figsize=(2 + (1.2 + 0.6 * len(lengths)) * n_columns, 0.8 + 2.6 * n_rows))
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     image = None
     for i, ax in enumerate(axes.flat):

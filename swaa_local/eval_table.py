@@ -18,6 +18,7 @@ from swaa_local.eval_log import AnswerRecord, QuestionRecord
 from swaa_local.eval_watch import Cell
 from swaa_local.evaluate import Evaluation
 from swaa_local.scoring import wilson
+from swaa_local.tables import markdown_table
 from swaa_local.units import format_bytes
 
 N_DEPTHS = 5
@@ -165,18 +166,6 @@ def _depth_table(group: Sequence[CellFigures]) -> str:
     head = ["needle depth", *(f"{100 * i // N_DEPTHS}-{100 * (i + 1) // N_DEPTHS} %" for i in range(N_DEPTHS))]
     rows = [[cell.variant, *(f"{d.right}/{d.n}" if d else "" for d in cell.depths)] for cell in group]
     return markdown_table(head, rows)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their cells, so that it reads well as plain text too; the first one is aligned left."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(cells)} |"
-
-    rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    return "\n".join([line(head), f"| {' | '.join(rule)} |", *(line(row) for row in rows)])
 
 
 def _percent(share: float) -> str:

@@ -12,30 +12,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
 from swaa_local.eval_watch import Cell, Watch
+from swaa_local.progress import TimeLeft
 from swaa_local.terminal import TerminalReporter
-
-
-class TimeLeft:
-    """Estimates what is left from what each variant took for a token so far."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._tokens: dict[str, int] = defaultdict(int)
-
-    def took(self, variant: str, tokens: int, seconds: float) -> None:
-        self._seconds[variant] += seconds
-        self._tokens[variant] += tokens
-
-    def estimate(self, left: dict[str, int]) -> float | None:
-        """Seconds for so many tokens of each variant; None before anything is known."""
-        tokens = sum(self._tokens.values())
-        if not tokens:
-            return None
-        average = sum(self._seconds.values()) / tokens
-        return sum(
-            n * (self._seconds[variant] / self._tokens[variant] if self._tokens[variant] else average)
-            for variant, n in left.items()
-        )
+from swaa_local.units import format_duration
 
 
 class TerminalWatch(Watch):
@@ -142,11 +121,3 @@ class TerminalWatch(Watch):
         if self._progress:
             self._progress.stop()
             self._progress = None
-
-
-def format_duration(seconds: float) -> str:
-    """Such as 45 s, 12 min or 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -22,8 +22,8 @@ from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
 from swaa_local import engine_log, memory, native
-from swaa_local.config import Schedule, SWAAConfig, SWAAError, default_flash_attn
-from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, get_schedule
+from swaa_local.config import Schedule, SWAAConfig, SWAAError
+from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, default_flash_attn_type, get_schedule
 from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError, TextTooLong
 from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
@@ -181,16 +181,9 @@ class Llama(llama_cpp.Llama):
         """Where the user did not say; the schedule decides it, among others."""
         if self._flash_attn is not None:
             return
-        params, on_gpu = self.context_params, self._gpu_layers > 0
-        quantized_v = params.type_v not in memory.PLAIN_TYPES
         schedule = self.schedule or Schedule.full(1)
-        if not default_flash_attn(schedule, gpu=on_gpu, quantized_v=quantized_v):
-            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        # On a GPU llama.cpp itself knows which heads its kernels support.
-        elif on_gpu and not quantized_v:
-            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO
-        else:
-            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params = self.context_params
+        params.flash_attn_type = default_flash_attn_type(schedule, gpu=self._gpu_layers > 0, type_v=params.type_v)
 
     def _size_context(self, model: Any) -> None:
         self._choose_flash_attn()

@@ -164,22 +164,37 @@ def free_host_bytes(*, mapped: int = 0) -> int | None:
 
 def free_gpu_bytes() -> int | None:
     """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell."""
+    lib, found = _c._lib, 0
+    for device in _gpus():
+        size_p = ctypes.POINTER(ctypes.c_size_t)
+        lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size_p, size_p]
+        lib.ggml_backend_dev_memory.restype = None
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found += free.value
+    return found or None
+
+
+def gpu_names() -> tuple[str, ...]:
+    """What llama.cpp calls its GPU devices."""
+    names = []
+    for device in _gpus():
+        describe = _c._lib.ggml_backend_dev_description
+        describe.argtypes, describe.restype = [ctypes.c_void_p], ctypes.c_char_p
+        names.append(describe(device).decode(errors="replace"))
+    return tuple(names)
+
+
+def _gpus() -> list[int]:
+    """llama.cpp's GPU devices, `ggml_backend_dev_t`."""
     lib = _c._lib
     if not hasattr(lib, "ggml_backend_dev_count"):
-        return None
+        return []
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
     lib.ggml_backend_dev_type.argtypes, lib.ggml_backend_dev_type.restype = [ctypes.c_void_p], ctypes.c_int
-    size_p = ctypes.POINTER(ctypes.c_size_t)
-    lib.ggml_backend_dev_memory.argtypes, lib.ggml_backend_dev_memory.restype = [ctypes.c_void_p, size_p, size_p], None
-    found = 0
-    for index in range(lib.ggml_backend_dev_count()):
-        device = lib.ggml_backend_dev_get(index)
-        if lib.ggml_backend_dev_type(device) in (_GPU, _IGPU):
-            free, total = ctypes.c_size_t(), ctypes.c_size_t()
-            lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-            found += free.value
-    return found or None
+    devices = [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
+    return [device for device in devices if lib.ggml_backend_dev_type(device) in (_GPU, _IGPU)]
 
 
 def _meminfo() -> int | None:
@@ -221,3 +236,33 @@ def _meta(model: Any, key: str) -> str | None:
     buffer = ctypes.create_string_buffer(256)
     read: Callable[..., int] = _c.llama_model_meta_val_str
     return buffer.value.decode() if read(model, key.encode(), buffer, len(buffer)) >= 0 else None
+
+
+# What this process takes. Linux tells, and lets its high-water mark be reset; other systems only know that of its life.
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not tell."""
+    return _status("VmRSS:")
+
+
+def reset_peak_rss() -> bool:
+    """Begin to count the peak of resident memory anew; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak of resident memory since `reset_peak_rss`."""
+    return _status("VmHWM:")
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)

@@ -8,7 +8,9 @@ by blanks:
     fadec      FA decode in all layers          layers     the full layers of the file
     1::2       full layers: 1,3,5 or 0-3 too
 
-Either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other variants.
+For `eval` either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other
+variants. For `bench` words say how the engine runs it: `fa` or `nofa` (flash attention), and a type of the KV cache,
+such as `f16` or `q8_0`.
 
 Pure: knows the rules of schedules; nothing of files, of the engine or of the command line.
 """
@@ -17,21 +19,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-from swaa_local.config import LayerMode, Schedule, ScheduleError, SWAAConfig, parse_layers
+from swaa_local.config import KV_TYPES, LayerMode, Schedule, ScheduleError, SWAAConfig, parse_layers
 from swaa_local.presets import PRESETS, get_preset
 
 FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
 THINK = {"think": True, "direct": False}
+FLASH_ATTN = {"fa": True, "nofa": False}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A schedule with the name it is shown under. think: whether to think first; None where it does not say."""
+    """A schedule with the name it is shown under. think: whether to think first. flash_attn: whether to run with it.
+    cache_type: of keys and values. None where it does not say."""
 
     name: str
     schedule: Schedule
     think: bool | None = None
+    flash_attn: bool | None = None
+    cache_type: str | None = None
 
     @property
     def window(self) -> int | None:
@@ -49,11 +56,14 @@ class Variant:
         return self.schedule.sinks == 0 and set(self.schedule.layer_modes) == {LayerMode.ALWAYS}
 
 
-def parse_variants(text: str, n_layer: int, of_file: Schedule | None) -> list[Variant]:
+def parse_variants(
+    text: str, n_layer: int, of_file: Schedule | None, *, words: Literal["thinking", "engine"] = "thinking"
+) -> list[Variant]:
     """The variants of a list such as `full,naive,file,w2048 k100 fadec 1::2` for a model of this depth.
 
-    of_file: the schedule that the file has. Raises `ScheduleError`, naming the variant, for words that mean nothing,
-    for what the file lacks, and for a variant that is given twice.
+    of_file: the schedule that the file has. words: those that say something else than the schedule. Raises
+    `ScheduleError`, naming the variant, for words that mean nothing, for what the file lacks, and for a variant that is
+    given twice.
     """
     variants: list[Variant] = []
     # A layer list may hold commas: an item that does not begin with a letter continues it.
@@ -64,7 +74,7 @@ def parse_variants(text: str, n_layer: int, of_file: Schedule | None) -> list[Va
         if any(variant.name == name for variant in variants):
             raise ScheduleError(f"variant {name!r} is given twice")
         try:
-            variants.append(_parse(name, n_layer, of_file))
+            variants.append(_parse(name, n_layer, of_file, words))
         except ScheduleError as error:
             raise ScheduleError(f"variant {name!r}: {error}") from None
     return variants
@@ -75,11 +85,29 @@ def default_variants(of_file: Schedule | None) -> str:
     return FULL if of_file is None else f"{FULL},{NAIVE},{FILE}"
 
 
-def _parse(name: str, n_layer: int, of_file: Schedule | None) -> Variant:
-    words, _, last = name.rpartition(" ")
-    if words and last in THINK:
-        return Variant(name, _schedule(words, n_layer, of_file), THINK[last])
+def _parse(name: str, n_layer: int, of_file: Schedule | None, words: str) -> Variant:
+    if words == "engine":
+        return _parse_engine_words(name, n_layer, of_file)
+    rest, _, last = name.rpartition(" ")
+    if rest and last in THINK:
+        return Variant(name, _schedule(rest, n_layer, of_file), THINK[last])
     return Variant(name, _schedule(name, n_layer, of_file))
+
+
+def _parse_engine_words(name: str, n_layer: int, of_file: Schedule | None) -> Variant:
+    said = name.split(" ")
+    flash_attn = [word for word in said[1:] if word in FLASH_ATTN]
+    cache_types = [word for word in said[1:] if word in KV_TYPES]
+    for group in (flash_attn, cache_types):
+        if len(group) > 1:
+            raise ScheduleError(f"{group[0]!r} and {group[1]!r} exclude each other")
+    schedule = _schedule(" ".join(word for word in said if word not in {*flash_attn, *cache_types}), n_layer, of_file)
+    return Variant(
+        name,
+        schedule,
+        flash_attn=FLASH_ATTN[flash_attn[0]] if flash_attn else None,
+        cache_type=cache_types[0] if cache_types else None,
+    )
 
 
 def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:

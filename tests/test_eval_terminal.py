@@ -11,8 +11,10 @@ from rich.console import Console
 
 from swaa_local.config import Schedule
 from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
-from swaa_local.eval_terminal import TerminalWatch, TimeLeft, format_duration
+from swaa_local.eval_terminal import TerminalWatch
 from swaa_local.eval_watch import Cell
+from swaa_local.progress import TimeLeft
+from swaa_local.units import format_duration
 from swaa_local.variants import Variant
 
 QUESTIONS = [
