@@ -1,7 +1,7 @@
 """`Llama`: `llama_cpp.Llama` with an attention schedule, phases, and defaults for long prompts.
 
 Everything that takes a `llama_cpp.Llama` takes this one. Knows how upstream's class builds its model and context and
-when its generator evaluates; the rules of schedules are in `config`, memory sizes in `memory`.
+when its generator evaluates; the rules of schedules are in `config`, what memory allows in `context_length`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import inspect
 import re
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,26 @@ from llama_cpp._internals import LlamaContext
 
 from swaa_local import engine_log, memory, native
 from swaa_local.config import Schedule, SWAAConfig, SWAAError
+from swaa_local.context_length import ContextFitWarning, fitting_n_ctx, wanted_gpu_layers
 from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, default_flash_attn_type, get_schedule
 from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError, TextTooLong
 from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
 from swaa_local.run_stats import RunClock, RunStats
 
-__all__ = ["ContextFull", "DecodeError", "Llama", "ModelLoadError", "PromptTooLong", "RunStats", "StateError"]
+__all__ = [
+    "ContextFitWarning",
+    "ContextFull",
+    "DecodeError",
+    "Llama",
+    "ModelLoadError",
+    "PromptTooLong",
+    "RunStats",
+    "StateError",
+]
 
 DEFAULT_N_BATCH = 2048
 DEFAULT_N_UBATCH = 512
-
-
-class ContextFitWarning(UserWarning):
-    """The model's own context does not fit the memory, so a shorter one was made."""
 
 
 class Llama(llama_cpp.Llama):
@@ -144,7 +149,18 @@ class Llama(llama_cpp.Llama):
         if not self.model_params.vocab_only:
             self.file_schedule = get_schedule(model.model)
             self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
-            self._size_context(model)
+            self._choose_flash_attn()
+            if self._fit_n_ctx:
+                n_ctx = fitting_n_ctx(
+                    model,
+                    self.schedule,
+                    self.context_params,
+                    self.model_params,
+                    n_ubatch=self._n_ubatch,
+                    logits_all=self._logits_all,
+                )
+                # n_ctx=0 makes upstream ask the model for its context, right after this and only once.
+                model.n_ctx_train = lambda: n_ctx
 
     def set_schedule(self, swaa: Wanted) -> None:
         """Change the schedule without loading the model again; `swaa` as in the constructor.
@@ -172,42 +188,13 @@ class Llama(llama_cpp.Llama):
         self.n_tokens, self._prompt_end, self._clock = 0, 0, None
         self._requires_eval = True
 
-    @property
-    def _gpu_layers(self) -> int:
-        wanted = self.model_params.n_gpu_layers if _c.llama_supports_gpu_offload() else 0
-        return (1 << 30) if wanted < 0 else wanted
-
     def _choose_flash_attn(self) -> None:
         """Where the user did not say; the schedule decides it, among others."""
         if self._flash_attn is not None:
             return
+        params, on_gpu = self.context_params, wanted_gpu_layers(self.model_params) > 0
         schedule = self.schedule or Schedule.full(1)
-        params = self.context_params
-        params.flash_attn_type = default_flash_attn_type(schedule, gpu=self._gpu_layers > 0, type_v=params.type_v)
-
-    def _size_context(self, model: Any) -> None:
-        self._choose_flash_attn()
-        if not self._fit_n_ctx:
-            return
-        n_ctx_train = model.n_ctx_train()
-        n_ctx = memory.longest_n_ctx(
-            model.model,
-            self.schedule,
-            self.context_params,
-            n_ubatch=self._n_ubatch,
-            n_gpu_layers=self._gpu_layers,
-            logits_all=self._logits_all,
-            mapped=self.model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE,
-        )
-        if n_ctx < n_ctx_train:
-            warnings.warn(
-                f"the model's context of {n_ctx_train} tokens does not fit the free memory; using {n_ctx} "
-                "(pass n_ctx to choose)",
-                ContextFitWarning,
-                stacklevel=5,
-            )
-        # n_ctx=0 makes upstream ask the model for its context, right after this and only once.
-        model.n_ctx_train = lambda: n_ctx
+        params.flash_attn_type = default_flash_attn_type(schedule, gpu=on_gpu, type_v=params.type_v)
 
     @property
     def swaa(self) -> SWAAConfig | None:
