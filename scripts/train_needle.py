@@ -31,6 +31,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def main() -> None:
     options = parse_arguments()
+    out: Path = options.out
+    if (out / "model.safetensors").exists() and not options.force:
+        sys.exit(f"{out} holds a model already; pass --force to replace it")
     start = time.monotonic()
     import tokenizers
     import torch
@@ -44,9 +47,6 @@ def main() -> None:
     def log(text: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    out: Path = options.out
-    if (out / "model.safetensors").exists() and not options.force:
-        sys.exit(f"{out} holds a model already; pass --force to replace it")
     out.mkdir(parents=True, exist_ok=True)
     trainer.make_deterministic()
     if options.device == "cpu":
