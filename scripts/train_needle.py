@@ -54,7 +54,8 @@ def main() -> None:
     device_name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU"
 
     sentences = read_docstrings()
-    tokenizer = train_tokenizer(tokenizer_texts(options.seed, sentences))
+    texts = tokenizer_texts(options.seed, sentences, 200) if options.smoke else tokenizer_texts(options.seed, sentences)
+    tokenizer = train_tokenizer(texts)
     encoder = Encoder(tokenizer)
     maker = RowMaker(encoder, options.seed, sentences)
     log(f"tokenizer of {tokenizer.get_vocab_size()} from {len(sentences)} sentences and our own patterns")

@@ -77,7 +77,7 @@ class _Recorder(demo.View):
 def test_questions_are_spread_over_the_document_and_different(model, monkeypatch):
     monkeypatch.setattr(demo, "_QUESTIONS_A_DOCUMENT", 4)
     view = _Recorder()
-    outcome = demo.run_demo(model, n_questions=6, seed=0, length=3000, engine=EngineOptions(n_threads=1), view=view)
+    outcome = demo.run_demo(model, n_questions=6, seed=0, length=1800, engine=EngineOptions(n_threads=1), view=view)
     assert [asked.number for asked in view.asked] == [1, 2, 3, 4, 5, 6]
     assert tuple(view.asked) == outcome.questions
     assert len(view.documents) == 2  # more questions than one document takes
