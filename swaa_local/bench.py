@@ -8,7 +8,7 @@ returns (`bench_figures`, `bench_table`, `bench_plot`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,10 @@ from swaa_local.bench_plan import (
     make_sizes,
 )
 from swaa_local.bench_watch import SILENT, Visit, Watch
-from swaa_local.config import Schedule
+from swaa_local.config import Schedule, SWAAError
 from swaa_local.engine_options import EngineOptions
 from swaa_local.gguf_meta import read_model_info, read_schedule
-from swaa_local.variants import Variant, parse_variants
+from swaa_local.variants import Variant, in_words, parse_variants
 
 PROBE_TOKENS = 4096
 """Tokens of the prompt with which full attention's better setting is found, at most."""
@@ -114,8 +114,17 @@ class BenchInterrupted(KeyboardInterrupt):
         self.bench = bench
 
 
+class BenchFailed(SWAAError):
+    """The engine failed in the middle; what was measured so far is in `bench`."""
+
+    def __init__(self, message: str, bench: Bench) -> None:
+        super().__init__(message)
+        self.bench = bench
+
+
 def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
-    """Measure. Raises `SWAAError` for what cannot be measured as asked, and `BenchInterrupted` on Ctrl-C."""
+    """Measure. Raises `SWAAError` for what cannot be measured as asked, `BenchFailed` for what turns out so after some
+    figures were measured, and `BenchInterrupted` on Ctrl-C."""
     info, of_file = read_model_info(request.model), read_schedule(request.model)
     variants = _variants(request, info.n_layer, of_file, watch)
     if any(not variant.is_full for variant in variants) and info.unsupported:
@@ -157,6 +166,10 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
             run.measure()
         except KeyboardInterrupt:
             raise BenchInterrupted(result(False)) from None
+        except SWAAError as error:
+            if not run.rows():
+                raise
+            raise BenchFailed(str(error), result(False)) from error
         return result(True)
 
 
@@ -166,7 +179,7 @@ def _variants(request: BenchRequest, n_layer: int, of_file: Schedule | None, wat
     full = Variant("full", Schedule.full(n_layer))
     if request.schedule is not None:
         # --no-swaa leaves nothing to compare with.
-        return [full] if request.schedule.is_full else [full, Variant("given", request.schedule)]
+        return [full] if request.schedule.is_full else [full, Variant(in_words(request.schedule), request.schedule)]
     if of_file is not None and not of_file.is_full:
         return [full, Variant("file", of_file)]
     watch.note(
@@ -214,19 +227,11 @@ class _Run:
         """Do all of it. Raises what the engine raises; samples that are complete stay."""
         limit = self._request.limit and any(size.n_prompt for size in self._sizes)
         limit = limit and any(not variant.is_full for variant in self._variants)
-        settings = make_settings(
-            self._variants,
-            self._choices,
-            limit=limit,
-            best_of_full={types: self._best_of_full(*types) for types in self._left_open(limit)},
-            default_flash_attn={
-                variant.name: self._model.default_flash_attn(variant.schedule, self._choices.cache_types(variant)[1])
-                for variant in self._variants
-            },
-        )
-        plan = [(setting, size) for size in self._sizes for setting in settings if setting.applies(size)]
-        for setting, size in plan:
+        left_open = list(self._left_open(limit))
+        # Memory does not depend on what is left open, and an error should come before the first work.
+        for setting, size in self._plan(limit, dict.fromkeys(left_open, (True,))):
             self._model.check_memory(setting, size)
+        plan = self._plan(limit, {types: self._best_of_full(*types) for types in left_open})
         self._samples = {key: [] for key in plan}
         # Sizes take turns too. But where only decoding is timed, each context is filled once, if there is room for all.
         groups = [[size for size in self._sizes if size.n_prompt], *([s] for s in self._sizes if not s.n_prompt)]
@@ -254,6 +259,18 @@ class _Run:
                     self._samples[visit.setting, visit.size].append(sample)
                     self._watch.visited(visit, sample)
         self._watch.end()
+
+    def _plan(
+        self, limit: bool, best_of_full: Mapping[tuple[str, str], tuple[bool, ...]]
+    ) -> list[tuple[Setting, Size]]:
+        defaults = {
+            variant.name: self._model.default_flash_attn(variant.schedule, self._choices.cache_types(variant)[1])
+            for variant in self._variants
+        }
+        settings = make_settings(
+            self._variants, self._choices, limit=limit, best_of_full=best_of_full, default_flash_attn=defaults
+        )
+        return [(setting, size) for size in self._sizes for setting in settings if setting.applies(size)]
 
     def _turns(self, plan: Sequence[tuple[Setting, Size]], sizes: Sequence[Size]) -> Iterator[Visit]:
         """Every repetition begins with another setting."""

@@ -227,10 +227,13 @@ class BenchContext:
             _c.llama_synchronize(self._ctx)
             return time.perf_counter() - started
 
+    def logits(self) -> np.ndarray[Any, Any]:
+        """Of the token after the last one, shape (n_vocab,); valid until the next one is evaluated."""
+        return np.ctypeslib.as_array(_c.llama_get_logits_ith(self._ctx, -1), shape=(self._n_vocab,))
+
     def first_token(self) -> int:
         """The likeliest token after the prompt, as greedy sampling takes it."""
-        logits = _c.llama_get_logits_ith(self._ctx, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self._n_vocab,)).argmax())
+        return int(self.logits().argmax())
 
     def decode(self, n: int) -> float:
         """Seconds for n tokens, one after the other, each of them done before the next."""

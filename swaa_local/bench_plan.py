@@ -5,7 +5,7 @@ Pure: knows schedules and counts; nothing of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -182,8 +182,8 @@ def make_settings(
     choices: Choices,
     *,
     limit: bool,
-    best_of_full: dict[tuple[str, str], tuple[bool | None, ...]],
-    default_flash_attn: dict[str, bool | None],
+    best_of_full: Mapping[tuple[str, str], tuple[bool, ...]],
+    default_flash_attn: Mapping[str, bool | None],
 ) -> list[Setting]:
     """Every variant with every n_ubatch, then a limit for each window and sinks.
 
@@ -201,7 +201,6 @@ def make_settings(
             ways = best_of_full[type_k, type_v]
         else:
             ways = (default_flash_attn[variant.name],)
-            windows[variant.schedule.window, variant.schedule.sinks] = None
         if not variant.is_full:
             windows[variant.schedule.window, variant.schedule.sinks] = None
         for n_ubatch in choices.n_ubatch:

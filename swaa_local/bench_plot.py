@@ -55,7 +55,7 @@ def plot(bench: Bench, path: Path) -> list[Path]:
         ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None), xlim=(0, None))
         ax.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{bench.model.description}; medians, bars from least to greatest", fontsize=11)
+    figure.suptitle(f"{Path(bench.model.path).name}; medians, bars from least to greatest", fontsize=11)
     save_figure(figure, path)
     return [path]
 

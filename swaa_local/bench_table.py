@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from swaa_local.bench import Bench, describe_probe
@@ -92,13 +93,16 @@ def _notes(bench: Bench) -> list[str]:
     n = " to ".join(str(count) for count in {counts[0]: None, counts[-1]: None})
     spread = "; in brackets the least and the greatest" if counts[-1] > 1 else ""
     where = ", ".join(machine.gpus) if machine.gpus and bench.n_gpu_layers else machine.cpu
-    threads = f"{bench.n_threads} threads to decode, {bench.n_threads_batch} to prefill"
+    threads = f"{bench.n_threads} thread{'s' * (bench.n_threads > 1)}"
+    threads += f" ({bench.n_threads_batch} to prefill)" if bench.n_threads_batch != bench.n_threads else ""
     batches = ", ".join(str(b) for b in dict.fromkeys(row.setting.n_ubatch for row in bench.rows))
+    plural = "s" * (counts[-1] > 1)
+    caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
     lines = [
-        f"{model.description}, {format_bytes(model.size_bytes)}, {format_count(model.n_params)} parameters; {where}; "
-        f"{threads}; n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache "
-        f"{', '.join(dict.fromkeys(_cache(row.setting) for row in bench.rows))}; llama-cpp-python {machine.engine}.",
-        f"Medians of {n} interleaved repetition{'s' * (counts[-1] > 1)}{spread}. Ratios are taken within each "
+        f"{Path(model.path).name} ({model.description}), {format_bytes(model.size_bytes)}, "
+        f"{format_count(model.n_params)} parameters; {where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, "
+        f"n_ubatch {batches}; KV cache {caches}; llama-cpp-python {machine.engine}.",
+        f"Medians of {n} interleaved repetition{plural}{spread}. Ratios are taken within each "
         + ("repetition." if bench.complete else "repetition; the run was stopped, so some are missing."),
     ]
     fulls = {row.setting for row in bench.rows if row.setting.kind == "full"}

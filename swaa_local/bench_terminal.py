@@ -124,5 +124,5 @@ class TerminalWatch(Watch):
 
 
 def _key(setting: Setting) -> str:
-    fa = {None: "", True: " fa on", False: " fa off"}[setting.flash_attn]
-    return f"{setting.variant}{fa} ub {setting.n_ubatch}"
+    fa = {None: "auto", True: "on", False: "off"}[setting.flash_attn]
+    return f"{setting.variant} (fa {fa}, ub {setting.n_ubatch})"

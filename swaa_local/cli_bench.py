@@ -99,7 +99,7 @@ def bench_command(
     plot: Path | None,
     engine: EngineOptions,
     schedule: ScheduleOptions,
-) -> int:
+) -> None:
     """Measure how fast MODEL reads and writes with its schedule and with full attention, in one run.
 
     The weights are loaded once. In every repetition the variants take turns, so that a busy machine hits all alike, and
@@ -124,7 +124,7 @@ def bench_command(
     swaa-local bench model.gguf -ub 512,2048 -pg 131072,512 --window 2048 --sinks 100 --full-layers 1::2
     swaa-local bench model.gguf -n 32 -d 2048,32768 --variants "full fa,full nofa,file,file q8_0" -o csv
     """
-    from swaa_local.bench import BenchInterrupted, BenchRequest, bench
+    from swaa_local.bench import BenchFailed, BenchInterrupted, BenchRequest, bench
     from swaa_local.bench_plot import plot as draw
     from swaa_local.bench_table import as_csv, as_json, as_jsonl, markdown
     from swaa_local.bench_terminal import TerminalWatch
@@ -163,14 +163,14 @@ def bench_command(
         limit=limit,
         engine=engine,
     )
-    code = 0
+    failed: BaseException | None = None
     with TerminalWatch() as watch:
         if name is None:
             watch.note(NOTE)
         try:
             result = bench(request, watch)
-        except BenchInterrupted as stopped:
-            result, code = stopped.bench, 130
+        except (BenchInterrupted, BenchFailed) as error:
+            result, failed = error.bench, error
             watch.end()
             if not result.rows:
                 raise
@@ -180,4 +180,5 @@ def bench_command(
                 watch.note(f"wrote {target}")
     forms = {"md": markdown, "csv": as_csv, "json": as_json, "jsonl": as_jsonl}
     click.echo(forms[form](result).rstrip("\n"))
-    return code
+    if failed is not None:
+        raise failed

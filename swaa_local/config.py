@@ -295,6 +295,15 @@ def format_layers(layers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def compact_layers(layers: Sequence[int], n_layer: int) -> str:
+    """Layer numbers in the shorter of the forms that the command line takes: a slice, or numbers and ranges."""
+    if len(layers) > 2:
+        step = layers[1] - layers[0]
+        if step > 1 and list(range(layers[0], n_layer, step)) == list(layers):
+            return f"{layers[0]}::{step}"
+    return format_layers(layers)
+
+
 def _parse_item(item: str, n_layer: int, clip: bool) -> Iterable[int]:
     def beyond(number: int, limit: int) -> bool:
         if number <= limit:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swaa_local.config import LayerMode, Schedule, SWAAError, format_layers, full_cells, kv_bytes
+from swaa_local.config import LayerMode, Schedule, SWAAError, compact_layers, full_cells, kv_bytes
 from swaa_local.gguf_file import GGUFFile
 from swaa_local.gguf_meta import ModelInfo, model_info_of, schedule_of
 from swaa_local.units import format_bytes, format_count
@@ -113,15 +113,6 @@ def describe_schedule(schedule: Schedule) -> list[str]:
                 f"  {LETTERS[mode]} {len(layers):>3} x {MEANINGS[mode]}: {compact_layers(layers, schedule.n_layer)}"
             )
     return lines
-
-
-def compact_layers(layers: Sequence[int], n_layer: int) -> str:
-    """Layer numbers in the shorter of the forms that the command line takes: a slice, or numbers and ranges."""
-    if len(layers) > 2:
-        step = layers[1] - layers[0]
-        if step > 1 and list(range(layers[0], n_layer, step)) == list(layers):
-            return f"{layers[0]}::{step}"
-    return format_layers(layers)
 
 
 def report(inspection: Inspection) -> str:

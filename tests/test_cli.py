@@ -16,11 +16,11 @@ from swaa_local.presets import PRESETS
 def test_help_teaches_and_loads_no_engine(tmp_path):
     for name in ("llama_cpp", "gguf", "numpy", "huggingface_hub", "torch"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was loaded')")
-    for command in ((), ("convert",), ("inspect",)):
+    for command in ((), ("convert",), ("inspect",), ("bench",)):
         for flag in ("--help", "-h"):
             done = run(*command, flag, PYTHONPATH=f"{tmp_path}:{ROOT}")
             assert done.returncode == 0, done.stderr
-            assert "swaa-local convert" in done.stdout or "swaa-local inspect" in done.stdout
+            assert f"swaa-local {' '.join(command) or 'convert'} " in done.stdout
 
 
 def test_help_of_convert_names_sources_presets_and_the_extra():

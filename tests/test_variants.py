@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swaa_local.config import LayerMode, Schedule, ScheduleError
-from swaa_local.variants import Variant, default_variants, parse_variants
+from swaa_local.variants import Variant, default_variants, in_words, parse_variants
 
 F, P, A = LayerMode
 STORED = Schedule(256, 16, (F, P, F, P))
@@ -93,3 +93,42 @@ def test_baselines_are_known_by_what_they_are():
 def test_what_is_compared_by_default():
     assert default_variants(STORED) == "full,naive,file"
     assert default_variants(None) == "full"
+
+
+@pytest.mark.parametrize(
+    ("text", "flash_attn", "cache_type", "schedule"),
+    [
+        ("full nofa", False, None, Schedule.full(4)),
+        ("file fa", True, None, STORED),
+        ("w8 q8_0 k1 fa 1", True, "q8_0", Schedule(8, 1, (A, F, A, A))),
+        ("naive f16", None, "f16", Schedule(256, 0, (A, A, A, A))),
+    ],
+)
+def test_where_the_engine_matters_variants_say_how_it_runs_them(text, flash_attn, cache_type, schedule):
+    [variant] = parse_variants(text, 4, STORED, words="engine")
+    assert variant == Variant(text, schedule, flash_attn=flash_attn, cache_type=cache_type)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "reason"),
+    [
+        ("full fa", "thinking", "means nothing"),
+        ("full think", "engine", "means nothing"),
+        ("fa", "engine", "'fa' means nothing"),
+        ("file fa nofa", "engine", "'fa' and 'nofa' exclude each other"),
+        ("file q8_0 f16", "engine", "'q8_0' and 'f16' exclude each other"),
+    ],
+)
+def test_words_of_another_command_and_contradictions_are_refused(text, words, reason):
+    with pytest.raises(ScheduleError, match=reason):
+        parse_variants(text, 4, STORED, words=words)
+
+
+@pytest.mark.parametrize("text", ["full", "w8 k0", "w8 k1 fadec 0-2", "w8 k1 0-1,3", "w2048 k100 fadec 1,3"])
+def test_a_schedule_has_words_that_mean_it(text):
+    [variant] = parse(text)
+    assert in_words(variant.schedule) == text
+
+
+def test_a_schedule_without_words_still_has_a_name():
+    assert in_words(Schedule(8, 1, (F, P, A, P))) == "w8 k1 fadec in 1,3 0"
