@@ -115,11 +115,12 @@ class EngineModel:
 
 
 class AttentionOp(NamedTuple):
-    """One attention operation of a graph: its layer, the number of keys it reads, and the number of queries."""
+    """One attention operation of a graph: its layer, the keys that a query reads, the queries, and their blocks."""
 
     layer: int
     n_kv: int
     n_tokens: int
+    n_block: int
 
 
 class EngineContext:
@@ -152,7 +153,7 @@ class EngineContext:
         self.attention: list[AttentionOp] = []
         self.nodes: list[str] = []
         self._record_nodes = record_nodes
-        self._flash: tuple[int, int] | None = None
+        self._flash: tuple[int, int, int] | None = None
         if record or record_nodes:
             self._callback = C.ggml_backend_sched_eval_callback(self._observe)
             p.cb_eval = self._callback
@@ -274,12 +275,13 @@ class EngineContext:
             sources = [_describe(s.contents) for s in t.src if s]
             self.nodes.append(f"{op.decode()} {_describe(t)} {list(t.op_params)} <- {sources}")
         if op == b"FLASH_ATTN_EXT":  # has no name of its own; the node of its output that follows names the layer
-            self._flash = (t.src[1].contents.ne[1], t.src[0].contents.ne[1])
+            k, q = t.src[1].contents, t.src[0].contents
+            self._flash = (k.ne[1], q.ne[1] * q.ne[3], q.ne[3])
         elif name == b"kqv_out" and self._flash:
             self.attention.append(AttentionOp(int(layer), *self._flash))
             self._flash = None
         elif op == b"SOFT_MAX" and name == b"kq_soft_max":
-            self.attention.append(AttentionOp(int(layer), t.ne[0], t.ne[1]))
+            self.attention.append(AttentionOp(int(layer), t.ne[0], t.ne[1] * t.ne[3], t.ne[3]))
         return False
 
     def close(self) -> None:
