@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -54,23 +55,21 @@ class TerminalWatch(Watch):
     @contextmanager
     def probing(self, n_prompt: int, n: int) -> Iterator[Callable[[int], None]]:
         label = f"full attention with and without flash attention, {n_prompt} tokens"
-        with self._reporter.step(label, n) as update:
-            yield update
+        if not self.console.is_terminal:
+            self.note(f"{label} ...")
+            yield lambda done: None
+            return
+        self._start_bar(label, n, f"0/{n} runs")
+        try:
+            yield lambda done: self._update(completed=done, counts=f"{done}/{n} runs")
+        finally:
+            self._stop()
 
     def begin(self, visits: Sequence[Visit], work: Sequence[int]) -> None:
         self._work = [(_key(visit.setting), n) for visit, n in zip(visits, work, strict=True)]
         self._n_repetitions = 1 + max(visit.repetition for visit in visits)
         if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[counts]}", markup=False),
-                console=self.console,
-                transient=True,
-                auto_refresh=False,
-            )
-            self._progress.add_task("", total=sum(work), counts="")
-            self._progress.start()
+            self._start_bar("", sum(work), "")
 
     def visiting(self, visit: Visit) -> None:
         self._started = time.perf_counter()
@@ -99,15 +98,10 @@ class TerminalWatch(Watch):
         return f"{visit.repetition + 1}/{self._n_repetitions} · {_key(visit.setting)} · {visit.size}"
 
     def _draw(self, description: str | None, share: float) -> None:
-        if self._progress is None:
-            return
         done = sum(n for _, n in self._work[: self._n_done])
         if self._n_done < len(self._work):
             done += int(share * self._work[self._n_done][1])
-        task = self._progress.task_ids[0]
-        self._progress.update(task, completed=done, counts=self._counts(), refresh=True)
-        if description is not None:
-            self._progress.update(task, description=description, refresh=True)
+        self._update(completed=done, counts=self._counts(), description=description)
 
     def _counts(self) -> str:
         left: dict[str, int] = defaultdict(int)
@@ -116,6 +110,22 @@ class TerminalWatch(Watch):
         seconds = self._time.estimate(left)
         told = "" if seconds is None else f" · {format_duration(seconds)} left"
         return f"{self._n_done}/{len(self._work)} runs{told}"
+
+    def _start_bar(self, description: str, total: int, counts: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[counts]}", markup=False),
+            console=self.console,
+            transient=True,
+            auto_refresh=False,
+        )
+        self._progress.add_task(description, total=total, counts=counts)
+        self._progress.start()
+
+    def _update(self, **changes: Any) -> None:
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], refresh=True, **changes)
 
     def _stop(self) -> None:
         if self._progress:
