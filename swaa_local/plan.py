@@ -38,26 +38,30 @@ class Plan:
     source: str
     kind: Literal["gguf", "checkpoint"]
     output: Path
-    architecture: str | None
-    n_layer: int | None
-    schedule: Schedule | None
-    """What the output will store."""
-    out_type: str | None
+    out_type: OutType | None
     """The output's weight type; None: as the source."""
     steps: tuple[str, ...]
     output_bytes: int
-    temporary_bytes: int
+    temporary_bytes: int = 0
     """Beside the output, while it is made."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    architecture: str | None = None
+    n_layer: int | None = None
+    schedule: Schedule | None = None
+    """What the output will store."""
     download: hub.HubModel | None = None
-    """What has to be fetched first."""
-
+    """What has to be fetched first; a GGUF is only known after that."""
     path: Path | None = None
     """The source, where it is local."""
-    quantize_to: OutType | None = None
     converter_type: str | None = None
+    """The type that upstream's converter writes a checkpoint in; `auto` is its 16-bit type."""
     rewrites_schedule: bool = False
     """A GGUF's schedule changes, so its header is written anew."""
+
+    @property
+    def quantize_to(self) -> OutType | None:
+        """What llama.cpp's quantizer makes; None where the converter writes the type itself, or nothing changes."""
+        return self.out_type if self.converter_type in (None, "auto") else None
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,12 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
         architecture=model.architecture,
         n_layer=model.n_layer,
         schedule=schedule,
-        out_type=out_type.name if out_type else None,
+        out_type=out_type,
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=temporary,
         notes=_notes(schedule, choice, old, model),
         path=path,
-        quantize_to=out_type,
         rewrites_schedule=choice is not None,
     )
 
@@ -178,13 +181,12 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
         architecture=checkpoint.architecture,
         n_layer=checkpoint.n_layer,
         schedule=schedule,
-        out_type=out_type.name if out_type else None,
+        out_type=out_type,
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=0 if direct else checkpoint.size_bytes(16.0),
         notes=() if schedule else (_NO_SCHEDULE,),
         path=checkpoint.path,
-        quantize_to=None if direct else out_type,
         converter_type=converter_type,
     )
 
@@ -217,14 +219,9 @@ def _plan_hub(request: Request, out_type: OutType | None) -> Plan:
             source=f"{hub_id.repo}:{model.gguf}",
             kind="gguf",
             output=request.output,
-            architecture=None,
-            n_layer=None,
-            schedule=None,
-            out_type=out_type.name if out_type else None,
+            out_type=out_type,
             steps=(*steps, "write the schedule") if request.schedule is not None else tuple(steps),
             output_bytes=size,
-            temporary_bytes=0,
-            notes=(),
         )
     plan = replace(plan, download=model, notes=(*notes, *plan.notes))
     _check_disk(plan)
