@@ -16,10 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from engine import EngineModel
 from tiny import ARCHES, random_tokens, write_tiny_gguf
 
 TOKENS = random_tokens(300)
+PROMPT = 201
 CASES: dict[str, dict[str, Any]] = {
     "flash": {"flash": "on"},
     "no flash": {"flash": "off"},
@@ -42,18 +44,28 @@ def digests(path: Path) -> dict[str, str]:
     return found
 
 
-def outputs(path: Path) -> dict[str, dict[str, str]]:
+def outputs(path: Path) -> dict[str, dict[str, Any]]:
+    """Per case, digests of logits and states after prefill (more than 8 tokens an ubatch) and after decode, and some
+    of the decode's logits themselves, where they need not be the same to the bit."""
     found = {}
     with EngineModel(path) as model:
         for case, params in CASES.items():
             with model.context(n_batch=128, n_ubatch=64, **params) as ctx:
-                logits = [ctx.feed(TOKENS[:200])] + [ctx.feed([t]) for t in TOKENS[200:]]
+                prefill, prefill_state = ctx.feed(TOKENS[:PROMPT]), ctx.state()
+                decode = np.concatenate([ctx.feed([t]) for t in TOKENS[PROMPT:]])
                 found[case] = {
-                    "logits": hashlib.sha256(b"".join(a.tobytes() for a in logits)).hexdigest(),
-                    "state": hashlib.sha256(ctx.state()).hexdigest(),
-                    "sequence state": hashlib.sha256(ctx.state(0)).hexdigest(),
+                    "prefill": _digest(prefill.tobytes()),
+                    "prefill state": _digest(prefill_state),
+                    "decode": _digest(decode.tobytes()),
+                    "state": _digest(ctx.state()),
+                    "sequence state": _digest(ctx.state(0)),
+                    "decode logits": decode[::9].tolist(),
                 }
     return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def main() -> None:

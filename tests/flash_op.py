@@ -1,0 +1,171 @@
+"""One flash attention op of ggml's CPU backend, called through its C API, and the same op in numpy.
+
+The oracle reads the very values that the cache holds (gguf-py's dequantization, not ggml's) and works in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as GT
+from gguf.quants import dequantize, quantize
+from llama_cpp.llama_cpp import _lib
+
+NP_TYPES = {GT.F32: np.float32, GT.F16: np.float16}
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
+
+
+def _declare(name: str, result: Any, *args: Any) -> Any:
+    function = getattr(_lib, name)
+    function.restype = result
+    function.argtypes = args
+    return function
+
+
+_init = _declare("ggml_init", c_void_p, _InitParams)
+_free = _declare("ggml_free", None, c_void_p)
+_new_tensor = _declare("ggml_new_tensor", c_void_p, c_void_p, c_int, c_int, POINTER(c_int64))
+_data = _declare("ggml_get_data", c_void_p, c_void_p)
+_permute = _declare("ggml_permute", c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int)
+_flash = _declare("ggml_flash_attn_ext", c_void_p, *[c_void_p] * 5, c_float, c_float, c_float)
+_add_sinks = _declare("ggml_flash_attn_ext_add_sinks", None, c_void_p, c_void_p)
+_new_graph = _declare("ggml_new_graph", c_void_p, c_void_p)
+_expand = _declare("ggml_build_forward_expand", None, c_void_p, c_void_p)
+_compute = _declare("ggml_graph_compute_with_ctx", c_int, c_void_p, c_void_p, c_int)
+_cpu_init = _declare("ggml_cpu_init", None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and features of an op; `mask` is [stream or 1][head or 1][token][n_kv] of 0, -inf or a bias, or None."""
+
+    n_kv: int = 300
+    n_tokens: int = 1
+    n_head: int = 4
+    n_head_kv: int = 2
+    head_k: int = 64
+    head_v: int = 64
+    type_k: GT = GT.F16
+    type_v: GT = GT.F16
+    n_stream: int = 1
+    mask: np.ndarray[Any, Any] | None = field(default=None, repr=False)
+    max_bias: float = 0.0
+    softcap: float = 0.0
+    sinks: bool = False
+    head_major: bool = False  # the cells of a head lie together, as they do not in llama.cpp's cache
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: np.ndarray[Any, Any]  # [stream][token][head][head_k]
+    k: np.ndarray[Any, Any]  # [stream][cell][kv head][head_k]
+    v: np.ndarray[Any, Any]
+    sinks: np.ndarray[Any, Any]
+
+
+def inputs(case: Case) -> Inputs:
+    rng = np.random.default_rng(case.seed)
+
+    def normal(*shape: int) -> np.ndarray[Any, Any]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    k = normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_k)
+    k[:, case.n_kv // 2 :] *= 2  # the running maximum moves late
+    return Inputs(
+        q=2 * normal(case.n_stream, case.n_tokens, case.n_head, case.head_k),
+        k=k,
+        v=normal(case.n_stream, case.n_kv, case.n_head_kv, case.head_v),
+        sinks=3 * normal(case.n_head),
+    )
+
+
+def pack(values: np.ndarray[Any, Any], kind: GT) -> np.ndarray[Any, Any]:
+    return values.astype(NP_TYPES[kind]) if kind in NP_TYPES else quantize(values, kind)
+
+
+def unpack(packed: np.ndarray[Any, Any], kind: GT) -> np.ndarray[Any, Any]:
+    return (packed if kind in NP_TYPES else dequantize(packed, kind)).astype(np.float64)
+
+
+def slopes(n_head: int, max_bias: float) -> np.ndarray[Any, Any]:
+    """ALiBi's slope per head (Press et al. 2021, for any number of heads as in ggml_soft_max_ext)."""
+    if max_bias == 0:
+        return np.ones(n_head)
+    n = 2 ** int(np.floor(np.log2(n_head)))
+    return np.array(
+        [
+            2 ** (-max_bias * (h + 1) / n) if h < n else 2 ** (-max_bias / 2 * (2 * (h - n) + 1) / n)
+            for h in range(n_head)
+        ]
+    )
+
+
+def expected(case: Case) -> np.ndarray[Any, Any]:
+    """[stream][token][head][head_v]; a row that sees nothing is 0."""
+    data = inputs(case)
+    k = unpack(pack(data.k, case.type_k), case.type_k)
+    v = unpack(pack(data.v, case.type_v), case.type_v)
+    n_gqa = case.n_head // case.n_head_kv
+    k, v = np.repeat(k, n_gqa, axis=2), np.repeat(v, n_gqa, axis=2)
+    scores = np.einsum("sthd,schd->shtc", data.q.astype(np.float64), k) / np.sqrt(case.head_k)
+    if case.softcap:
+        scores = case.softcap * np.tanh(scores / case.softcap)
+    if case.mask is not None:
+        scores = scores + slopes(case.n_head, case.max_bias)[None, :, None, None] * case.mask
+    top = scores.max(axis=-1, keepdims=True)
+    sink = data.sinks.astype(np.float64)[None, :, None, None]
+    if case.sinks:
+        top = np.maximum(top, sink)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(axis=-1, keepdims=True)
+    if case.sinks:
+        total = total + np.exp(sink - top)
+    return np.einsum("shtc,schd->sthd", weights / np.where(total == 0, 1, total), v)
+
+
+def compute(case: Case, n_threads: int = 1) -> np.ndarray[Any, Any]:
+    """The op on the CPU backend, shaped like `expected`."""
+    _cpu_init()
+    data = inputs(case)
+    context = _init(_InitParams(64 * 2**20, None, False))
+    try:
+
+        def tensor(array: np.ndarray[Any, Any], kind: GT, shape: tuple[int, ...]) -> int:
+            made: int = _new_tensor(context, kind, len(shape), (c_int64 * len(shape))(*reversed(shape)))
+            packed = np.ascontiguousarray(array)
+            ctypes.memmove(_data(made), packed.ctypes.data, packed.nbytes)
+            return made
+
+        def cache(values: np.ndarray[Any, Any], kind: GT) -> int:
+            if case.head_major:
+                swapped = values.swapaxes(1, 2)
+                return tensor(pack(np.ascontiguousarray(swapped), kind), kind, swapped.shape)
+            made: int = _permute(context, tensor(pack(values, kind), kind, values.shape), 0, 2, 1, 3)
+            return made
+
+        q = _permute(context, tensor(data.q, GT.F32, data.q.shape), 0, 2, 1, 3)
+        k, v = cache(data.k, case.type_k), cache(data.v, case.type_v)
+        mask = None if case.mask is None else tensor(case.mask.astype(np.float16), GT.F16, case.mask.shape)
+        out = _flash(context, q, k, v, mask, case.head_k**-0.5, case.max_bias, case.softcap)
+        if case.sinks:
+            _add_sinks(out, tensor(data.sinks, GT.F32, data.sinks.shape))
+        graph = _new_graph(context)
+        _expand(graph, out)
+        assert _compute(context, graph, n_threads) == 0
+        shape = (case.n_stream, case.n_tokens, case.n_head, case.head_v)
+        return np.ctypeslib.as_array(ctypes.cast(_data(out), POINTER(c_float)), shape).astype(np.float64)
+    finally:
+        _free(context)
+
+
+def nmse(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
+    """Normalized mean squared error, the measure of test-backend-ops (5e-4 there)."""
+    return float(((got - want) ** 2).sum() / (want**2).sum())
