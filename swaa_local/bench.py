@@ -29,7 +29,7 @@ from swaa_local.bench_plan import (
 from swaa_local.bench_watch import SILENT, Visit, Watch
 from swaa_local.config import Schedule, SWAAError
 from swaa_local.engine_options import EngineOptions
-from swaa_local.gguf_meta import read_model_info, read_schedule
+from swaa_local.gguf_meta import ModelInfo, read_model_info, read_schedule
 from swaa_local.variants import Variant, in_words, parse_variants
 
 PROBE_TOKENS = 4096
@@ -126,7 +126,7 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
     """Measure. Raises `SWAAError` for what cannot be measured as asked, `BenchFailed` for what turns out so after some
     figures were measured, and `BenchInterrupted` on Ctrl-C."""
     info, of_file = read_model_info(request.model), read_schedule(request.model)
-    variants = _variants(request, info.n_layer, of_file, watch)
+    variants = _variants(request, info, of_file, watch)
     if any(not variant.is_full for variant in variants) and info.unsupported:
         raise BenchError(info.unsupported)
     sizes = make_sizes(request.prompts, request.gens, request.depths, request.pairs)
@@ -173,7 +173,8 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
         return result(True)
 
 
-def _variants(request: BenchRequest, n_layer: int, of_file: Schedule | None, watch: Watch) -> list[Variant]:
+def _variants(request: BenchRequest, info: ModelInfo, of_file: Schedule | None, watch: Watch) -> list[Variant]:
+    n_layer = info.n_layer
     if request.variants is not None:
         return parse_variants(request.variants, n_layer, of_file, words="engine")
     full = Variant("full", Schedule.full(n_layer))
@@ -182,6 +183,9 @@ def _variants(request: BenchRequest, n_layer: int, of_file: Schedule | None, wat
         return [full] if request.schedule.is_full else [full, Variant(in_words(request.schedule), request.schedule)]
     if of_file is not None and not of_file.is_full:
         return [full, Variant("file", of_file)]
+    if info.unsupported:
+        watch.note(f"measuring full attention alone: {info.unsupported}")
+        return [full]
     watch.note(
         f"{request.model.name} has no schedule; comparing {DEFAULT_WITHOUT_SCHEDULE} (choose with --variants, or give "
         "one with --window)"
@@ -285,7 +289,7 @@ class _Run:
         """True if only decoding is timed and the contexts of all settings fit the memory together, with a margin."""
         if any(size.n_prompt for size in sizes):
             return False
-        needed = [self._model.kv_needed(setting, size) for setting, size in plan if size in sizes]
+        needed = [self._model.needed_bytes(setting, size) for setting, size in plan if size in sizes]
         host, device = (sum(each[i] for each in needed) for i in (0, 1))
         return all(
             free is None or bytes_ <= free * _SHARE_TO_KEEP

@@ -25,6 +25,7 @@ from swaa_local.engine_options import EngineOptions
 from swaa_local.engine_schedule import apply_schedule, default_flash_attn_type, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
 from swaa_local.interrupt import Shield
+from swaa_local.units import format_bytes
 
 _FLASH_ATTN = {
     None: _c.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -99,32 +100,33 @@ class BenchModel:
 
     def check_memory(self, setting: Setting, size: Size) -> None:
         """Raise `BenchError` if the KV cache alone is more than the free memory."""
-        needed_host, needed_device = self.kv_needed(setting, size)
+        cost, n_ctx = self._cost(setting, size), setting.n_ctx(size)
+        split = self.n_layer - cost.n_gpu_layers
+        needed_host, needed_device = cost.kv(n_ctx, range(split)), cost.kv(n_ctx, range(split, self.n_layer))
         for needed, free, where in (
             (needed_host, memory.free_host_bytes(), "memory"),
             (needed_device, memory.free_gpu_bytes(), "GPU memory"),
         ):
             if free is not None and needed > free:
-                from swaa_local.units import format_bytes
-
                 raise BenchError(
                     f"{setting.variant} at {size} needs a KV cache of {format_bytes(needed)}, and {format_bytes(free)} "
                     f"of {where} are free; measure fewer tokens, or take a smaller cache: -ctk q8_0 -ctv q8_0"
                 )
 
-    def kv_needed(self, setting: Setting, size: Size) -> tuple[int, int]:
-        """Bytes of KV cache on the host and on GPUs."""
-        n_ctx = setting.n_ctx(size)
-        cost = memory.context_cost(
+    def needed_bytes(self, setting: Setting, size: Size) -> tuple[int, int]:
+        """What a context takes about, on the host and on GPUs."""
+        cost, n_ctx = self._cost(setting, size), setting.n_ctx(size)
+        return cost.host(n_ctx), cost.gpu(n_ctx)
+
+    def _cost(self, setting: Setting, size: Size) -> memory.ContextCost:
+        return memory.context_cost(
             self.model,
             setting.active_schedule,
-            self._params(setting, n_ctx),
+            self._params(setting, setting.n_ctx(size)),
             n_ubatch=setting.n_ubatch,
             n_gpu_layers=self.n_gpu_layers,
             logits_all=False,
         )
-        split = self.n_layer - cost.n_gpu_layers
-        return cost.kv(n_ctx, range(split)), cost.kv(n_ctx, range(split, self.n_layer))
 
     @contextmanager
     def context(self, setting: Setting, n_ctx: int) -> Iterator[BenchContext]:

@@ -309,6 +309,30 @@ def test_ctrl_c_shows_the_figures_so_far(model):
     assert {row["variant"] for row in document["results"]} == {"full", "file", "limit w64 k4"}
 
 
+def test_a_failure_in_the_middle_loses_no_figures(model, monkeypatch):
+    from swaa_local.bench import BenchFailed, BenchRequest, bench
+    from swaa_local.bench_engine import BenchModel
+    from swaa_local.engine_options import EngineOptions
+    from swaa_local.errors import ModelLoadError
+
+    make, made = BenchModel.context, []
+
+    def context(self: BenchModel, setting: Any, n_ctx: int) -> Any:
+        made.append(setting)
+        if len(made) == 5:
+            raise ModelLoadError("out of memory")
+        return make(self, setting, n_ctx)
+
+    monkeypatch.setattr(BenchModel, "context", context)
+    engine = EngineOptions(n_threads=1, flash_attn=True)
+    with pytest.raises(BenchFailed, match="out of memory") as failed:
+        bench(BenchRequest(model, prompts=(64,), gens=(1,), repetitions=2, engine=engine))
+    assert failed.value.bench.complete is False
+    assert {(row.setting.variant, len(row.samples)) for row in failed.value.bench.rows} == {
+        *(("full", 1), ("file", 2), ("limit w64 k4", 1)),
+    }
+
+
 # What it refuses
 
 

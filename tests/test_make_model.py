@@ -55,7 +55,14 @@ def test_the_shapes_are_the_published_ones(shape):
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize(
     ("shape", "type_name"),
-    [("qwen3-0.6b", "q4_0"), ("qwen3-4b", "q8_0"), ("llama3.1-8b", "q4_0"), ("qwen3-30b-a3b", "q4_0"), ("tiny", "f16")],
+    [
+        ("qwen3-0.6b", "q4_0"),
+        ("qwen3-4b", "q4_0"),
+        ("llama3.1-8b", "q4_0"),
+        ("qwen3-30b-a3b", "q4_0"),
+        ("tiny", "f16"),
+        ("tiny", "q8_0"),
+    ],
 )
 def test_each_shape_loads_and_decodes(shape, type_name, tmp_path):
     import numpy as np
