@@ -15,6 +15,9 @@ from masks import Sched
 from reference_numpy import forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens, write_tiny_gguf
 
+from swaa_local import Llama
+from swaa_local.errors import ModelLoadError
+
 pytestmark = pytest.mark.usefixtures("engine")
 
 SCHEDULE = Sched(24, 4, (ALWAYS, FULL, PREFILL, ALWAYS))
@@ -151,6 +154,41 @@ def test_malformed_keys(tmp_path, case):
     lines = [line for line in str(error.value).splitlines() if "swaa." in line and "error" in line]
     assert lines, str(error.value)
     assert any(re.search(key, line) and value in line for line in lines), lines
+
+
+def overrides(schedule: Sched) -> dict[str, int | str]:
+    """What `--override-kv` of llama.cpp's programs passes on."""
+    letters = "".join("FPA"[mode] for mode in schedule.layer_modes)
+    values = {"version": 1, "window": schedule.window, "sinks": schedule.sinks, "layer_modes": letters}
+    return {f"swaa.{name}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("of_file", [None, SCHEDULE], ids=["none", "another"])
+def test_overrides_replace_the_file_s_schedule(tiny_model_factory, of_file):
+    llm = Llama(str(tiny_model_factory(schedule=of_file)), n_ctx=256, kv_overrides=overrides(OTHER))
+    assert llm.schedule is not None
+    assert (llm.schedule.window, llm.schedule.sinks) == (OTHER.window, OTHER.sinks)
+    assert llm.schedule.layer_modes == tuple(OTHER.layer_modes)
+
+
+def test_overrides_switch_a_schedule_off(tiny_model_factory):
+    llm = Llama(
+        str(tiny_model_factory(schedule=SCHEDULE)), n_ctx=256, kv_overrides={"swaa.layer_modes": "F" * len(SCHEDULE[2])}
+    )
+    assert llm.schedule is None
+
+
+@pytest.mark.parametrize(
+    ("modes", "said"),
+    [
+        ("FPX", "has 'X', expected F (full), P (windowed prefill) or A (always windowed)"),
+        ("FP", "swaa.layer_modes has 2 entries, but the model has 4 layers"),
+        (1, "the override of key swaa.layer_modes is not a str"),
+    ],
+)
+def test_overrides_that_make_no_schedule(tiny_model_factory, modes, said):
+    with pytest.raises(ModelLoadError, match=re.escape(said)):
+        Llama(str(tiny_model_factory(schedule=SCHEDULE)), n_ctx=256, kv_overrides={"swaa.layer_modes": modes})
 
 
 @pytest.mark.parametrize("arch", FOREIGN)
