@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from program import fails, run
+from program import environment, fails, run
 from tiny import ALWAYS, FULL, PREFILL, ScheduleKeys
 
 from swaa_local import demo, facts
@@ -85,6 +88,40 @@ def test_questions_are_spread_over_the_document_and_different(model, monkeypatch
     assert len({asked.placed for asked in first}) == 4
     depths = sorted(asked.depth for asked in first)
     assert depths[0] < 0.5 < depths[-1]
+
+
+@pytest.fixture
+def terminal(model, tmp_path) -> Iterator[Any]:
+    """The demo at a terminal, in short."""
+    pexpect = pytest.importorskip("pexpect")
+    command = ["-m", "swaa_local", "demo", "-m", str(model), "-n", "2", "--length", "1500", "-t", "1"]
+    env = environment(TERM="xterm", XDG_STATE_HOME=str(tmp_path), PROMPT_TOOLKIT_NO_CPR="1")
+    child = pexpect.spawn(sys.executable, command, env=env, encoding="utf-8", timeout=60, dimensions=(50, 160))
+    child.eof = pexpect.EOF
+    yield child
+    child.close(force=True)
+
+
+def test_at_a_terminal_it_draws_the_table_and_goes_on_to_chat(terminal):
+    terminal.expect("question 2 of 2")
+    terminal.expect("Full attention answers")
+    assert all(title in terminal.before for title in TITLES)
+    terminal.expect(r"You could ask:\s+What is the .*\(it says .*\)[\s\S]*\[y/N\] ")
+    terminal.sendline("y")
+    terminal.expect(r"document\.txt: [\d,]+ tokens, goes with your first message")
+    terminal.expect(">>>")
+    terminal.send("\x04")
+    terminal.expect(terminal.eof)
+    assert terminal.wait() == 0
+
+
+def test_ctrl_c_stops_it_and_leaves_the_terminal_whole(terminal):
+    terminal.expect("reading the document")
+    terminal.sendintr()
+    terminal.expect(terminal.eof)
+    assert terminal.wait() == 130
+    assert "\x1b[?25h" in terminal.before  # the cursor is back
+    assert "Traceback" not in terminal.before
 
 
 def test_the_seed_decides_the_document():
