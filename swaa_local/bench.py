@@ -231,7 +231,7 @@ class _Run:
         """Do all of it. Raises what the engine raises; samples that are complete stay."""
         limit = self._request.limit and any(size.n_prompt for size in self._sizes)
         limit = limit and any(not variant.is_full for variant in self._variants)
-        left_open = list(self._left_open(limit))
+        left_open = self._left_open(limit)
         # Memory does not depend on what is left open, and an error should come before the first work.
         for setting, size in self._plan(limit, dict.fromkeys(left_open, (True,))):
             self._model.check_memory(setting, size)
@@ -293,7 +293,7 @@ class _Run:
         host, device = (sum(each[i] for each in needed) for i in (0, 1))
         return all(
             free is None or bytes_ <= free * _SHARE_TO_KEEP
-            for bytes_, free in ((host, memory.free_host_bytes()), (device, memory.free_gpu_bytes()))
+            for bytes_, free in ((host, self._model.free_host_bytes()), (device, memory.free_gpu_bytes()))
         )
 
     def _work(self, visit: Visit, keep: bool) -> int:
@@ -330,12 +330,13 @@ class _Run:
     def _on_tokens(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._watch.on_tokens(before + done, total)
 
-    def _left_open(self, limit: bool) -> Iterator[tuple[str, str]]:
+    def _left_open(self, limit: bool) -> list[tuple[str, str]]:
         """Cache types with which it must be found out how full attention runs best."""
-        left = [v for v in self._variants if v.is_full and self._choices.said_flash_attn(v) is None]
-        yield from dict.fromkeys(self._choices.cache_types(variant) for variant in left)
-        if limit and self._choices.said_flash_attn() is None and not any(v.cache_type is None for v in left):
-            yield self._choices.cache_types()
+        full: list[Variant | None] = [variant for variant in self._variants if variant.is_full]
+        if limit:
+            full.append(None)  # the limit is full attention as the user wants it for all
+        left = [variant for variant in full if self._choices.said_flash_attn(variant) is None]
+        return list(dict.fromkeys(self._choices.cache_types(variant) for variant in left))
 
     def _best_of_full(self, type_k: str, type_v: str) -> tuple[bool, ...]:
         """With flash attention or without: prefill's better way first, and decode's too if it is clearly another."""

@@ -46,11 +46,11 @@ class BenchModel:
         n_cpus = os.cpu_count() or 1
         self.n_threads = engine.n_threads or max(1, n_cpus // 2)
         self.n_threads_batch = engine.n_threads_batch or engine.n_threads or n_cpus
-        self._free_device = memory.free_gpu_bytes()
-        _c.llama_backend_init()
-        params = _c.llama_model_default_params()
-        params.n_gpu_layers = engine.n_gpu_layers
-        with Shield() as shield, engine_log.captured(self._verbose) as log:
+        with engine_log.captured(self._verbose) as log, Shield() as shield:
+            _c.llama_backend_init()
+            self._free_device = memory.free_gpu_bytes()  # devices are initialized here, and log that
+            params = _c.llama_model_default_params()
+            params.n_gpu_layers = engine.n_gpu_layers
             params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not shield.raises)
             self.model = _c.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
@@ -104,7 +104,7 @@ class BenchModel:
         split = self.n_layer - cost.n_gpu_layers
         needed_host, needed_device = cost.kv(n_ctx, range(split)), cost.kv(n_ctx, range(split, self.n_layer))
         for needed, free, where in (
-            (needed_host, memory.free_host_bytes(), "memory"),
+            (needed_host, self.free_host_bytes(), "memory"),
             (needed_device, memory.free_gpu_bytes(), "GPU memory"),
         ):
             if free is not None and needed > free:
@@ -112,6 +112,11 @@ class BenchModel:
                     f"{setting.variant} at {size} needs a KV cache of {format_bytes(needed)}, and {format_bytes(free)} "
                     f"of {where} are free; measure fewer tokens, or take a smaller cache: -ctk q8_0 -ctv q8_0"
                 )
+
+    def free_host_bytes(self) -> int | None:
+        """Memory that contexts can take while the weights stay; None if the system does not tell."""
+        on_host = self.size_bytes * (1 - min(1.0, self.n_gpu_layers / max(1, self.n_layer)))
+        return memory.free_host_bytes(mapped=int(on_host))
 
     def needed_bytes(self, setting: Setting, size: Size) -> tuple[int, int]:
         """What a context takes about, on the host and on GPUs."""
