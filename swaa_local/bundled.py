@@ -11,6 +11,7 @@ from typing import Any
 from swaa_local.config import SWAAError
 
 NAME = "needle.gguf"
+TEMPLATE = "needle.jinja"
 NOTE = (
     "this is the bundled model: it answers questions about facts in a text and can do nothing else; for a real one: "
     "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
@@ -28,8 +29,26 @@ class NoBundledModel(SWAAError):
 
 def bundled_model() -> Path:
     """The GGUF's path. Raises `NoBundledModel`."""
-    with as_file(files("swaa_local") / "models" / NAME) as path:
+    return _installed(NAME)
+
+
+def bundled_template() -> Path:
+    """The GGUF's chat template, with thoughts of earlier turns: llama-server knows a thinking model by these.
+
+    Raises `NoBundledModel`.
+    """
+    return _installed(TEMPLATE)
+
+
+def is_bundled(path: Path) -> bool:
+    """True if the file is the bundled model."""
+    with as_file(files("swaa_local") / "models" / NAME) as ours:
+        return ours.is_file() and path.is_file() and path.samefile(ours)
+
+
+def _installed(name: str) -> Path:
+    with as_file(files("swaa_local") / "models" / name) as path:
         # Wheels are unpacked on installation, so the path stays valid.
         if path.is_file():
             return path
-    raise NoBundledModel(f"this installation has no bundled model (swaa_local/models/{NAME}); name a GGUF file")
+    raise NoBundledModel(f"this installation has no bundled model (swaa_local/models/{name}); name a GGUF file")

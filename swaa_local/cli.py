@@ -18,6 +18,7 @@ import click
 from swaa_local import __version__
 from swaa_local.cli_bench import bench_command
 from swaa_local.cli_eval import demo_command, eval_command
+from swaa_local.cli_serve import serve_command
 from swaa_local.config import KV_TYPES, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, Tokens, schedule_options
@@ -92,6 +93,7 @@ def main() -> None:
     swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b
     swaa-local inspect qwen.gguf
     swaa-local chat qwen.gguf --file book.txt
+    swaa-local serve qwen.gguf
     """
 
 
@@ -288,3 +290,4 @@ def chat_command(
 main.add_command(bench_command)
 main.add_command(eval_command)
 main.add_command(demo_command)
+main.add_command(serve_command)

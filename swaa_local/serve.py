@@ -1,0 +1,202 @@
+"""`swaa-local serve`: llama.cpp's own server, from the patched build, with a schedule.
+
+Chooses what the user did not say, starts the program, waits until it is ready, and ends as it ends. Knows the names of
+some of llama-server's options; nothing of requests, slots and batches, which are the server's.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_cpp import llama_cpp as _c
+
+from swaa_local import native
+from swaa_local.bundled import bundled_template, is_bundled
+from swaa_local.config import LayerMode, Schedule, SWAAError, default_flash_attn
+from swaa_local.gguf_meta import read_model_info, read_schedule
+from swaa_local.model_path import find_gguf
+from swaa_local.options import ScheduleOptions
+from swaa_local.progress import SILENT, Reporter
+from swaa_local.server_process import Address, ServerProcess
+
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
+_MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
+_PLAIN_TYPES = ("f32", "f16", "bf16")
+_WARNINGS = "2"  # of llama-server's --verbosity
+
+# What our own defaults depend on, as llama-server spells it: options, then the environment.
+_FLASH_ATTN = ("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN")
+_CACHE_TYPE_V = ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
+_GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
+_VERBOSITY = ("-lv", "--verbosity", "--log-verbosity", "LLAMA_ARG_LOG_VERBOSITY")
+_API_PREFIX = ("--api-prefix", "LLAMA_ARG_API_PREFIX")
+_ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
+_TEMPLATE = ("--chat-template", "--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
+_TLS_KEY = ("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE")
+_GIVEN_AS_ARGUMENTS = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_API_KEY_FILE")
+
+
+class ServeError(SWAAError):
+    """The server cannot be started as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The command's options. extra: llama-server's own, as the user gave them."""
+
+    model: str
+    schedule: ScheduleOptions = ScheduleOptions()  # noqa: RUF009 frozen
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key_file: Path | None = None
+    verbose: bool = False
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A server that answers."""
+
+    url: str
+    model: Path
+    schedule: Schedule | None
+    has_page: bool
+    has_key: bool
+
+
+def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter: Reporter = SILENT) -> int:
+    """Run a server until it ends; its exit code, 128 + n if signal n ended it.
+
+    SIGINT and SIGTERM go on to the server, which then ends in order (SIGHUP does the same); a second one kills it.
+    Raises `SWAAError` with the server's own reason if it does not start.
+    """
+    program = server_program()
+    has_key = check_keys(options, os.environ)
+    path = find_gguf(options.model)
+    schedule, arguments = schedule_arguments(path, options.schedule)
+    extra = options.extra
+    arguments += default_arguments(schedule, extra, os.environ, gpu=_c.llama_supports_gpu_offload())
+    if value_of(_ALIAS, extra, os.environ) is None:
+        arguments += ["--alias", path.stem if path == Path(options.model).expanduser() else options.model]
+    if is_bundled(path) and value_of(_TEMPLATE, extra, os.environ) is None:
+        arguments += ["--chat-template-file", str(bundled_template())]
+    if not options.verbose and value_of(_VERBOSITY, extra, os.environ) is None:
+        arguments += ["--verbosity", _WARNINGS]
+    address = Address(
+        options.host.split(",")[0].strip(),
+        options.port,
+        prefix=value_of(_API_PREFIX, extra, os.environ) or "",
+        tls=value_of(_TLS_KEY, extra, os.environ) is not None,
+    ).claim()
+    arguments += ["--host", options.host, "--port", str(address.port)]
+    if options.api_key_file is not None:
+        arguments += ["--api-key-file", str(options.api_key_file)]
+    if not has_key and not address.is_socket and address.host not in _LOCAL_HOSTS:
+        reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
+    command = [str(program), "--model", str(path), *arguments, *extra]
+    env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}
+    with ServerProcess(command, env, echo=options.verbose) as server:
+        with reporter.step(f"loading {path.name}"):
+            is_ready = server.wait_ready(address)
+        if is_ready:
+            on_ready(Ready(address.url, path, schedule, _has_page(address), has_key))
+        return server.wait()
+
+
+def server_program() -> Path:
+    """llama-server of the installed engine, which lies beside its libraries. Raises `ServeError`."""
+    program = Path(_c._lib._name).parent / "llama-server"
+    if not program.is_file():
+        raise ServeError(
+            f"the installed llama-cpp-python has no server ({program} is missing); {native.REMEDY}, "
+            "without LLAMA_BUILD_SERVER=OFF in CMAKE_ARGS"
+        )
+    return program
+
+
+def server_help() -> str:
+    """What llama-server says of its own options."""
+    return subprocess.run([str(server_program()), "--help"], capture_output=True, text=True, check=True).stdout
+
+
+def check_keys(options: ServeOptions, env: Mapping[str, str]) -> bool:
+    """True if clients will need a key. Raises `ServeError` where a key would be shown, or is meant and missing."""
+    if value_of(("--api-key",), options.extra, {}) is not None:
+        raise ServeError(
+            "a key on the command line can be read by every user of this machine; "
+            "put it into a file (--api-key-file FILE) or into the environment (LLAMA_API_KEY)"
+        )
+    if "LLAMA_API_KEY" in env and not env["LLAMA_API_KEY"].strip(", "):
+        raise ServeError("LLAMA_API_KEY is set and empty; put a key into it, or unset it to serve without one")
+    if options.api_key_file is None:
+        return "LLAMA_API_KEY" in env
+    try:
+        lines = options.api_key_file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ServeError(f"the API keys in {options.api_key_file} cannot be read: {reason}") from None
+    if not any(line.strip() and not line.startswith("#") for line in lines):
+        raise ServeError(f"{options.api_key_file} holds no API key: one on each line, lines with # are comments")
+    return True
+
+
+def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | None, list[str]]:
+    """The schedule that the server will run, and the arguments that make it so where the file says otherwise."""
+    n_layer = read_model_info(path).n_layer
+    config = wanted.config(n_layer)
+    of_file = read_schedule(path)
+    if config is None:
+        return of_file, []
+    full = Schedule.full(n_layer)
+    schedule = config.schedule(n_layer) if config else full
+    if schedule == (of_file or full):
+        return of_file, []
+    letters = "".join(_MODE_LETTERS[mode] for mode in schedule.layer_modes)
+    if len(letters) > _MAX_OVERRIDE:
+        raise ServeError(
+            f"the model has {n_layer} layers and llama-server takes a schedule for {_MAX_OVERRIDE} at most; "
+            f"put it into the file instead: swaa-local convert {path} -o OUT.gguf"
+        )
+    values = (
+        "swaa.version=int:1",
+        f"swaa.window=int:{schedule.window}",
+        f"swaa.sinks=int:{schedule.sinks}",
+        f"swaa.layer_modes=str:{letters}",
+    )
+    return None if schedule.is_full else schedule, ["--override-kv", ",".join(values)]
+
+
+def default_arguments(
+    schedule: Schedule | None, extra: Sequence[str], env: Mapping[str, str], *, gpu: bool
+) -> list[str]:
+    """What `chat` would choose too, where the user said nothing: flash attention on a CPU.
+
+    Batches of 2048 and 512 tokens are llama-server's own defaults.
+    """
+    if value_of(_FLASH_ATTN, extra, env) is not None or (gpu and value_of(_GPU_LAYERS, extra, env) != "0"):
+        return []
+    quantized_v = (value_of(_CACHE_TYPE_V, extra, env) or "f16").lower() not in _PLAIN_TYPES
+    is_on = default_flash_attn(schedule or Schedule.full(1), gpu=False, quantized_v=quantized_v)
+    return ["--flash-attn", "on" if is_on else "off"]
+
+
+def value_of(names: Sequence[str], extra: Sequence[str], env: Mapping[str, str]) -> str | None:
+    """What llama-server will find under one of these names: the last on the command line, or the environment's."""
+    for index in range(len(extra) - 1, -1, -1):
+        word = extra[index]
+        if (word.replace("_", "-") if word.startswith("--") else word) in names:
+            return "".join(extra[index + 1 : index + 2])
+    return next((env[name] for name in names if name in env), None)
+
+
+def _has_page(address: Address) -> bool:
+    try:
+        return address.get("/")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False

@@ -1,0 +1,328 @@
+"""`swaa-local serve` from outside: the command, its signals and errors, and the API through the `openai` package."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from program import fails, run
+from serving import Running, descendants, is_running, serving, wait_until
+
+from swaa_local.facts import PROMPT, make_document
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+KEY = "sk-of-the-tests"
+N_CTX = 32768
+N_CLIENTS = 16
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The bundled model, for 16 clients at once, behind a key."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"# of the tests\n{KEY}\n")
+    with serving(None, "-np", N_CLIENTS, "-kvu", "-c", N_CTX, "--api-key-file", keys, "--slots") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+class Question:
+    """A question about a text, and its only right answer."""
+
+    def __init__(self, seed: int, n_chars: int) -> None:
+        document = make_document(random.Random(seed), "statements", n_chars, len, n_facts=4)
+        placed = document.nearest(0.2)
+        self.answer = placed.fact.value
+        self.prompt = PROMPT.format(text=document.text, question=placed.fact.question)
+        self.another = next(other.fact for other in document.facts if other is not placed)
+
+    @property
+    def messages(self) -> Any:
+        return [{"role": "user", "content": self.prompt}]
+
+
+LONG = Question(1, 10_000)
+
+
+def ask(client: openai.OpenAI, messages: Any, **options: Any) -> Any:
+    return client.chat.completions.create(model="needle", messages=messages, temperature=0, **options)
+
+
+# the API
+
+
+def test_a_thinking_model_answers_about_a_long_text(client: openai.OpenAI) -> None:
+    """Eight windows long: without phases and schedule at work the answer would be a guess."""
+    response = ask(client, LONG.messages)
+    assert response.usage.prompt_tokens > 8 * 256
+    message = response.choices[0].message
+    assert message.content == LONG.answer
+    assert LONG.answer in message.reasoning_content
+    assert response.choices[0].finish_reason == "stop"
+
+
+def test_the_answer_streams(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, LONG.messages, stream=True, stream_options={"include_usage": True}))
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    thoughts = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert len(deltas) > 20
+    assert LONG.answer in thoughts
+    assert "".join(delta.content or "" for delta in deltas) == LONG.answer
+    assert chunks[-1].usage.completion_tokens > 20
+
+
+def test_thinking_can_be_left_out(client: openai.OpenAI) -> None:
+    response = ask(client, LONG.messages, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert getattr(response.choices[0].message, "reasoning_content", None) is None
+    assert response.usage.completion_tokens < 10
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    prompt = "<|im_start|>user\n" + LONG.prompt + "<|im_end|>\n<|im_start|>assistant\n"
+    options: dict[str, Any] = {"model": "needle", "prompt": prompt, "temperature": 0, "max_tokens": 80}
+    whole = client.completions.create(**options).choices[0].text
+    assert whole.startswith("<think>")
+    assert whole.endswith(LONG.answer)
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**options, stream=True)) == whole
+
+
+def test_a_follow_up_question_prefills_the_new_tokens_only(client: openai.OpenAI) -> None:
+    first = ask(client, LONG.messages)
+    messages = [*LONG.messages, {"role": "assistant", "content": first.choices[0].message.content}]
+    second = ask(client, [*messages, {"role": "user", "content": LONG.another.question}])
+    assert second.choices[0].message.content == LONG.another.value
+    assert second.timings["prompt_n"] < 60
+    assert second.timings["cache_n"] > 8 * 256
+
+
+def test_a_tool_call(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"unit": {"type": "string", "enum": ["celsius", "kelvin"]}},
+        "required": ["unit"],
+    }
+    function: Any = {"name": "get_temperature", "description": "Tell the temperature.", "parameters": parameters}
+    response = ask(
+        client,
+        [{"role": "user", "content": "How warm is it?"}],
+        tools=[{"type": "function", "function": function}],
+        tool_choice="required",
+        max_tokens=200,
+        extra_body={"chat_template_kwargs": {"enable_thinking": False}},
+    )
+    assert response.choices[0].finish_reason == "tool_calls"
+    [call] = response.choices[0].message.tool_calls
+    assert call.function.name == "get_temperature"
+    assert json.loads(call.function.arguments)["unit"] in ("celsius", "kelvin")
+
+
+def test_sixteen_clients_at_once(client: openai.OpenAI) -> None:
+    """One of them sends a long document. Each gets what it gets alone, which is right."""
+    questions = [*(Question(seed, 2_500) for seed in range(2, N_CLIENTS + 1)), Question(99, 24_000)]
+    answers: list[Any] = [None] * len(questions)
+
+    def run_one(index: int) -> None:
+        answers[index] = ask(client, questions[index].messages).choices[0].message
+
+    threads = [threading.Thread(target=run_one, args=(index,)) for index in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for question, answer in zip(questions, answers, strict=True):
+        alone = ask(client, question.messages).choices[0].message
+        assert answer.content == question.answer
+        assert (answer.reasoning_content, answer.content) == (alone.reasoning_content, alone.content)
+
+
+def test_a_client_that_leaves_frees_its_slot(server: Running, client: openai.OpenAI) -> None:
+    prompt = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    options: Any = {"logit_bias": {"2": -100, "3": -100}, "ignore_eos": True}
+    stream = client.completions.create(
+        model="needle", prompt=prompt, max_tokens=20_000, stream=True, temperature=0, extra_body=options
+    )
+    next(iter(stream))
+    assert any(slot["is_processing"] for slot in server.get("/slots", key=KEY)[1])
+    stream.close()
+    wait_until(lambda: not any(slot["is_processing"] for slot in server.get("/slots", key=KEY)[1]), "its slot is free")
+    assert ask(client, LONG.messages).choices[0].message.content == LONG.answer
+
+
+def test_a_prompt_beyond_the_context_is_told_both_counts(server: Running, client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(client, [{"role": "user", "content": "1 " * (N_CTX + 100)}], stream=stream)
+        body: Any = error.value.body
+        assert body["n_ctx"] <= N_CTX < body["n_prompt_tokens"]
+        assert str(body["n_ctx"]) in body["message"]
+        assert str(body["n_prompt_tokens"]) in body["message"]
+
+
+def test_malformed_requests_are_the_client_s_fault(server: Running) -> None:
+    bad: list[Any] = [b'{"messages": [', b"[]", b"", {"messages": "hello"}, {"messages": [{"content": "no role"}]}]
+    for body in bad:
+        status, answer = server.post("/v1/chat/completions", body, key=KEY)
+        assert 400 <= status < 500, (body, status, answer)
+        assert answer["error"]["message"]
+
+
+def test_a_wrong_key_is_refused_and_none_is_shown(server: Running) -> None:
+    for wrong in ("sk-wrong", KEY[:-1], ""):
+        stranger = openai.OpenAI(base_url=server.url + "/v1", api_key=wrong or "none", max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            ask(stranger, LONG.messages)
+    assert server.get("/health") == (200, {"status": "ok"})
+    assert KEY not in server.log
+    for pid in [server.process.pid, *descendants(server.process.pid)]:
+        assert KEY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_clients_see_a_name_and_no_path(server: Running, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["needle"]
+    assert ask(client, LONG.messages, max_tokens=1).model == "needle"
+
+
+# the command
+
+
+def test_it_says_what_it_serves(server: Running) -> None:
+    assert server.url.startswith("http://127.0.0.1:")
+    assert "this is the bundled model" in server.log
+    assert "window 256, 16 sinks; full attention in layers 3" in server.log
+    assert f"{server.url}/v1" in server.log
+    assert "needs an API key" in server.log
+
+
+def test_options_override_the_schedule(tiny_model: Path) -> None:
+    for options, said in (
+        (["--window", "64", "--sinks", "4", "--full-layers", "0", "--fa-decode"], "window 64, 4 sinks; full attention"),
+        (["--no-swaa"], "none: full attention"),
+    ):
+        with serving(tiny_model, *options, "-c", "512", "-np", "1", "--alias", "mine") as running:
+            assert said in running.log
+            assert running.get("/v1/models")[1]["data"][0]["id"] == "mine"
+            assert running.get("/props")[1]["default_generation_settings"]["n_ctx"] == 512
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_signal_ends_it_in_the_middle_of_a_request(tiny_model: Path, number: int, stream: bool) -> None:
+    with serving(tiny_model, "-c", "32768", "-np", "1") as running:
+        children = descendants(running.process.pid)
+        assert children
+        outcome: list[Any] = []
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+        def request() -> None:
+            try:
+                got = client.completions.create(model="tiny", prompt="a", max_tokens=30_000, stream=stream)
+                outcome.append([*got] if stream else got)
+            except openai.OpenAIError as error:
+                outcome.append(error)
+            except Exception as error:  # a stream that breaks is the HTTP client's own error
+                outcome.append(error)
+
+        thread = threading.Thread(target=request)
+        thread.start()
+        wait_until(lambda: running.get("/slots")[1][0]["is_processing"], "it generates")
+        assert running.stop(number) == 0
+        thread.join(timeout=30)
+        [error] = outcome
+        assert isinstance(error, Exception), error
+        if not stream:
+            assert "the server is shutting down" in str(error)
+        assert not any(is_running(pid) for pid in children)
+
+
+def test_it_ends_as_its_server_ends(tiny_model: Path) -> None:
+    with serving(tiny_model, "-c", "512") as running:
+        [server] = descendants(running.process.pid)
+        os.kill(server, signal.SIGKILL)
+        assert running.process.wait(timeout=30) == 128 + signal.SIGKILL
+
+
+def test_no_server_is_left_behind(tiny_model: Path) -> None:
+    with serving(tiny_model, "-c", "512") as running:
+        [server] = descendants(running.process.pid)
+        running.process.kill()
+        wait_until(lambda: not is_running(server), "the server ends with the command")
+
+
+def test_a_port_in_use_is_told(tiny_model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        error = fails("serve", tiny_model, "--port", port)
+        assert f"127.0.0.1:{port} is taken by another program" in error
+        assert "--port" in error
+
+
+def test_an_address_of_another_machine_is_told(tiny_model: Path) -> None:
+    assert "cannot listen on 192.0.2.1:0" in fails("serve", tiny_model, "--host", "192.0.2.1", "--port", "0")
+
+
+def test_keys_come_from_a_file_or_the_environment(tiny_model: Path, tmp_path: Path) -> None:
+    error = fails("serve", tiny_model, "--api-key", "sk-secret")
+    assert "--api-key-file" in error
+    assert "sk-secret" not in error
+    (tmp_path / "keys").write_text("# nothing\n\n")
+    assert "holds no API key" in fails("serve", tiny_model, "--api-key-file", tmp_path / "keys")
+    assert "cannot be read" in fails("serve", tiny_model, "--api-key-file", tmp_path / "none")
+    assert "LLAMA_API_KEY is set and empty" in fails("serve", tiny_model, LLAMA_API_KEY="")
+    with serving(tiny_model, "-c", "512", LLAMA_API_KEY="sk-secret") as running:
+        assert running.post("/tokenize", {"content": "a"})[0] == 401
+        assert running.post("/tokenize", {"content": "a"}, key="sk-secret")[0] == 200
+        assert "sk-secret" not in running.log
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bogus"], "invalid argument: --bogus"),
+        (["-c", "many"], 'error while handling argument "-c"'),
+        (["-c", "512", "other.gguf"], "invalid argument: other.gguf"),
+        (["--window", "8", "--full-layers", "9"], "--full-layers"),
+    ],
+)
+def test_wrong_options_are_told(tiny_model: Path, options: list[str], said: str) -> None:
+    assert said in fails("serve", tiny_model, "--port", "0", *options)
+
+
+def test_a_file_that_is_no_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert "m.gguf" in fails("serve", tmp_path / "m.gguf", "--port", "0")
+    assert "no such file" in fails("serve", tmp_path / "none.gguf")
+
+
+def test_an_engine_without_a_server_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    import llama_cpp.llama_cpp as engine
+
+    for library in Path(engine._lib._name).parent.iterdir():
+        if library.name != "llama-server":
+            (tmp_path / library.name).symlink_to(library)
+    error = fails("serve", tiny_model, LLAMA_CPP_LIB_PATH=str(tmp_path))
+    assert "has no server" in error
+    assert "pip install ./patches" in error
+
+
+def test_help_tells_both_programs_options() -> None:
+    ours, theirs = run("serve", "--help"), run("serve", "--server-help")
+    assert ours.returncode == theirs.returncode == 0
+    assert "--api-key-file" in ours.stdout
+    assert "--window" in ours.stdout
+    assert "--slot-save-path" in theirs.stdout
