@@ -201,7 +201,7 @@ def as_json(bench: Bench) -> str:
 def _run_settings(bench: Bench) -> dict[str, Any]:
     model, machine = bench.model, bench.machine
     return {
-        "model": model.path,
+        "model_filename": model.path,
         "model_type": model.description,
         "model_file_type": model.file_type,
         "model_size": model.size_bytes,
@@ -243,7 +243,7 @@ def _results(bench: Bench) -> list[dict[str, Any]]:
 def _result(row: RowFigures, source: Row) -> dict[str, Any]:
     result = _setting(row.setting) | {
         "test": str(row.size),
-        "depth": row.size.depth,
+        "n_depth": row.size.depth,
         "n_prompt": row.size.n_prompt,
         "n_gen": row.size.n_gen,
         "n_prompt_read": source.samples[-1].n_prompt,

@@ -183,7 +183,7 @@ def test_what_is_measured_is_what_the_engine_runs(model):
 
 def test_depth_alone_decodes_there_and_the_caches_are_kept(model):
     document = bench(model, '-d 128,400 -n 4 -r 2 --variants "full fa,full nofa,file,w32 k2 q8_0"')
-    assert {(row["test"], row["depth"], row["n_prompt"]) for row in document["results"]} == {
+    assert {(row["test"], row["n_depth"], row["n_prompt"]) for row in document["results"]} == {
         ("tg4 @ d128", 128, 0),
         ("tg4 @ d400", 400, 0),
     }
@@ -193,7 +193,7 @@ def test_depth_alone_decodes_there_and_the_caches_are_kept(model):
         assert row["prefill_tokens_per_s"] is None
         assert row["decode_tokens_per_s"] > 0
         assert row["decode_vs_full"] > 0
-    [quantized] = rows_of(document, variant="w32 k2 q8_0", depth=400)
+    [quantized] = rows_of(document, variant="w32 k2 q8_0", n_depth=400)
     assert (quantized["type_k"], quantized["type_v"], quantized["flash_attn"]) == ("q8_0", "q8_0", "on")
     assert {row["phase"] for row in document["growth"]} == {"decode"}
 
@@ -262,7 +262,7 @@ def test_tables_have_a_row_for_each_variant_and_size(model):
 
 def test_progress_tells_what_is_left_and_goes_to_stderr(model):
     done = run("bench", model, *split("-p 64 -n 2 -r 2 -t 1 -fa on -o csv"))
-    assert done.stdout.startswith("model,")
+    assert done.stdout.startswith("model_filename,")
     shown = [line for line in done.stderr.splitlines() if " runs" in line]
     assert len(shown) == 6
     assert shown[0].startswith("1/2 · full (fa on, ub 512) · pp64+tg2: ")
