@@ -59,7 +59,7 @@ def test_a_window_with_one_strategy_alone_does_not(outcome, title):
 
 def test_eval_finds_the_same_on_documents_that_are_read_anew(tmp_path: Path):
     request = EvalRequest(
-        bundled_model(), tmp_path / "r.jsonl", lengths=[1536], samples=4, variants="full,naive,file", engine=ENGINE
+        bundled_model(), tmp_path / "r.jsonl", lengths=[1152], samples=4, variants="full,naive,file", engine=ENGINE
     )
     cells = {(cell.task, cell.variant): cell for cell in figures(evaluate(request))}
     for task in ("facts_statements", "facts_sections"):
