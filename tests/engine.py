@@ -153,7 +153,7 @@ class EngineContext:
         self.attention: list[AttentionOp] = []
         self.nodes: list[str] = []
         self._record_nodes = record_nodes
-        self._flash: tuple[int, int, int] | None = None
+        self._flash: list[tuple[int, int, int]] = []
         if record or record_nodes:
             self._callback = C.ggml_backend_sched_eval_callback(self._observe)
             p.cb_eval = self._callback
@@ -276,10 +276,10 @@ class EngineContext:
             self.nodes.append(f"{op.decode()} {_describe(t)} {list(t.op_params)} <- {sources}")
         if op == b"FLASH_ATTN_EXT":  # has no name of its own; the node of its output that follows names the layer
             k, q = t.src[1].contents, t.src[0].contents
-            self._flash = (k.ne[1], q.ne[1] * q.ne[3], q.ne[3])
+            self._flash.append((k.ne[1], q.ne[1] * q.ne[3], q.ne[3]))
         elif name == b"kqv_out" and self._flash:
-            self.attention.append(AttentionOp(int(layer), *self._flash))
-            self._flash = None
+            self.attention += [AttentionOp(int(layer), *op) for op in self._flash]
+            self._flash.clear()
         elif op == b"SOFT_MAX" and name == b"kq_soft_max":
             self.attention.append(AttentionOp(int(layer), t.ne[0], t.ne[1] * t.ne[3], t.ne[3]))
         return False

@@ -145,28 +145,33 @@ def test_reuse_across_phases(load_model):
     assert np.abs(np.concatenate(got) - want).max() < 1e-3
 
 
-def test_no_reallocation_at_run_time(tmp_path):
-    """The compute buffers reserved at creation hold every graph: ggml aborts the process otherwise when asked to."""
+@pytest.mark.parametrize("modes", ["1021", "2020", "1010", "1111"])
+def test_no_reallocation_at_run_time(tmp_path, modes):
+    """The compute buffers reserved at creation hold every graph: they have their size still when a context ends."""
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
 from engine import EngineModel; from masks import Sched
 from tiny import random_tokens, write_tiny_gguf
-with EngineModel(write_tiny_gguf(sys.argv[2]), Sched(64, 8, (1, 0, 2, 1))) as model:
-    for flash in ("on", "off"):
-        with model.context(n_ctx=2048, n_batch=512, n_ubatch=128, flash=flash, n_seq_max=4, unified=True) as ctx:
-            ctx.run(random_tokens(900), 800)
-            ctx.set_prompt_end(1, 0)
-            ctx.feed(random_tokens(512), seq=1)
+with EngineModel(write_tiny_gguf(sys.argv[2]), Sched(512, 100, tuple(map(int, sys.argv[3])))) as model:
+    for flash, n_ubatch, n_seq_max in (("on", 512, 1), ("on", 128, 4), ("off", 128, 4)):
+        with model.context(
+            n_ctx=2304, n_batch=512, n_ubatch=n_ubatch, flash=flash, n_seq_max=n_seq_max, unified=n_seq_max > 1
+        ) as ctx:
+            ctx.run(random_tokens(1700), 1690)
+            if n_seq_max > 1:
+                ctx.set_prompt_end(1, 0)
+                ctx.feed(random_tokens(512), seq=1)
 print("done")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(HERE), str(tmp_path / "m.gguf")],
+        [sys.executable, "-c", code, str(HERE), str(tmp_path / "m.gguf"), modes],
         env=os.environ | {"GGML_SCHED_DEBUG_REALLOC": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "done" in done.stdout
+    assert done.stderr.count(", matches expectation") == 3, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -55,17 +55,24 @@ def test_other_cache_types_err_as_full_attention_does(load_model, kv):
 
 
 @pytest.mark.parametrize(
-    ("n_ubatch", "n_block", "n_kv"), [(1024, 4, 512), (512, 2, 512), (700, 4, 512), (500, 2, 512), (509, 1, 768)]
+    ("n_ubatch", "n_block", "n_kv"), [(1024, 2, 768), (1480, 4, 512), (700, 2, 512), (512, 1, 768), (521, 1, 768)]
 )
-def test_a_window_is_read_in_blocks_of_at_most_256_queries(load_model, n_ubatch, n_block, n_kv):
+def test_a_window_is_read_in_blocks_of_at_most_512_queries(load_model, n_ubatch, n_block, n_kv):
     """A block reads sinks, window and itself, padded to 256; a number of tokens without such a divisor is one block."""
-    with load_model(SCHEDULES["all modes"]).context(n_ctx=4096, n_batch=n_ubatch, record=True) as ctx:
+    with load_model(SCHEDULES["all modes"]).context(n_ctx=8192, n_batch=n_ubatch, record=True) as ctx:
         ctx.feed(random_tokens(2 * n_ubatch))
         ctx.attention.clear()
         ctx.feed(random_tokens(n_ubatch))
     for layer in (0, 2):
         assert [op for op in ctx.attention if op.layer == layer] == [(layer, n_kv, n_ubatch, n_block)]
     assert {op.n_block for op in ctx.attention if op.layer in (1, 3)} == {1}
+
+
+@pytest.mark.parametrize(("n_ubatch", "parts"), [(1024, [512, 512]), (700, [512, 188]), (512, [512])])
+def test_a_full_layer_reads_the_cache_in_parts_of_512_queries(load_model, n_ubatch, parts):
+    with load_model(SCHEDULES["all modes"]).context(n_ctx=2048, n_batch=n_ubatch, record=True) as ctx:
+        ctx.feed(random_tokens(n_ubatch))
+        assert [op.n_tokens for op in ctx.attention if op.layer == 1] == parts
 
 
 def mask_inputs(ctx) -> set[str]:
