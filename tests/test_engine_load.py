@@ -156,7 +156,7 @@ def test_malformed_keys(tmp_path, case):
     assert any(re.search(key, line) and value in line for line in lines), lines
 
 
-def overrides(schedule: Sched) -> dict[str, int | str]:
+def overrides(schedule: Sched) -> dict[str, Any]:
     """What `--override-kv` of llama.cpp's programs passes on."""
     letters = "".join("FPA"[mode] for mode in schedule.layer_modes)
     values = {"version": 1, "window": schedule.window, "sinks": schedule.sinks, "layer_modes": letters}
