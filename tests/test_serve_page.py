@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_answer_streams(browser: WebDriver, tmp_path: Path, tiny_model_facto
 
         def steps(_: WebDriver) -> bool:
             lengths = browser.execute_script("return window.lengths")
-            return sum(after > before for before, after in zip(lengths, lengths[1:])) >= 10  # noqa: B905
+            return sum(after > before for before, after in pairwise(lengths)) >= 10
 
         WebDriverWait(browser, 60).until(steps)
         assert server.get("/slots")[1][0]["is_processing"]
