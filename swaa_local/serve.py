@@ -37,6 +37,7 @@ _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS
 _VERBOSITY = ("-lv", "--verbosity", "--log-verbosity", "LLAMA_ARG_LOG_VERBOSITY")
 _API_PREFIX = ("--api-prefix", "LLAMA_ARG_API_PREFIX")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
+_CORS = ("--cors-origins", "LLAMA_ARG_CORS_ORIGINS")
 _TEMPLATE = ("--chat-template", "--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
 _TLS_KEY = ("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE")
 _GIVEN_AS_ARGUMENTS = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_API_KEY_FILE")
@@ -97,7 +98,11 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     arguments += ["--host", options.host, "--port", str(address.port)]
     if options.api_key_file is not None:
         arguments += ["--api-key-file", str(options.api_key_file)]
-    if not has_key and not address.is_socket and address.host not in _LOCAL_HOSTS:
+    is_local = options.host in _LOCAL_HOSTS or address.is_socket
+    if not has_key and is_local and value_of(_CORS, extra, os.environ) is None:
+        # Else every web page that the user visits could use the server through the browser.
+        arguments += ["--cors-origins", "localhost"]
+    if not has_key and not is_local:
         reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
     command = [str(program), "--model", str(path), *arguments, *extra]
     env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}

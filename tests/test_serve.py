@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,26 @@ def test_it_says_what_it_serves(server: Running) -> None:
     assert "window 256, 16 sinks; full attention in layers 3" in server.log
     assert f"{server.url}/v1" in server.log
     assert "needs an API key" in server.log
+
+
+def test_other_web_pages_cannot_use_it_through_the_browser(tiny_model: Path) -> None:
+    with serving(tiny_model, "-c", "512", "-np", "1") as running:
+        for origin, allowed in (("https://example.org", None), ("http://localhost:3000", "http://localhost:3000")):
+            request = urllib.request.Request(running.url + "/v1/models", headers={"Origin": origin})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                assert response.headers["Access-Control-Allow-Origin"] == allowed
+
+
+def test_it_listens_on_a_unix_socket(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(tiny_model, "-c", "512", "-np", "1", "--host", tmp_path / "s.sock") as running:
+        assert running.url == f"unix:{tmp_path / 's.sock'}"
+        assert "no API key" not in running.log
+
+
+def test_who_listens_to_everybody_is_told(tiny_model: Path) -> None:
+    with serving(tiny_model, "-c", "512", "-np", "1", "--host", "0.0.0.0") as running:
+        assert running.url.startswith("http://127.0.0.1:")
+        assert "no API key is set, so whoever reaches 0.0.0.0:" in running.log
 
 
 def test_options_override_the_schedule(tiny_model: Path) -> None:
