@@ -23,6 +23,9 @@ from masks import Sched
 _lib = C._lib
 # The engine tests run on a GPU build with all layers there if this is set, e.g. to 99.
 GPU_LAYERS = int(os.environ.get("SWAA_TEST_GPU_LAYERS", "0"))
+# CUDA multiplies F32 and F16 matrices in F16 or TF32, with a schedule or without: upstream's own full attention is off
+# by 0.02 sigma. Different masks are an order of magnitude further apart.
+GPU_TOLERANCE = 0.03
 
 PATCH_SYMBOLS = ("llama_model_swaa_set", "llama_model_swaa_get", "llama_swaa_set_prompt_end", "llama_swaa_kv_bytes")
 MISSING_SYMBOLS = [name for name in PATCH_SYMBOLS if not hasattr(_lib, name)]
@@ -330,6 +333,8 @@ def worst_ratio(got: np.ndarray, want: np.ndarray) -> float:
 
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float, what: object = "") -> None:
     """Every logit within tolerance * sigma of the wanted one; says which positions are not."""
+    if GPU_LAYERS:
+        tolerance = max(tolerance, GPU_TOLERANCE)
     assert got.shape == want.shape
     off = np.abs(got - want).max(axis=1) / want.std()
     bad = np.flatnonzero(~(off < tolerance))

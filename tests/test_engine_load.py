@@ -159,7 +159,12 @@ def test_malformed_keys(tmp_path, case):
 def overrides(schedule: Sched) -> dict[str, Any]:
     """What `--override-kv` of llama.cpp's programs passes on."""
     letters = "".join("FPA"[mode] for mode in schedule.layer_modes)
-    values = {"version": 1, "window": schedule.window, "sinks": schedule.sinks, "layer_modes": letters}
+    values: dict[str, int | str] = {
+        "version": 1,
+        "window": schedule.window,
+        "sinks": schedule.sinks,
+        "layer_modes": letters,
+    }
     return {f"swaa.{name}": value for name, value in values.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -76,12 +77,7 @@ def test_a_full_layer_reads_the_cache_in_parts_of_512_queries(load_model, n_ubat
 
 
 def mask_inputs(ctx) -> set[str]:
-    return {
-        word
-        for node in ctx.nodes
-        for word in node.replace("'", " ").replace(")", " ").split()
-        if word.startswith("attn_inp_kq_mask")
-    }
+    return {name for node in ctx.nodes for name in re.findall(r"attn_inp_kq_mask\w*", node)}
 
 
 def test_the_full_mask_of_a_large_ubatch_is_not_an_input(load_model):

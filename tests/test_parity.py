@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed, so nothing is com
 pytest.importorskip("transformers", reason="transformers is not installed, so nothing is compared with it")
 pytest.importorskip("sentencepiece", reason="sentencepiece is not installed, so nothing is compared with transformers")
 
-from engine import worst_ratio
+from engine import GPU_LAYERS, GPU_TOLERANCE, worst_ratio
 from program import succeeds
 from reference import TransformersModel
 from tiny_hf import KINDS, N_LAYER, convert_all, write_checkpoint
@@ -116,6 +116,7 @@ class Subject:
             logits_all=True,
             n_threads=1,
             n_threads_batch=1,
+            n_gpu_layers=GPU_LAYERS,
         )
         try:
             llm.eval(self.tokens[:PROMPT])
@@ -172,8 +173,8 @@ def test_parity(subjects, request, kind, config, split, cache):
     else:
         worst = worst_ratio(got, references[config])
         request.config.parity_figures.append((worst, cache, kind, config, split))
-        assert worst < tolerance
-        assert all(worst_ratio(got, references[name]) > 10 * worst for name in others)
+        assert worst < (GPU_TOLERANCE if GPU_LAYERS else tolerance)
+        assert all(worst_ratio(got, references[name]) > (5 if GPU_LAYERS else 10) * worst for name in others)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", []), ("qwen3-moe", ["--pre-tokenizer", "qwen2"])])
