@@ -140,8 +140,11 @@ def serve_command(
         reporter.note(NOTE)
 
     def announce(ready: Ready) -> None:
-        reporter.note(f"{ready.model.name} · {describe_schedule(ready.schedule)}")
-        page = f"web page {ready.url}/" if ready.has_page else "no web page in this build (no Node.js when it was made)"
+        size = f"{ready.n_slots} requests at once of up to {ready.n_ctx:,} tokens · " if ready.n_slots else ""
+        reporter.note(f"{ready.model.name} · {size}{describe_schedule(ready.schedule)}")
+        page = f"web page {ready.url}/" if ready.has_page else "no web page (--no-ui)"
+        if not ready.has_page and not {"--no-ui", "--no-webui"} & set(ctx.meta[_EXTRA]):
+            page = "no web page in this build, which had no npm"
         key = " · needs an API key" if ready.has_key else ""
         reporter.note(f"OpenAI API {ready.url}/v1 · {page}{key} · Ctrl-C ends it")
         click.echo(ready.url)

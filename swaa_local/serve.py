@@ -7,6 +7,7 @@ some of llama-server's options; nothing of requests, slots and batches, which ar
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +68,10 @@ class Ready:
     url: str
     model: Path
     schedule: Schedule | None
+    n_ctx: int
+    """Tokens of a request at most."""
+    n_slots: int
+    """Requests at once."""
     has_page: bool
     has_key: bool
 
@@ -78,7 +83,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     Raises `SWAAError` with the server's own reason if it does not start.
     """
     program = server_program()
-    has_key = check_keys(options, os.environ)
+    key = find_key(options, os.environ)
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)
     extra = options.extra
@@ -99,10 +104,10 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     if options.api_key_file is not None:
         arguments += ["--api-key-file", str(options.api_key_file)]
     is_local = options.host in _LOCAL_HOSTS or address.is_socket
-    if not has_key and is_local and value_of(_CORS, extra, os.environ) is None:
+    if key is None and is_local and value_of(_CORS, extra, os.environ) is None:
         # Else every web page that the user visits could use the server through the browser.
         arguments += ["--cors-origins", "localhost"]
-    if not has_key and not is_local:
+    if key is None and not is_local:
         reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
     command = [str(program), "--model", str(path), *arguments, *extra]
     env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}
@@ -110,7 +115,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
         with reporter.step(f"loading {path.name}"):
             is_ready = server.wait_ready(address)
         if is_ready:
-            on_ready(Ready(address.url, path, schedule, _has_page(address), has_key))
+            on_ready(_ask_what_it_is(address, path, schedule, key))
         return server.wait()
 
 
@@ -130,25 +135,27 @@ def server_help() -> str:
     return subprocess.run([str(server_program()), "--help"], capture_output=True, text=True, check=True).stdout
 
 
-def check_keys(options: ServeOptions, env: Mapping[str, str]) -> bool:
-    """True if clients will need a key. Raises `ServeError` where a key would be shown, or is meant and missing."""
+def find_key(options: ServeOptions, env: Mapping[str, str]) -> str | None:
+    """One of the keys that clients will need. Raises `ServeError` where one would be shown, or is meant and missing."""
     if value_of(("--api-key",), options.extra, {}) is not None:
         raise ServeError(
             "a key on the command line can be read by every user of this machine; "
             "put it into a file (--api-key-file FILE) or into the environment (LLAMA_API_KEY)"
         )
-    if "LLAMA_API_KEY" in env and not env["LLAMA_API_KEY"].strip(", "):
+    keys = [key for key in env.get("LLAMA_API_KEY", "").split(",") if key.strip()]
+    if "LLAMA_API_KEY" in env and not keys:
         raise ServeError("LLAMA_API_KEY is set and empty; put a key into it, or unset it to serve without one")
-    if options.api_key_file is None:
-        return "LLAMA_API_KEY" in env
-    try:
-        lines = options.api_key_file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ServeError(f"the API keys in {options.api_key_file} cannot be read: {reason}") from None
-    if not any(line.strip() and not line.startswith("#") for line in lines):
-        raise ServeError(f"{options.api_key_file} holds no API key: one on each line, lines with # are comments")
-    return True
+    if options.api_key_file is not None:
+        try:
+            lines = options.api_key_file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ServeError(f"the API keys in {options.api_key_file} cannot be read: {reason}") from None
+        of_file = [line for line in lines if line.strip() and not line.startswith("#")]
+        if not of_file:
+            raise ServeError(f"{options.api_key_file} holds no API key: one on each line, lines with # are comments")
+        keys += of_file
+    return keys[0] if keys else None
 
 
 def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | None, list[str]]:
@@ -200,8 +207,12 @@ def value_of(names: Sequence[str], extra: Sequence[str], env: Mapping[str, str])
     return next((env[name] for name in names if name in env), None)
 
 
-def _has_page(address: Address) -> bool:
+def _ask_what_it_is(address: Address, path: Path, schedule: Schedule | None, key: str | None) -> Ready:
     try:
-        return address.get("/")[0] == 200
-    except (OSError, http.client.HTTPException):
-        return False
+        status, body = address.get("/props", key=key)
+        props = json.loads(body) if status == 200 else {}
+        has_page = address.get("/")[0] == 200
+    except (OSError, ValueError, http.client.HTTPException):  # it is busy already, or gone
+        props, has_page = {}, True
+    n_ctx = props.get("default_generation_settings", {}).get("n_ctx", 0)
+    return Ready(address.url, path, schedule, n_ctx, props.get("total_slots", 0), has_page, key is not None)

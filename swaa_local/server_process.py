@@ -89,11 +89,12 @@ class Address:
                 ) from None
             raise ServerError(f"cannot listen on {self.host}:{self.port}: {error.strerror or error}") from None
 
-    def get(self, path: str) -> tuple[int, bytes]:
+    def get(self, path: str, *, key: str | None = None) -> tuple[int, bytes]:
         """Status and body of a GET; OSError or HTTPException if nobody answers."""
         connection = self._connection()
+        headers = {"Accept-Encoding": "gzip"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         try:
-            connection.request("GET", self.prefix + path, headers={"Accept-Encoding": "gzip"})
+            connection.request("GET", self.prefix + path, headers=headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:

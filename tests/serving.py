@@ -65,7 +65,7 @@ class Running:
     def complete(self, prompt: Any, n_predict: int = 12, **options: Any) -> dict[str, Any]:
         """llama-server's own endpoint, greedy: `tokens`, `content` and `timings` among others."""
         body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "return_tokens": True} | options
-        status, answer = self.post("/completion", body)
+        status, answer = self.post("/completion", body, timeout=300)
         assert status == 200, answer
         return answer
 

@@ -251,6 +251,7 @@ def test_it_says_what_it_serves(server: Running) -> None:
     assert "window 256, 16 sinks; full attention in layers 3" in server.log
     assert f"{server.url}/v1" in server.log
     assert "needs an API key" in server.log
+    assert f"{N_CLIENTS} requests at once of up to 8,192 tokens" in server.log
 
 
 def test_other_web_pages_cannot_use_it_through_the_browser(tiny_model: Path) -> None:
