@@ -226,6 +226,15 @@ def default_flash_attn(schedule: Schedule, *, gpu: bool, quantized_v: bool) -> b
     return gpu or quantized_v or LayerMode.PREFILL in schedule.layer_modes
 
 
+def default_n_ubatch(schedule: Schedule, *, gpu: bool) -> int:
+    """Tokens of an ubatch where the user does not say: llama.cpp's 512, and 1024 for windowed layers on a GPU.
+
+    Measured (docs/benchmarks.md): on an H100 full attention is fastest with 512, windowed prefill gains 7 to 10 % with
+    1024 and 10 to 15 % with 2048, for more memory; a CPU gains nothing.
+    """
+    return 1024 if gpu and not schedule.is_full else 512
+
+
 def full_cells(n_ctx: int, *, n_seq_max: int = 1, unified: bool = False) -> int:
     """Cells of a full layer's KV cache, per stream (llama-context.cpp pads the context and each sequence's share)."""
     if n_ctx < 1:

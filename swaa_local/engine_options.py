@@ -61,7 +61,11 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         ),
         "n_batch": click.option("-b", "--batch-size", "n_batch", type=_COUNT, help="Tokens of a batch [2048]."),
         "n_ubatch": click.option(
-            "-ub", "--ubatch-size", "n_ubatch", type=_COUNT, help="Tokens of a part of a batch [512]."
+            "-ub",
+            "--ubatch-size",
+            "n_ubatch",
+            type=_COUNT,
+            help="Tokens of a part of a batch [512; 1024 for windows on a GPU].",
         ),
         "flash_attn": click.option(
             "-fa",

@@ -21,7 +21,7 @@ from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
 from swaa_local import engine_log, memory, native
-from swaa_local.config import Schedule, SWAAConfig, SWAAError
+from swaa_local.config import Schedule, SWAAConfig, SWAAError, default_n_ubatch
 from swaa_local.context_length import ContextFitWarning, fitting_n_ctx, wanted_gpu_layers
 from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, default_flash_attn_type, get_schedule
 from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError, TextTooLong
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 DEFAULT_N_BATCH = 2048
-DEFAULT_N_UBATCH = 512
 
 
 class Llama(llama_cpp.Llama):
@@ -51,7 +50,8 @@ class Llama(llama_cpp.Llama):
         GGUF's. `set_schedule` changes it.
     n_ctx: tokens. 0 or None: the model's own context, or the longest that the free memory holds (then a
         `ContextFitWarning` names both, and it is never below 4096). A given number is taken as it is.
-    n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and 512.
+    n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and
+        `config.default_n_ubatch`.
     flash_attn: None chooses by `config.default_flash_attn`.
     verbose: llama.cpp's log on stderr; off by default, unlike upstream.
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
@@ -72,7 +72,7 @@ class Llama(llama_cpp.Llama):
         swaa: Wanted = None,
         n_ctx: int | None = 0,
         n_batch: int | None = None,
-        n_ubatch: int = DEFAULT_N_UBATCH,
+        n_ubatch: int | None = None,
         flash_attn: bool | None = None,
         verbose: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
@@ -86,7 +86,7 @@ class Llama(llama_cpp.Llama):
         self._swaa = swaa
         self._flash_attn = flash_attn
         if kwargs.get("vocab_only") and not n_ctx:
-            n_ctx = DEFAULT_N_UBATCH  # a vocabulary has no context of its own, but upstream makes one of it
+            n_ctx = 512  # a vocabulary has no context of its own, but upstream makes one of it
         self._fit_n_ctx = not n_ctx
         self.schedule: Schedule | None = None
         self.file_schedule: Schedule | None = None
@@ -96,16 +96,15 @@ class Llama(llama_cpp.Llama):
         self._generating = False
         self._sampler_to_keep: Any = None
         if n_batch is None:
-            n_batch = max(DEFAULT_N_BATCH, n_ubatch)
-        n_ubatch = n_ubatch or n_batch  # as in llama.cpp
-        self._n_ubatch = min(n_batch, n_ubatch)
+            n_batch = max(DEFAULT_N_BATCH, n_ubatch or 0)
+        self._said_n_ubatch = n_batch if n_ubatch == 0 else n_ubatch  # 0 as in llama.cpp
         with Shield() as self._loading, engine_log.captured(verbose) as log:
             try:
                 super().__init__(
                     str(model_path),
                     n_ctx=n_ctx or 0,
                     n_batch=n_batch,
-                    n_ubatch=n_ubatch,
+                    n_ubatch=self._said_n_ubatch or n_batch,
                     flash_attn=bool(flash_attn),
                     verbose=verbose,
                     **kwargs,
@@ -149,14 +148,14 @@ class Llama(llama_cpp.Llama):
         if not self.model_params.vocab_only:
             self.file_schedule = get_schedule(model.model)
             self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
-            self._choose_flash_attn()
+            self._choose_parameters()
             if self._fit_n_ctx:
                 n_ctx = fitting_n_ctx(
                     model,
                     self.schedule,
                     self.context_params,
                     self.model_params,
-                    n_ubatch=self._n_ubatch,
+                    n_ubatch=self.context_params.n_ubatch,
                     logits_all=self._logits_all,
                 )
                 # n_ctx=0 makes upstream ask the model for its context, right after this and only once.
@@ -172,7 +171,7 @@ class Llama(llama_cpp.Llama):
         self._live_ctx()
         self.schedule = apply_schedule(self.model, swaa, self.file_schedule, verbose=self.verbose)
         self._swaa = swaa
-        self._choose_flash_attn()
+        self._choose_parameters()
         self._ctx.close()  # first, so that there is never memory for two
         with Shield(), engine_log.captured(self.verbose) as log:
             try:
@@ -188,13 +187,14 @@ class Llama(llama_cpp.Llama):
         self.n_tokens, self._prompt_end, self._clock = 0, 0, None
         self._requires_eval = True
 
-    def _choose_flash_attn(self) -> None:
-        """Where the user did not say; the schedule decides it, among others."""
-        if self._flash_attn is not None:
-            return
+    def _choose_parameters(self) -> None:
+        """What the user did not say and the schedule decides, among others."""
         params, on_gpu = self.context_params, wanted_gpu_layers(self.model_params) > 0
         schedule = self.schedule or Schedule.full(1)
-        params.flash_attn_type = default_flash_attn_type(schedule, gpu=on_gpu, type_v=params.type_v)
+        if self._flash_attn is None:
+            params.flash_attn_type = default_flash_attn_type(schedule, gpu=on_gpu, type_v=params.type_v)
+        if self._said_n_ubatch is None:
+            params.n_ubatch = min(params.n_batch, default_n_ubatch(schedule, gpu=on_gpu))
 
     @property
     def swaa(self) -> SWAAConfig | None:

@@ -26,7 +26,7 @@ from reference_numpy import NumpyModel, forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 from swaa_local import Llama, PromptTooLong, Schedule, ScheduleError, SWAAConfig, SWAAError, memory
-from swaa_local.config import default_flash_attn
+from swaa_local.config import default_flash_attn, default_n_ubatch
 from swaa_local.errors import ContextFull, ModelLoadError, StateError
 
 EXACT = 1e-3
@@ -369,6 +369,23 @@ def test_an_unknown_cache_type_is_refused_before_llama_cpp_aborts(tiny_model, wr
 def test_flash_attention_is_on_where_it_is_faster(swaa, type_v, gpu, expected):
     schedule = swaa.schedule(4) if swaa else Schedule.full(4)
     assert default_flash_attn(schedule, gpu=gpu, quantized_v=type_v is not None) is expected
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "expected"),
+    [(SWAAConfig(24), True, 1024), (SWAAConfig(24), False, 512), (SWAAConfig(), True, 512)],
+)
+def test_ubatches_are_larger_for_windows_on_a_gpu(config, gpu, expected):
+    assert default_n_ubatch(config.schedule(4), gpu=gpu) == expected
+
+
+def test_ubatches_are_what_was_asked_for_and_no_larger_than_a_batch(load):
+    def n_ubatch(**kwargs):
+        return load(**{"n_ctx": 2048, "n_ubatch": None, **kwargs}).context_params.n_ubatch
+
+    assert n_ubatch() == 512
+    assert n_ubatch(n_batch=100) == n_ubatch(n_batch=100, n_ubatch=0) == n_ubatch(n_batch=100, n_ubatch=300) == 100
+    assert n_ubatch(n_ubatch=700) == 700
 
 
 def test_the_choice_of_flash_attention_is_made_with_the_schedule(load):
