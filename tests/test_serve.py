@@ -7,9 +7,11 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import openai
 import pytest
 import tiny
 from program import fails, run
-from serving import Running, descendants, is_running, serving, wait_until
+from serving import Running, descendants, is_running, serving, together, wait_until
 
 from swaa_local.facts import PROMPT, make_document
 
@@ -179,17 +181,8 @@ def test_a_tool_call(model_that_calls: tuple[Path, int], stream: bool) -> None:
 def test_sixteen_clients_at_once(client: openai.OpenAI) -> None:
     """One of them sends a long document. Each gets what it gets alone, which is right."""
     questions = [*(Question(seed, 1_500) for seed in range(2, N_CLIENTS + 1)), Question(99, 20_000)]
-    answers: list[Any] = [None] * len(questions)
-
-    def run_one(index: int) -> None:
-        answers[index] = ask(client, questions[index].messages).choices[0].message
-
-    threads = [threading.Thread(target=run_one, args=(index,)) for index in range(len(questions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    for question, answer in zip(questions, answers, strict=True):
+    answers = together([partial(ask, client, question.messages) for question in questions])
+    for question, answer in zip(questions, [answer.choices[0].message for answer in answers], strict=True):
         alone = ask(client, question.messages).choices[0].message
         assert answer.content == question.answer
         assert (answer.reasoning_content, answer.content) == (alone.reasoning_content, alone.content)
@@ -317,6 +310,17 @@ def test_it_ends_as_its_server_ends(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512") as running:
         [server] = descendants(running.process.pid)
         os.kill(server, signal.SIGKILL)
+        assert running.process.wait(timeout=30) == 128 + signal.SIGKILL
+
+
+def test_a_second_signal_kills_a_server_that_does_not_end(tiny_model: Path) -> None:
+    with serving(tiny_model, "-c", "512") as running:
+        [server] = descendants(running.process.pid)
+        os.kill(server, signal.SIGSTOP)
+        running.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.process.wait(timeout=0.5)
+        running.process.send_signal(signal.SIGINT)
         assert running.process.wait(timeout=30) == 128 + signal.SIGKILL
 
 

@@ -5,8 +5,10 @@ The oracle is `Llama`, alone, on the same tokens: it evaluates a prompt as one p
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 from program import fails
-from serving import Running, serving, wait_until
+from serving import Running, serving, together, wait_until
 from tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, TinyShape, random_tokens, tiny_weights
 
 from swaa_local import Llama
@@ -181,6 +183,30 @@ def test_slots_that_change_hands_answer_right(ring: Path) -> None:
         assert answer["timings"]["cache_n"] > 0
 
 
+@pytest.mark.parametrize("options", [("-np", "2"), ("-np", "2", "-no-kvu", "--ctx-checkpoints", "3")])
+def test_edited_conversations_in_rings_answer_right(ring: Path, options: tuple[str, ...]) -> None:
+    """Turns go on, back and elsewhere, at once; cells that a ring has lost must never be missed."""
+    alone, rng = Alone(ring), random.Random(3)
+    talks = [random_tokens(rng.randrange(1, 300), seed=i) for i in range(3)]
+    n_cached = 0
+    with serving(ring, "-c", "4096", "-b", "64", "-ub", "32", *options) as server:
+        for _ in range(12):
+            chosen = rng.sample(range(3), rng.randrange(1, 4))
+            lengths = [rng.choice([1, 3, 40]) for _ in chosen]
+            answers = together(
+                [partial(server.complete, talks[i], n, n_probs=2) for i, n in zip(chosen, lengths, strict=True)]
+            )
+            for i, n, answer in zip(chosen, lengths, answers, strict=True):
+                expected = alone.complete(talks[i], n)
+                assert_same(expected, answer)
+                n_cached += answer["timings"]["cache_n"]
+                talks[i] = [*talks[i], *expected]
+                if rng.random() < 0.5:
+                    talks[i] = talks[i][: rng.randrange(1, len(talks[i]))]
+                talks[i] = [*talks[i], *random_tokens(rng.randrange(1, 100), seed=rng.randrange(1000))]
+    assert n_cached > 0
+
+
 def test_several_answers_to_one_prompt(scheduled: tuple[Running, Alone]) -> None:
     server, _ = scheduled
     body = {"prompt": random_tokens(400, seed=3), "max_tokens": 20, "temperature": 0, "cache_prompt": False}
@@ -224,19 +250,10 @@ def test_each_request_takes_its_own_adapters(tiny_model_factory: Make, tmp_path:
             return server.complete(prompt, 24, cache_prompt=False, **body)["tokens"]
 
         alone = [ask(body) for body in bodies]
-        together: list[list[int]] = [[] for _ in bodies]
-
-        def run(index: int) -> None:
-            together[index] = ask(bodies[index])
-
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(bodies))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
+        at_once = together([partial(ask, body) for body in bodies])
     assert alone[0] == Alone(path).complete(prompt, 24)
     assert len({tuple(tokens) for tokens in alone}) == len(alone)
-    assert together == alone
+    assert at_once == alone
 
 
 def write_adapter(path: Path, seed: int) -> Path:
