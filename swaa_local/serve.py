@@ -18,7 +18,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local import native
 from swaa_local.bundled import bundled_template, is_bundled
-from swaa_local.config import LayerMode, Schedule, SWAAError, default_flash_attn
+from swaa_local.config import LayerMode, Schedule, SWAAError, default_flash_attn, default_n_ubatch
 from swaa_local.gguf_meta import read_model_info, read_schedule
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
@@ -35,6 +35,7 @@ _WARNINGS = "2"  # of llama-server's --verbosity
 _FLASH_ATTN = ("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN")
 _CACHE_TYPE_V = ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
+_N_UBATCH = ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH")
 _VERBOSITY = ("-lv", "--verbosity", "--log-verbosity", "LLAMA_ARG_LOG_VERBOSITY")
 _API_PREFIX = ("--api-prefix", "LLAMA_ARG_API_PREFIX")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
@@ -187,15 +188,18 @@ def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | 
 def default_arguments(
     schedule: Schedule | None, extra: Sequence[str], env: Mapping[str, str], *, gpu: bool
 ) -> list[str]:
-    """What `chat` would choose too, where the user said nothing: flash attention on a CPU.
-
-    Batches of 2048 and 512 tokens are llama-server's own defaults.
-    """
-    if value_of(_FLASH_ATTN, extra, env) is not None or (gpu and value_of(_GPU_LAYERS, extra, env) != "0"):
-        return []
-    quantized_v = (value_of(_CACHE_TYPE_V, extra, env) or "f16").lower() not in _PLAIN_TYPES
-    is_on = default_flash_attn(schedule or Schedule.full(1), gpu=False, quantized_v=quantized_v)
-    return ["--flash-attn", "on" if is_on else "off"]
+    """What `chat` would choose too, where the user said nothing and llama-server would choose otherwise."""
+    gpu = gpu and value_of(_GPU_LAYERS, extra, env) != "0"
+    schedule = schedule or Schedule.full(1)
+    arguments = []
+    if value_of(_N_UBATCH, extra, env) is None:
+        arguments += ["--ubatch-size", str(default_n_ubatch(schedule, gpu=gpu))]
+    # On a GPU llama-server itself knows which heads its kernels support.
+    if value_of(_FLASH_ATTN, extra, env) is None and not gpu:
+        quantized_v = (value_of(_CACHE_TYPE_V, extra, env) or "f16").lower() not in _PLAIN_TYPES
+        is_on = default_flash_attn(schedule, gpu=False, quantized_v=quantized_v)
+        arguments += ["--flash-attn", "on" if is_on else "off"]
+    return arguments
 
 
 def value_of(names: Sequence[str], extra: Sequence[str], env: Mapping[str, str]) -> str | None:

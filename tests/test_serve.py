@@ -21,7 +21,9 @@ import tiny
 from program import fails, run
 from serving import Running, descendants, is_running, serving, together, wait_until
 
+from swaa_local.config import LayerMode, Schedule
 from swaa_local.facts import PROMPT, make_document
+from swaa_local.serve import default_arguments
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -395,3 +397,27 @@ def test_help_tells_both_programs_options() -> None:
     assert "--api-key-file" in ours.stdout
     assert "--window" in ours.stdout
     assert "--slot-save-path" in theirs.stdout
+
+
+WINDOWED = Schedule(64, 4, (LayerMode.PREFILL,) * 2)
+RINGS = Schedule(64, 4, (LayerMode.ALWAYS,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "extra", "env", "gpu", "chosen"),
+    [
+        (WINDOWED, [], {}, False, ["--ubatch-size", "512", "--flash-attn", "on"]),
+        (RINGS, [], {}, False, ["--ubatch-size", "512", "--flash-attn", "off"]),
+        (None, [], {}, False, ["--ubatch-size", "512", "--flash-attn", "off"]),
+        (None, ["-ctv", "q8_0"], {}, False, ["--ubatch-size", "512", "--flash-attn", "on"]),
+        (WINDOWED, [], {}, True, ["--ubatch-size", "1024"]),
+        (None, [], {}, True, ["--ubatch-size", "512"]),
+        (RINGS, ["-ngl", "0"], {}, True, ["--ubatch-size", "512", "--flash-attn", "off"]),
+        (WINDOWED, ["-ub", "64", "--flash_attn", "off"], {}, False, []),
+        (WINDOWED, [], {"LLAMA_ARG_UBATCH": "64", "LLAMA_ARG_FLASH_ATTN": "off"}, False, []),
+    ],
+)
+def test_it_chooses_as_chat_does(
+    schedule: Schedule | None, extra: list[str], env: dict[str, str], gpu: bool, chosen: list[str]
+) -> None:
+    assert default_arguments(schedule, extra, env, gpu=gpu) == chosen
