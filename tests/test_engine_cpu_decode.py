@@ -86,6 +86,12 @@ def test_the_op_is_what_numpy_computes(case, n_threads):
     assert nmse(compute(case, n_threads), expected(case)) < EXACT
 
 
+@pytest.mark.parametrize("n_stream", [1, 2])
+def test_there_may_be_more_threads_than_blocks(n_stream):
+    case = Case(n_kv=70, n_stream=n_stream, n_tokens=2, mask=window(70, 2, 50))
+    assert nmse(compute(case, 16), expected(case)) < EXACT
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_a_token_that_sees_nothing_gets_zeros(n_threads, sinks):
