@@ -76,6 +76,14 @@ def test_a_full_layer_reads_the_cache_in_parts_of_512_queries(load_model, n_ubat
         assert [op.n_tokens for op in ctx.attention if op.layer == 1] == parts
 
 
+@pytest.mark.parametrize("kv", ["F16", "F32", "Q8_0"])
+def test_a_graph_with_many_parts_has_room(load_model, kv):
+    """llama.cpp aborts where a graph has more nodes than were reckoned with; few tensors a layer make it narrowest."""
+    schedule = Sched(WINDOW, SINKS, (FULL,) * 39 + (PREFILL,))
+    with load_model(schedule, arch="llama", n_layer=40).context(n_ctx=8192, n_batch=4096, kv=kv) as ctx:
+        ctx.feed(TOKENS[:10])
+
+
 def mask_inputs(ctx) -> set[str]:
     return {name for node in ctx.nodes for name in re.findall(r"attn_inp_kq_mask\w*", node)}
 
