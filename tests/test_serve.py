@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from swaa_local.facts import PROMPT, make_document
 from swaa_local.serve import default_arguments
 
 pytestmark = pytest.mark.usefixtures("engine")
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 KEY = "sk-of-the-tests"
 N_CTX = 32768
@@ -221,6 +224,7 @@ def test_malformed_requests_are_the_client_s_fault(server: Running) -> None:
         assert answer["error"]["message"]
 
 
+@linux
 def test_a_wrong_key_is_refused_and_none_is_shown(server: Running) -> None:
     for wrong in ("sk-wrong", KEY[:-1], ""):
         stranger = openai.OpenAI(base_url=server.url + "/v1", api_key=wrong or "none", max_retries=0)
@@ -280,6 +284,7 @@ def test_options_override_the_schedule(tiny_model: Path) -> None:
             assert running.get("/props")[1]["default_generation_settings"]["n_ctx"] == 512
 
 
+@linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_signal_ends_it_in_the_middle_of_a_request(tiny_model: Path, number: int, stream: bool) -> None:
@@ -308,6 +313,7 @@ def test_a_signal_ends_it_in_the_middle_of_a_request(tiny_model: Path, number: i
         assert not any(is_running(pid) for pid in children)
 
 
+@linux
 def test_it_ends_as_its_server_ends(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512") as running:
         [server] = descendants(running.process.pid)
@@ -315,6 +321,7 @@ def test_it_ends_as_its_server_ends(tiny_model: Path) -> None:
         assert running.process.wait(timeout=30) == 128 + signal.SIGKILL
 
 
+@linux
 def test_a_second_signal_kills_a_server_that_does_not_end(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512") as running:
         [server] = descendants(running.process.pid)
@@ -326,6 +333,7 @@ def test_a_second_signal_kills_a_server_that_does_not_end(tiny_model: Path) -> N
         assert running.process.wait(timeout=30) == 128 + signal.SIGKILL
 
 
+@linux
 def test_no_server_is_left_behind(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512") as running:
         [server] = descendants(running.process.pid)
