@@ -144,7 +144,7 @@ def serve_command(
         reporter.note(f"{ready.model.name} · {size}{describe_schedule(ready.schedule)}")
         page = f"web page {ready.url}/" if ready.has_page else "no web page (--no-ui)"
         if not ready.has_page and not {"--no-ui", "--no-webui"} & set(ctx.meta[_EXTRA]):
-            page = "no web page in this build, which had no npm"
+            page = "no web page in this build (that needs Node.js 20 with npm)"
         key = " · needs an API key" if ready.has_key else ""
         reporter.note(f"OpenAI API {ready.url}/v1 · {page}{key} · Ctrl-C ends it")
         click.echo(ready.url)
