@@ -27,8 +27,11 @@ WINDOW, SINKS = 64, 4
 PREFILLING = ScheduleKeys(WINDOW, SINKS, (PREFILL, FULL, PREFILL, PREFILL))
 RING = ScheduleKeys(WINDOW, SINKS, (ALWAYS,) * 4)
 MIXED = ScheduleKeys(WINDOW, SINKS, (FULL, PREFILL, ALWAYS, ALWAYS))
-TIE = 1e-3
-"""Difference of log probabilities. Measured between batches, with and without a schedule: below 1e-4."""
+TIE = 3e-3
+"""Difference of two log probabilities that is rounding.
+
+Measured alone against among others, with flash attention: each up to 1.1e-3 without a schedule, up to 7e-4 with one.
+"""
 SIZES = ("-c", "8192", "-kvu", "-b", "64", "-ub", "32")
 
 Make = Callable[..., Path]
