@@ -19,6 +19,7 @@ from typing import Any
 import openai
 import pytest
 import tiny
+from fake_hub import FakeHub
 from program import fails, run
 from serving import Running, descendants, is_running, serving, together, wait_until
 
@@ -271,6 +272,13 @@ def test_who_listens_to_everybody_is_told(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512", "-np", "1", "--host", "0.0.0.0") as running:
         assert running.url.startswith("http://127.0.0.1:")
         assert "no API key is set, so whoever reaches 0.0.0.0:" in running.log
+
+
+def test_a_model_from_the_hub_has_its_id_for_a_name(tiny_model: Path, tmp_path: Path) -> None:
+    with FakeHub({"org/tiny": {"tiny-F32.gguf": tiny_model.read_bytes()}}).serve() as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        with serving("org/tiny", "-c", "512", "-np", "1", **env) as running:
+            assert running.get("/v1/models")[1]["data"][0]["id"] == "org/tiny"
 
 
 def test_options_override_the_schedule(tiny_model: Path) -> None:

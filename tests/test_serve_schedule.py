@@ -43,6 +43,10 @@ class Alone:
     def __init__(self, path: Path) -> None:
         self._llm = Llama(str(path), n_ctx=4096, n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=1)
 
+    def go_on(self, prompt: Sequence[int], n: int) -> list[int]:
+        """Greedy tokens, where what was evaluated for the last prompt is not evaluated again."""
+        return [int(token) for _, token in zip(range(n), self._llm.generate(prompt, temp=0.0), strict=False)]
+
     def complete(self, prompt: Sequence[int], n: int, *, last_is_decode: bool = False) -> list[int]:
         """Greedy tokens after a cold prefill. last_is_decode: take the prompt's last token for a generated one."""
         llm = self._llm
@@ -58,10 +62,15 @@ class Alone:
         return tokens
 
 
-@pytest.fixture(scope="module", params=[PREFILLING, RING, MIXED], ids=["windowed prefill", "ring", "all modes"])
+@pytest.fixture(
+    scope="module",
+    params=[(PREFILLING, ()), (RING, ()), (MIXED, ("-no-kvu", "-c", "16384"))],
+    ids=["windowed prefill", "ring", "all modes, each slot its own cache"],
+)
 def scheduled(request: pytest.FixtureRequest, tiny_model_factory: Make) -> Iterator[tuple[Running, Alone]]:
-    path = tiny_model_factory(schedule=request.param, n_ctx_train=8192)
-    with serving(path, *SIZES, "-np", "4") as server:
+    schedule, options = request.param
+    path = tiny_model_factory(schedule=schedule, n_ctx_train=8192)
+    with serving(path, *SIZES, "-np", "4", *options) as server:
         yield server, Alone(path)
 
 
@@ -156,10 +165,11 @@ def assert_same(tokens: list[int], reference: dict[str, Any]) -> None:
 
 
 def test_a_follow_up_turn_prefills_the_new_tokens_only(scheduled: tuple[Running, Alone]) -> None:
-    server, _ = scheduled
+    server, alone = scheduled
     prompt = random_tokens(300, seed=9)
     for turn in range(4):
-        answer = server.complete(prompt, 10)
+        answer = server.complete(prompt, 10, n_probs=2)
+        assert_same(alone.go_on(prompt, 10), answer)
         # the last generated token was never evaluated
         assert answer["timings"]["prompt_n"] == (300 if turn == 0 else 51)
         assert answer["timings"]["cache_n"] == (0 if turn == 0 else len(prompt) - 51)
