@@ -118,12 +118,16 @@ class EngineModel:
 
 
 class AttentionOp(NamedTuple):
-    """One attention operation of a graph: its layer, the keys that a query reads, the queries, and their blocks."""
+    """One attention operation of a graph: its layer, the keys that a query reads, the queries, and their blocks.
+
+    mask: tells one mask of a graph from another, with flash attention.
+    """
 
     layer: int
     n_kv: int
     n_tokens: int
     n_block: int
+    mask: int = 0
 
 
 class EngineContext:
@@ -156,7 +160,7 @@ class EngineContext:
         self.attention: list[AttentionOp] = []
         self.nodes: list[str] = []
         self._record_nodes = record_nodes
-        self._flash: list[tuple[int, int, int]] = []
+        self._flash: list[tuple[int, int, int, int]] = []
         if record or record_nodes:
             self._callback = C.ggml_backend_sched_eval_callback(self._observe)
             p.cb_eval = self._callback
@@ -279,7 +283,7 @@ class EngineContext:
             self.nodes.append(f"{op.decode()} {_describe(t)} {list(t.op_params)} <- {sources}")
         if op == b"FLASH_ATTN_EXT":  # has no name of its own; the node of its output that follows names the layer
             k, q = t.src[1].contents, t.src[0].contents
-            self._flash.append((k.ne[1], q.ne[1] * q.ne[3], q.ne[3]))
+            self._flash.append((k.ne[1], q.ne[1] * q.ne[3], q.ne[3], ctypes.addressof(t.src[3].contents)))
         elif name == b"kqv_out" and self._flash:
             self.attention += [AttentionOp(int(layer), *op) for op in self._flash]
             self._flash.clear()

@@ -65,7 +65,7 @@ def test_a_window_is_read_in_blocks_of_at_most_512_queries(load_model, n_ubatch,
         ctx.attention.clear()
         ctx.feed(random_tokens(n_ubatch))
     for layer in (0, 2):
-        assert [op for op in ctx.attention if op.layer == layer] == [(layer, n_kv, n_ubatch, n_block)]
+        assert [op[:4] for op in ctx.attention if op.layer == layer] == [(layer, n_kv, n_ubatch, n_block)]
     assert {op.n_block for op in ctx.attention if op.layer in (1, 3)} == {1}
 
 
@@ -74,6 +74,15 @@ def test_a_full_layer_reads_the_cache_in_parts_of_512_queries(load_model, n_ubat
     with load_model(SCHEDULES["all modes"]).context(n_ctx=2048, n_batch=n_ubatch, record=True) as ctx:
         ctx.feed(random_tokens(n_ubatch))
         assert [op.n_tokens for op in ctx.attention if op.layer == 1] == parts
+
+
+def test_full_layers_share_their_masks(load_model):
+    """A GPU holds a copy of every tensor that it takes from the host: one of a mask of each layer would be too much."""
+    with load_model(SCHEDULES["all modes"]).context(n_ctx=2048, n_batch=1024, record=True) as ctx:
+        ctx.feed(TOKENS[:1024])
+        masks = [[op.mask for op in ctx.attention if op.layer == layer] for layer in (1, 3)]
+    assert masks[0] == masks[1]
+    assert len(set(masks[0])) == 2
 
 
 @pytest.mark.parametrize("kv", ["F16", "F32", "Q8_0"])
