@@ -1,0 +1,131 @@
+"""scripts/compare_builds.py from outside: both builds are measured, and its figures follow from its samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from program import ROOT, environment
+from tiny import ScheduleKeys
+
+SCRIPT = [sys.executable, str(ROOT / "scripts" / "compare_builds.py")]
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*SCRIPT, *map(str, args)], env=environment(), capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def stock() -> str:
+    folder = os.environ.get("SWAA_STOCK_LIB")
+    if not folder:
+        pytest.skip("SWAA_STOCK_LIB names no unpatched build of llama.cpp to compare with")
+    return folder
+
+
+@pytest.mark.usefixtures("engine")
+def test_two_builds_are_measured_in_turn_and_figures_follow_from_the_samples(tiny_model, stock):
+    args = ("-t", 1, "--cpu-time", "-r", 2, "-p", 40, "-n", 2, "-d", "0,300", "-ub", 32, "-ctk", "f16,q8_0")
+    done = run(tiny_model, "--stock", stock, *args, "-o", "json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+
+    assert (found["stock"]["patched"], found["patched"]["patched"]) == (False, True)
+    assert found["stock"]["libraries"] != found["patched"]["libraries"]
+    settings = {(s["kv_type"], s["depth"], s["flash_attn"], s["test"]) for s in found["series"]}
+    fas = [("f16", True), ("f16", False), ("q8_0", True)]  # a quantized V cache needs flash attention
+    assert settings == {(kv, d, fa, test) for kv, fa in fas for d in (0, 300) for test in ("pp40", "tg2")}
+    assert len(found["series"]) == len(settings)
+    for series in found["series"]:
+        for samples in (series["stock_s"], series["patched_s"], series["copy_bytes_per_s"]):
+            assert len(samples) == 2
+            assert min(samples) > 0
+        # 4 layers of 2 heads of 32 elements, keys and values
+        bytes_of_element = 2 if series["kv_type"] == "f16" else 34 / 32
+        assert series["kv_bytes"] == series["depth"] * 4 * 2 * 64 * bytes_of_element
+
+    for series, speed in zip(found["series"], found["speeds"], strict=True):
+        ratios = [a / b for a, b in zip(series["stock_s"], series["patched_s"], strict=True)]
+        assert speed["patched_over_stock"] == pytest.approx(
+            {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+        )
+    assert [(d["depth"], d["kv_type"]) for d in found["deep_decodes"]] == [(300, "f16"), (300, "q8_0")]
+    for deep in found["deep_decodes"]:
+        check_deep_decode(deep, found)
+
+
+def check_deep_decode(deep: dict[str, Any], found: dict[str, Any]) -> None:
+    same = [
+        s for s in found["series"] if (s["test"], s["depth"], s["kv_type"]) == ("tg2", deep["depth"], deep["kv_type"])
+    ]
+    stock_s = {s["flash_attn"]: median(s["stock_s"]) / 2 for s in same}
+    assert deep["stock_s"]["median"] == pytest.approx(min(stock_s.values()))
+    assert stock_s[deep["stock_flash_attn"]] == min(stock_s.values())
+    ours = next(s for s in same if s["flash_attn"])
+    moved = ours["kv_bytes"] + found["weight_bytes"]
+    floors = [moved / rate for rate in ours["copy_bytes_per_s"]]
+    assert deep["floor_once_s"]["median"] == pytest.approx(median(floors))
+    assert deep["floor_twice_s"]["median"] == pytest.approx(median(floors) / 2)
+    over = [seconds / 2 / floor for seconds, floor in zip(ours["patched_s"], floors, strict=True)]
+    assert deep["over_floor_once"]["median"] == pytest.approx(median(over))
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("flash", ["on", "off"])
+def test_a_filled_cache_is_one_that_the_tokens_could_have_left(new_context, flash):
+    """The engine takes the repeated state, and gives back the very bytes; repeated once, it is the state itself."""
+    from engine_build import BuildError, repeat_state
+
+    with_tokens = new_context(None, flash=flash, kv="F16", n_ctx=512)
+    with_tokens.feed(list(range(50, 90)))
+    state = np.frombuffer(with_tokens.state(0), np.uint8)
+    same, token_bytes = repeat_state(state, 40)
+    assert same.tobytes() == state.tobytes()
+    assert token_bytes == 2 * 2 * 64 * 2  # 2 layers, keys and values, 2 heads of 32 elements, F16
+
+    repeated, _ = repeat_state(state, 100)
+    filled = new_context(None, flash=flash, kv="F16", n_ctx=512)
+    filled.load_state(repeated.tobytes(), 0)
+    assert filled.state(0) == repeated.tobytes()
+    for damaged in (state[:-1], np.append(state, np.uint8(0))):
+        with pytest.raises(BuildError, match="not that of one plain KV cache"):
+            repeat_state(damaged, 100)
+
+
+def test_weights_are_those_that_a_token_reads(tiny_model_factory):
+    from compare_builds import read_model
+
+    def size(path: Path, *, skip: str, share: float = 1) -> float:
+        tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+        return sum(n * (share if "_exps." in name else 1) for name, n in tensors.items() if name != skip)
+
+    dense, experts = tiny_model_factory(), tiny_model_factory(arch="qwen3moe")
+    assert read_model(dense)[1] == size(dense, skip="token_embd.weight")
+    assert read_model(experts)[1] == size(experts, skip="token_embd.weight", share=2 / 4)
+
+
+@pytest.mark.usefixtures("engine")
+def test_what_cannot_be_compared_is_refused_with_a_reason(tiny_model, tiny_model_factory, tmp_path):
+    scheduled = tiny_model_factory(schedule=ScheduleKeys(64, 4, [1] * 4))
+    cases = [
+        ((scheduled, "--stock", tmp_path), 1, "has a schedule, which upstream's build does not run"),
+        ((tiny_model, "--stock", tmp_path / "none"), 1, "no such folder"),
+        ((tiny_model, "--stock", tmp_path), 1, "the stock build: "),
+        ((tiny_model, "--stock", tmp_path, "-t", 2, "--cpu-time"), 2, "add -t 1"),
+        ((tiny_model, "--stock", tmp_path, "-ctk", "q8_0", "-fa", "0"), 2, "without flash attention"),
+        ((tiny_model, "--stock", tmp_path, "-ctk", "f16,q8_0", "-ctv", "f16"), 2, "one of V for each of K"),
+    ]
+    for args, code, reason in cases:
+        done = run(*args)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert reason in done.stderr
