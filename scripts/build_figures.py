@@ -31,7 +31,7 @@ class Series:
     depth: int
     kv_type: str
     flash_attn: bool
-    kv_bytes: int
+    kv_bytes: int = 0
     stock_s: list[float] = field(default_factory=list)
     patched_s: list[float] = field(default_factory=list)
     copy_bytes_per_s: list[float] = field(default_factory=list)

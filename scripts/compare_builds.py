@@ -223,17 +223,19 @@ def measure_depth(
         )
     kv_type = type_k if type_k == type_v else f"{type_k}/{type_v}"
     what = f"KV cache {kv_type}, {depth} tokens"
-    series = []
-    for cache in caches:
-        note(f"{what}: filling, fa {'on' if cache.flash_attn else 'off'}")
-        sizes = [build.open(cache) for build in builds]
-        if sizes[0] != sizes[1]:
-            raise SWAAError(
-                f"a token takes {sizes[0]} bytes of the stock build's cache and {sizes[1]} of the patched one's"
-            )
-        series += [(cache, Series(test, n, depth, kv_type, cache.flash_attn, depth * sizes[0])) for test, n in tests]
+    series = [(cache, Series(test, n, depth, kv_type, cache.flash_attn)) for cache in caches for test, n in tests]
     for repetition in range(options.r + 1):
         note(f"{what}: " + (f"repetition {repetition} of {options.r}" if repetition else "warm-up"))
+        # Contexts of their own in each repetition: where memory happens to be is part of the spread.
+        for cache in caches:
+            token_bytes = [build.open(cache) for build in builds]
+            if token_bytes[0] != token_bytes[1]:
+                raise SWAAError(
+                    f"a token takes {token_bytes[0]} bytes of the stock cache, {token_bytes[1]} of the other"
+                )
+            for _, one in series:
+                if one.flash_attn == cache.flash_attn:
+                    one.kv_bytes = depth * token_bytes[0]
         rate = copy.bytes_per_s()
         for cache, one in series:
             seconds = {}
@@ -244,9 +246,9 @@ def measure_depth(
                 one.stock_s.append(seconds[STOCK])
                 one.patched_s.append(seconds[PATCHED])
                 one.copy_bytes_per_s.append(rate)
-    for cache in caches:
-        for build in builds:
-            build.close(cache)
+        for cache in caches:
+            for build in builds:
+                build.close(cache)
     return [one for _, one in series]
 
 

@@ -35,16 +35,16 @@ def stock() -> str:
 
 @pytest.mark.usefixtures("engine")
 def test_two_builds_are_measured_in_turn_and_figures_follow_from_the_samples(tiny_model, stock):
-    args = ("-t", 1, "--cpu-time", "-r", 2, "-p", 40, "-n", 2, "-d", "0,300", "-ub", 32, "-ctk", "f16,q8_0")
+    args = ("-t", 1, "--cpu-time", "-r", 2, "-p", 40, "-n", 2, "-d", 300, "-ub", 32, "-ctk", "f16,q8_0")
     done = run(tiny_model, "--stock", stock, *args, "-o", "json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
 
     assert (found["stock"]["patched"], found["patched"]["patched"]) == (False, True)
     assert found["stock"]["libraries"] != found["patched"]["libraries"]
-    settings = {(s["kv_type"], s["depth"], s["flash_attn"], s["test"]) for s in found["series"]}
+    settings = {(s["kv_type"], s["flash_attn"], s["test"]) for s in found["series"]}
     fas = [("f16", True), ("f16", False), ("q8_0", True)]  # a quantized V cache needs flash attention
-    assert settings == {(kv, d, fa, test) for kv, fa in fas for d in (0, 300) for test in ("pp40", "tg2")}
+    assert settings == {(kv, fa, test) for kv, fa in fas for test in ("pp40", "tg2")}
     assert len(found["series"]) == len(settings)
     for series in found["series"]:
         for samples in (series["stock_s"], series["patched_s"], series["copy_bytes_per_s"]):
@@ -52,22 +52,20 @@ def test_two_builds_are_measured_in_turn_and_figures_follow_from_the_samples(tin
             assert min(samples) > 0
         # 4 layers of 2 heads of 32 elements, keys and values
         bytes_of_element = 2 if series["kv_type"] == "f16" else 34 / 32
-        assert series["kv_bytes"] == series["depth"] * 4 * 2 * 64 * bytes_of_element
+        assert series["kv_bytes"] == 300 * 4 * 2 * 64 * bytes_of_element
 
     for series, speed in zip(found["series"], found["speeds"], strict=True):
         ratios = [a / b for a, b in zip(series["stock_s"], series["patched_s"], strict=True)]
         assert speed["patched_over_stock"] == pytest.approx(
             {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
         )
-    assert [(d["depth"], d["kv_type"]) for d in found["deep_decodes"]] == [(300, "f16"), (300, "q8_0")]
+    assert [d["kv_type"] for d in found["deep_decodes"]] == ["f16", "q8_0"]
     for deep in found["deep_decodes"]:
         check_deep_decode(deep, found)
 
 
 def check_deep_decode(deep: dict[str, Any], found: dict[str, Any]) -> None:
-    same = [
-        s for s in found["series"] if (s["test"], s["depth"], s["kv_type"]) == ("tg2", deep["depth"], deep["kv_type"])
-    ]
+    same = [s for s in found["series"] if (s["test"], s["kv_type"]) == ("tg2", deep["kv_type"])]
     stock_s = {s["flash_attn"]: median(s["stock_s"]) / 2 for s in same}
     assert deep["stock_s"]["median"] == pytest.approx(min(stock_s.values()))
     assert stock_s[deep["stock_flash_attn"]] == min(stock_s.values())
@@ -117,15 +115,30 @@ def test_weights_are_those_that_a_token_reads(tiny_model_factory):
 @pytest.mark.usefixtures("engine")
 def test_what_cannot_be_compared_is_refused_with_a_reason(tiny_model, tiny_model_factory, tmp_path):
     scheduled = tiny_model_factory(schedule=ScheduleKeys(64, 4, [1] * 4))
-    cases = [
-        ((scheduled, "--stock", tmp_path), 1, "has a schedule, which upstream's build does not run"),
-        ((tiny_model, "--stock", tmp_path / "none"), 1, "no such folder"),
-        ((tiny_model, "--stock", tmp_path), 1, "the stock build: "),
-        ((tiny_model, "--stock", tmp_path, "-t", 2, "--cpu-time"), 2, "add -t 1"),
-        ((tiny_model, "--stock", tmp_path, "-ctk", "q8_0", "-fa", "0"), 2, "without flash attention"),
-        ((tiny_model, "--stock", tmp_path, "-ctk", "f16,q8_0", "-ctv", "f16"), 2, "one of V for each of K"),
-    ]
-    for args, code, reason in cases:
-        done = run(*args)
-        assert (done.returncode, done.stdout) == (code, "")
+    for model, folder, reason in (
+        (scheduled, tmp_path, "has a schedule, which upstream's build does not run"),
+        (tiny_model, tmp_path / "none", "no such folder"),
+        (tiny_model, tmp_path, "the stock build: "),  # an empty folder
+    ):
+        done = run(model, "--stock", folder)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("compare_builds.py: error: ")
         assert reason in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["-t", "2", "--cpu-time"], "add -t 1"),
+        (["-ctk", "q8_0", "-fa", "0"], "without flash attention"),
+        (["-ctk", "f16,q8_0", "-ctv", "f16"], "one of V for each of K"),
+        (["-ctk", "q9"], "known are f32, f16"),
+        (["-p", "0", "-n", "0"], "nothing to measure"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(capsys, args, reason):
+    from compare_builds import parse_arguments
+
+    with pytest.raises(SystemExit):
+        parse_arguments(["model.gguf", "--stock", "lib", *args])
+    assert reason in capsys.readouterr().err
