@@ -219,6 +219,8 @@ class Fuzz:
         self.refused += not ok
         for s in range(self.n_seq) if seq < 0 else [seq]:
             if ok:
+                if max(0, p0) < self.seqs[s].prompt_end < p1 < self.seqs[s].n:
+                    self.seqs[s].prompt_end = max(0, p0)  # an end that falls into a hole is where the hole begins
                 self.seqs[s].ref.remove(max(0, p0), p1 if p1 >= 0 else 1 << 30)
                 if seq >= 0:
                     self.seqs[s].key = object()
