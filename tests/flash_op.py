@@ -6,6 +6,8 @@ The oracle reads the very values that the cache holds (gguf-py's dequantization,
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,8 +133,33 @@ def expected(case: Case) -> np.ndarray[Any, Any]:
     return np.einsum("shtc,schd->sthd", weights / np.where(total == 0, 1, total), v)
 
 
+class _Plan(ctypes.Structure):
+    """struct ggml_cplan of the pinned ggml-cpu.h."""
+
+    _fields_ = [("work_size", c_size_t), ("work_data", c_void_p), ("n_threads", c_int), ("threadpool", c_void_p),
+                ("abort", c_void_p), ("abort_data", c_void_p), ("use_ref", c_bool)]  # fmt: skip
+
+
+_plan = _declare("ggml_graph_plan", _Plan, c_void_p, c_int, c_void_p)
+
+
+def work_bytes(case: Case, n_threads: int) -> int:
+    """Scratch memory that the op asks for."""
+    with _built(case) as (_context, graph, _out):
+        return int(_plan(graph, n_threads, None).work_size)
+
+
 def compute(case: Case, n_threads: int = 1) -> np.ndarray[Any, Any]:
     """The op on the CPU backend, shaped like `expected`."""
+    with _built(case) as (context, graph, out):
+        assert _compute(context, graph, n_threads) == 0
+        shape = (case.n_stream, case.n_tokens, case.n_head, case.head_v)
+        return np.ctypeslib.as_array(ctypes.cast(_data(out), POINTER(c_float)), shape).astype(np.float64)
+
+
+@contextmanager
+def _built(case: Case) -> Iterator[tuple[int, int, int]]:
+    """Context, graph and output of the op."""
     _cpu_init()
     data = inputs(case)
     context = _init(_InitParams(64 * 2**20, None, False))
@@ -159,9 +186,7 @@ def compute(case: Case, n_threads: int = 1) -> np.ndarray[Any, Any]:
             _add_sinks(out, tensor(data.sinks, GT.F32, data.sinks.shape))
         graph = _new_graph(context)
         _expand(graph, out)
-        assert _compute(context, graph, n_threads) == 0
-        shape = (case.n_stream, case.n_tokens, case.n_head, case.head_v)
-        return np.ctypeslib.as_array(ctypes.cast(_data(out), POINTER(c_float)), shape).astype(np.float64)
+        yield context, graph, out
     finally:
         _free(context)
 

@@ -70,6 +70,7 @@ CASES = {
     "attention sinks": Case(sinks=True, mask=scattered(300, 3, 0.5), n_tokens=3),
     "streams": Case(n_stream=3, n_tokens=2, mask=scattered(300, 2, 0.5, 3)),
     "streams, one mask": Case(n_stream=3, mask=scattered(300, 1, 0.5)),
+    "many streams": Case(n_head=32, n_head_kv=8, n_stream=64, n_kv=40, mask=scattered(40, 1, 0.5)),
     "streams, no mask": Case(n_stream=2, n_kv=65, type_k=GT.Q4_0, type_v=GT.Q4_0),
     "head by head": Case(head_major=True, n_kv=333, mask=scattered(333, 2, 0.6), n_tokens=2),
     "head by head, q8_0": Case(head_major=True, type_k=GT.Q8_0, type_v=GT.Q8_0),
@@ -126,6 +127,7 @@ UNSERVED = {
     "nine tokens": Case(n_tokens=9, mask=scattered(300, 9, 0.5)),
     "a tile of tokens": Case(n_tokens=70, mask=scattered(300, 70, 0.5)),
     "a mask per head": Case(mask=scattered(300, 1, 0.5, 4).reshape(1, 4, 1, 300)),
+    "too many streams": Case(n_head=32, n_head_kv=8, n_stream=65, n_kv=40, mask=scattered(40, 1, 0.5)),
     "too many rows": Case(n_head=68, n_head_kv=2, n_tokens=8, mask=scattered(300, 8, 0.5)),
 }
 
@@ -134,6 +136,13 @@ UNSERVED = {
 @pytest.mark.parametrize("case", UNSERVED.values(), ids=UNSERVED)
 def test_other_ops_go_to_upstream_s_paths(case, n_threads):
     assert nmse(compute(case, n_threads), expected(case)) < UPSTREAM
+
+
+@pytest.mark.parametrize(("n_stream", "n_tokens"), [(1, 8), (16, 1), (32, 2), (64, 1), (128, 4)])
+def test_the_scratch_memory_is_bounded(n_stream, n_tokens):
+    """Each thread has a result of its own for every row of every stream: 2048 of them, of 128 values, are 1 MiB."""
+    case = Case(n_head=64, n_head_kv=2, head_k=128, head_v=128, n_kv=8, n_stream=n_stream, n_tokens=n_tokens)
+    assert flash_op.work_bytes(case, 64) < 64 * 1.75 * 2**20
 
 
 SHAPES = {
