@@ -109,7 +109,6 @@ class Comparison:
     n_threads: int
     n_ubatch: int
     cpu_time: bool
-    cpu: str
     weight_bytes: int
     copy_bytes: int
     series: list[Series] = field(default_factory=list)
@@ -215,7 +214,7 @@ def _notes(found: Comparison) -> list[str]:
     clock = "CPU time of the processes" if found.cpu_time else "wall clock"
     lines = [
         f"{Path(found.model).name} ({found.patched.description}), {format_bytes(found.patched.size_bytes)}, of which a "
-        f"token reads {format_bytes(found.weight_bytes)}; {found.cpu}; {found.n_threads} thread"
+        f"token reads {format_bytes(found.weight_bytes)}; {found.patched.cpu}; {found.n_threads} thread"
         f"{'s' * (found.n_threads > 1)}; n_ubatch {found.n_ubatch}.",
         f"Medians of {n} interleaved repetition{'s' * (n > 1)}, {clock}; in brackets the least and the greatest ratio "
         "within a repetition.",

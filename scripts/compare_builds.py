@@ -15,10 +15,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -80,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def number(least: int):  # type: ignore[no-untyped-def]
+def number(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if value < least:
@@ -90,7 +89,7 @@ def number(least: int):  # type: ignore[no-untyped-def]
     return parse
 
 
-def numbers(least: int):  # type: ignore[no-untyped-def]
+def numbers(least: int) -> Callable[[str], list[int]]:
     one = number(least)
     return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
 
@@ -186,7 +185,6 @@ def measuring(options: argparse.Namespace) -> Iterator[tuple[Comparison, Iterato
             n_threads=options.t,
             n_ubatch=options.ub,
             cpu_time=options.cpu_time,
-            cpu=cpu_name(),
             weight_bytes=weight_bytes,
             copy_bytes=copy.n_bytes,
         )
@@ -256,15 +254,6 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
 def main() -> None:
     options = parse_arguments()
     code = 0
@@ -274,7 +263,7 @@ def main() -> None:
                 for _ in steps:
                     pass
             except KeyboardInterrupt:
-                note("stopped; what was measured before is below")
+                note("stopped" + ("; these depths were complete" if comparison.series else ""))
                 code = 130
     except SWAAError as error:
         sys.exit(f"compare_builds.py: error: {error}")

@@ -40,11 +40,12 @@ class BuildError(SWAAError):
 @dataclass(frozen=True)
 class BuildInfo:
     """libraries: their folder. patched: it knows the attention schedule. system_info: llama.cpp's line on the features
-    that it was built with. size_bytes: of the model's weights."""
+    that it was built with. cpu: its model's name. description, size_bytes: of the loaded model, and of its weights."""
 
     libraries: str
     patched: bool
     system_info: str
+    cpu: str
     description: str
     size_bytes: int
 
@@ -126,8 +127,8 @@ def start(name: str, libraries: Path | None) -> Iterator[Build]:
 
 
 def _serve(connection: Connection, libraries: str | None) -> None:
-    # The parent hears Ctrl-C too, and kills the child; C code would not hear of a KeyboardInterrupt.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The parent hears Ctrl-C too, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if libraries is not None:
         os.environ[LIBRARY_PATH] = libraries
     place_alike()
@@ -182,6 +183,8 @@ class _Engine:
                 raise BuildError(f"{error}: {log.reason}" if log.reason else str(error)) from None
 
     def load(self, path: str, n_threads: int, cpu_time: bool) -> BuildInfo:
+        from swaa_local.bench_machine import cpu_name
+
         c = self._c
         self._n_threads = n_threads
         self._clock = time.process_time if cpu_time else time.perf_counter
@@ -198,6 +201,7 @@ class _Engine:
             libraries=str(Path(c._lib._name).resolve().parent),
             patched=hasattr(c._lib, "llama_model_swaa_set"),
             system_info=c.llama_print_system_info().decode(errors="replace").strip(),
+            cpu=cpu_name(),
             description=buffer.value.decode(errors="replace"),
             size_bytes=int(c.llama_model_size(self._model)),
         )

@@ -29,7 +29,7 @@ class Machine:
 
 def describe_machine() -> Machine:
     return Machine(
-        cpu=_cpu(),
+        cpu=cpu_name(),
         gpus=memory.gpu_names(),
         system=platform.platform(),
         system_info=_c.llama_print_system_info().decode(errors="replace").strip(),
@@ -49,7 +49,7 @@ def llama_cpp_version() -> str:
         return str(llama_cpp.__version__)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

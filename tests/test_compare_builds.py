@@ -142,3 +142,36 @@ def test_options_that_make_no_sense_together_are_refused(capsys, args, reason):
     with pytest.raises(SystemExit):
         parse_arguments(["model.gguf", "--stock", "lib", *args])
     assert reason in capsys.readouterr().err
+
+
+def test_the_table_says_what_was_measured_and_what_is_not_alike():
+    """By hand: copies of 1 GB/s, a cache of 3 MB and weights of 2 MB, so a floor of 5 ms or, read + written, 2.5 ms."""
+    from build_figures import Comparison, Series, markdown
+    from engine_build import BuildInfo
+
+    def info(patched: bool, features: str) -> BuildInfo:
+        return BuildInfo("lib", patched, features, "a CPU", "tiny", 2_000_000)
+
+    comparison = Comparison(
+        model="folder/tiny.gguf",
+        stock=info(False, "AVX = 1"),
+        patched=info(True, "AVX2 = 1"),
+        n_threads=1,
+        n_ubatch=512,
+        cpu_time=True,
+        weight_bytes=2_000_000,
+        copy_bytes=1 << 28,
+        series=[
+            Series("tg2", 2, 4096, "f16", True, 3_000_000, [0.1, 0.2, 0.3], [0.02, 0.02, 0.02], [1e9] * 3),
+            Series("tg2", 2, 4096, "f16", False, 3_000_000, [0.04, 0.05, 0.08], [0.04, 0.05, 0.08], [1e9] * 3),
+        ],
+    )
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(comparison).splitlines()]
+    assert ["tg2 @ d4096", "f16", "on", "10.0", "100.0", "10.000 (5.000-15.000)"] in cells
+    assert ["tg2 @ d4096", "f16", "off", "40.0", "40.0", "1.000"] in cells
+    better, ours = ["25.0 ms (fa off)", "10.0 ms"], "0.40 (0.25-0.50)"
+    assert ["tg2 @ d4096", "f16", "2.9 MiB", *better, ours, "5.00 ms", "2.00", "2.50 ms", "4.00"] in cells
+    assert "CPU time" in markdown(comparison)
+    assert "NOTE: the builds have not the same CPU features" in markdown(comparison)
+    comparison.stock = comparison.patched
+    assert "so it is not upstream's" in markdown(comparison)
