@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def serve_command(
     """
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
-    model = model or model_option
+    model = model or model_option or os.environ.get("LLAMA_ARG_MODEL")
     from swaa_local.bundled import NOTE, bundled_model
     from swaa_local.chat_commands import describe_schedule
     from swaa_local.serve import Ready, ServeOptions, serve

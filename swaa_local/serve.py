@@ -42,6 +42,12 @@ _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
 _CORS = ("--cors-origins", "LLAMA_ARG_CORS_ORIGINS")
 _TEMPLATE = ("--chat-template", "--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
 _TLS_KEY = ("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE")
+_OTHER_MODELS = (
+    *("-hf", "-hfr", "--hf-repo", "LLAMA_ARG_HF_REPO"),
+    *("-mu", "--model-url", "LLAMA_ARG_MODEL_URL"),
+    *("-dr", "--docker-repo", "LLAMA_ARG_DOCKER_REPO"),
+    *("--models-dir", "LLAMA_ARG_MODELS_DIR", "--models-preset", "LLAMA_ARG_MODELS_PRESET"),
+)
 _GIVEN_AS_ARGUMENTS = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_API_KEY_FILE")
 
 
@@ -84,6 +90,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     Raises `SWAAError` with the server's own reason if it does not start.
     """
     program = server_program()
+    _refuse_other_models(options.extra, os.environ)
     key = find_key(options, os.environ)
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)
@@ -138,7 +145,8 @@ def server_help() -> str:
 
 def find_key(options: ServeOptions, env: Mapping[str, str]) -> str | None:
     """One of the keys that clients will need. Raises `ServeError` where one would be shown, or is meant and missing."""
-    if value_of(("--api-key",), options.extra, {}) is not None:
+    # With = it is no option of llama-server's, whose error would show it.
+    if any(word.replace("_", "-").partition("=")[0] == "--api-key" for word in options.extra):
         raise ServeError(
             "a key on the command line can be read by every user of this machine; "
             "put it into a file (--api-key-file FILE) or into the environment (LLAMA_API_KEY)"
@@ -157,6 +165,16 @@ def find_key(options: ServeOptions, env: Mapping[str, str]) -> str | None:
             raise ServeError(f"{options.api_key_file} holds no API key: one on each line, lines with # are comments")
         keys += of_file
     return keys[0] if keys else None
+
+
+def _refuse_other_models(extra: Sequence[str], env: Mapping[str, str]) -> None:
+    """Raises `ServeError` for options that name a model to llama-server, whose schedule would not be known here."""
+    for name in _OTHER_MODELS:
+        if value_of((name,), extra, env) is not None:
+            raise ServeError(
+                f"{name} names another model than MODEL; leave it out and give the one to serve as MODEL: "
+                "a GGUF file, or org/name:Q4_K_M from the hub"
+            )
 
 
 def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | None, list[str]]:

@@ -16,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from swaa_local.config import SWAAError
 
 _POLL_S = 0.1
 _REQUEST_S = 5.0
+_SAME_S = 0.3  # between signals that are one: `timeout` sends its own to the process and to the group
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Time, level and place of a line in llama-server's log; or what it says of its arguments.
 _ERROR = re.compile(r"^(?:[\d.]+ E (?:\w+ +)?(?:\w+: )*|error: |(?=error ))")
@@ -128,6 +130,7 @@ class ServerProcess:
         self._tail: deque[str] = deque(maxlen=40)
         self._handlers: dict[int, Any] = {}
         self._received: int | None = None
+        self._received_at_s = 0.0
         self._ready = False
 
     def __enter__(self) -> ServerProcess:
@@ -174,7 +177,11 @@ class ServerProcess:
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        second, self._received = self._received is not None, number
+        now_s = time.monotonic()
+        second = self._received is not None
+        if second and now_s - self._received_at_s < _SAME_S:
+            return
+        self._received, self._received_at_s = number, now_s
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGKILL if second else _FORWARDED[signal.Signals(number)])

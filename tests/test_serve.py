@@ -342,6 +342,15 @@ def test_a_second_signal_kills_a_server_that_does_not_end(tiny_model: Path) -> N
 
 
 @linux
+def test_signals_that_come_together_are_one(tiny_model: Path) -> None:
+    """As from `timeout`, which signals the process and its group."""
+    with serving(tiny_model, "-c", "512") as running:
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            running.process.send_signal(number)
+        assert running.process.wait(timeout=30) == 0
+
+
+@linux
 def test_no_server_is_left_behind(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512") as running:
         [server] = descendants(running.process.pid)
@@ -367,6 +376,9 @@ def test_keys_come_from_a_file_or_the_environment(tiny_model: Path, tmp_path: Pa
     error = fails("serve", tiny_model, "--api-key", "sk-secret")
     assert "--api-key-file" in error
     assert "sk-secret" not in error
+    error = fails("serve", tiny_model, "--api_key=sk-secret")
+    assert "--api-key-file" in error
+    assert "sk-secret" not in error
     (tmp_path / "keys").write_text("# nothing\n\n")
     assert "holds no API key" in fails("serve", tiny_model, "--api-key-file", tmp_path / "keys")
     assert "cannot be read" in fails("serve", tiny_model, "--api-key-file", tmp_path / "none")
@@ -388,6 +400,16 @@ def test_keys_come_from_a_file_or_the_environment(tiny_model: Path, tmp_path: Pa
 )
 def test_wrong_options_are_told(tiny_model: Path, options: list[str], said: str) -> None:
     assert said in fails("serve", tiny_model, "--port", "0", *options)
+
+
+def test_the_environment_may_name_the_model(tmp_path: Path) -> None:
+    assert "none.gguf: no such file" in fails("serve", "--port", "0", LLAMA_ARG_MODEL=str(tmp_path / "none.gguf"))
+
+
+def test_options_that_name_another_model_are_refused(tiny_model: Path) -> None:
+    assert "-hf names another model" in fails("serve", "-hf", "org/name", "--port", "0")
+    error = fails("serve", tiny_model, "--port", "0", LLAMA_ARG_MODEL_URL="http://127.0.0.1:9/m.gguf")
+    assert "LLAMA_ARG_MODEL_URL names another model" in error
 
 
 def test_a_file_that_is_no_model_is_told(tmp_path: Path) -> None:
