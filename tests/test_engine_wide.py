@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from engine import assert_close, worst_ratio
+from engine import assert_close, captured_log, worst_ratio
 from masks import Sched
 from reference_numpy import NumpyModel, forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens
@@ -156,3 +156,26 @@ def test_a_window_that_hides_nothing_is_full_attention(load_model):
     want = NumpyModel(schedule).feed(TOKENS[:700])
     assert worst_ratio(want, NumpyModel(Sched(1, 0, (FULL,) * 4)).feed(TOKENS[:700])) > 20 * F16
     assert_close(got, want, F16)
+
+
+@pytest.mark.parametrize(("n_tokens", "kv"), [(1023, "Q8_0"), (777, "F32"), (1024, "F16")])
+def test_compute_buffers_do_not_grow_with_the_number_of_blocks(load_model, n_tokens, kv):
+    """1023 tokens are 3 blocks, which read more cells than the 2 of the largest ubatch of 1024."""
+    model = load_model(Sched(1500, SINKS, (PREFILL,)), n_layer=1, n_head=8, n_head_kv=8, head_dim=64)
+    ctx = model.context(n_ctx=4096, n_batch=1024, kv=kv)
+    ctx.feed(random_tokens(2048 + n_tokens))
+    with captured_log() as log:  # llama.cpp compares what it reserved with what it used when a context is freed
+        ctx.close()
+    assert "matches expectation" in "".join(log)
+    assert "does not match" not in "".join(log)
+
+
+def test_two_prompts_in_one_ubatch_find_their_buffers_reserved(load_model):
+    """A unified cache cannot share a mask between sequences: windowed, with the whole mask as an input."""
+    model = load_model(Sched(WINDOW, SINKS, (PREFILL, FULL, ALWAYS, FULL)))
+    ctx = model.context(n_ctx=4096, n_batch=512, n_seq_max=2, unified=True)
+    for i in range(0, 1500, 256):
+        ctx.decode([(TOKENS[p], p, seq) for p in range(i, min(i + 256, 1500)) for seq in (0, 1)])
+    with captured_log() as log:
+        ctx.close()
+    assert "does not match" not in "".join(log)
