@@ -141,7 +141,8 @@ def serve_command(
         reporter.note(NOTE)
 
     def announce(ready: Ready) -> None:
-        size = f"{ready.n_slots} requests at once of up to {ready.n_ctx:,} tokens · " if ready.n_slots else ""
+        requests = "1 request" if ready.n_slots == 1 else f"{ready.n_slots} requests"
+        size = f"{requests} at once of up to {ready.n_ctx:,} tokens · " if ready.n_slots else ""
         reporter.note(f"{ready.model.name} · {size}{describe_schedule(ready.schedule)}")
         page = f"web page {ready.url}/" if ready.has_page else "no web page (--no-ui)"
         if not ready.has_page and not {"--no-ui", "--no-webui"} & set(ctx.meta[_EXTRA]):

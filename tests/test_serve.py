@@ -288,6 +288,7 @@ def test_options_override_the_schedule(tiny_model: Path) -> None:
     ):
         with serving(tiny_model, *options, "-c", "512", "-np", "1", "--alias", "mine") as running:
             assert said in running.log
+            assert "1 request at once of up to 512 tokens" in running.log
             assert running.get("/v1/models")[1]["data"][0]["id"] == "mine"
             assert running.get("/props")[1]["default_generation_settings"]["n_ctx"] == 512
 
