@@ -37,6 +37,7 @@ _CACHE_TYPE_V = ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
 _N_UBATCH = ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH")
 _VERBOSITY = ("-lv", "--verbosity", "--log-verbosity", "LLAMA_ARG_LOG_VERBOSITY")
+_OVERRIDE = ("--override-kv",)
 _API_PREFIX = ("--api-prefix", "LLAMA_ARG_API_PREFIX")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
 _CORS = ("--cors-origins", "LLAMA_ARG_CORS_ORIGINS")
@@ -91,6 +92,11 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     """
     program = server_program()
     _refuse_other_models(options.extra, os.environ)
+    if "swaa." in (value_of(_OVERRIDE, options.extra, {}) or ""):
+        raise ServeError(
+            "a schedule is not given by --override-kv swaa.*; "
+            "take --preset, or --window, --sinks, --full-layers and --fa-decode"
+        )
     key = find_key(options, os.environ)
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)

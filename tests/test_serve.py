@@ -352,6 +352,18 @@ def test_signals_that_come_together_are_one(tiny_model: Path) -> None:
 
 
 @linux
+def test_a_signal_to_all_its_processes_is_one(tiny_model: Path) -> None:
+    """As from a service manager: the server gets its own and the one that the command passes on."""
+    with serving(tiny_model, "-c", "32768", "-np", "1") as running:
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(model="tiny", prompt="a", max_tokens=30_000, stream=True)
+        next(iter(stream))
+        [server] = descendants(running.process.pid)
+        os.kill(server, signal.SIGTERM)
+        assert running.stop(signal.SIGTERM) == 0
+
+
+@linux
 def test_no_server_is_left_behind(tiny_model: Path) -> None:
     with serving(tiny_model, "-c", "512") as running:
         [server] = descendants(running.process.pid)

@@ -374,3 +374,8 @@ def test_what_cannot_work_is_refused_at_start(tiny_model_factory: Make, tiny_mod
     error = fails("serve", path, "--port", "0", "-t", "1", *SIZES, *words)
     assert said in error
     assert str(path) in error
+
+
+def test_a_schedule_in_upstream_s_own_option_is_refused(prefilling: Path) -> None:
+    """`serve` would announce another one than the server runs."""
+    assert "--window" in fails("serve", prefilling, "--override-kv", "swaa.window=int:9")
