@@ -219,9 +219,9 @@ def default_flash_attn(schedule: Schedule, *, gpu: bool, quantized_v: bool) -> b
     """Whether flash attention is the faster choice where the user does not say.
 
     On a GPU it is. On a CPU it is where layers have a window while prefilling only: without it the engine gathers no
-    keys for them, and a mask saves no work. It costs speed everywhere else there, in decode at depth above all
-    (measured with one thread, 16 heads of 128, depth 8k to 20k: full attention 1.7 times slower in prefill and 3 to 4
-    times in decode, rings 1.5 and 1.3 times). A quantized V cache exists only with it.
+    keys for them, and a mask saves no work. Elsewhere it reads slower and writes faster, and long prompts are mostly
+    reading (docs/benchmarks.md; one thread at 8k: full attention 1.4 times slower in prefill and 1.4 times faster in
+    decode, rings 1.08 and 1.4 times). A quantized V cache exists only with it.
     """
     return gpu or quantized_v or LayerMode.PREFILL in schedule.layer_modes
 
