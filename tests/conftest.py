@@ -9,6 +9,9 @@ import signal
 # A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that; the tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# And `nohup` makes them deaf to hanging up.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Before numpy loads its BLAS: with matrices this small, threads that wait for busy cores cost far more than they bring.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
