@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from engine_build import BuildInfo
+from swaa_local.spread import Spread
 from swaa_local.tables import markdown_table
 from swaa_local.units import format_bytes
 
@@ -44,23 +45,6 @@ class Series:
     def place(self) -> tuple[str, int, str]:
         """What series have in common that can be compared with each other."""
         return self.test, self.depth, self.kv_type
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of the repetitions."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(median(values), min(values), max(values))
-
-    @classmethod
-    def of_ratios(cls, over: Sequence[float], under: Sequence[float]) -> Spread:
-        return cls.of([a / b for a, b in zip(over, under, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,9 @@ from typing import TypeAlias
 
 from swaa_local.bench import Bench
 from swaa_local.bench_plan import Row, Sample, Setting, Size
+from swaa_local.spread import Spread
 
 Measure: TypeAlias = Callable[[Sample], float | None]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of the repetitions."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
-        return cls(median(values), min(values), max(values)) if values else None
 
 
 @dataclass(frozen=True)
@@ -137,10 +125,10 @@ def _row_figures(row: Row, others: Sequence[Row]) -> RowFigures:
         setting=setting,
         size=row.size,
         repetitions=len(row.samples),
-        prefill=Spread.of(_values(row, prefill_rate)),
-        ttft_s=Spread.of(_values(row, lambda sample: sample.ttft_s)),
-        decode=Spread.of(_values(row, decode_rate)),
-        request_s=Spread.of(_values(row, request_s)),
+        prefill=_spread_of(_values(row, prefill_rate)),
+        ttft_s=_spread_of(_values(row, lambda sample: sample.ttft_s)),
+        decode=_spread_of(_values(row, decode_rate)),
+        request_s=_spread_of(_values(row, request_s)),
         prefill_vs_full=vs_full(prefill_rate),
         decode_vs_full=vs_full(decode_rate),
         request_vs_full=vs_full(request_rate),
@@ -166,8 +154,12 @@ def _ratio(row: Row, base: Row | None, measure: Measure) -> Spread | None:
     if base is None:
         return None
     pairs = zip(_values(row, measure), _values(base, measure), strict=False)
-    return Spread.of([value / of_base for value, of_base in pairs])
+    return _spread_of([value / of_base for value, of_base in pairs])
 
 
 def _most(values: Iterator[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
+
+
+def _spread_of(values: Sequence[float]) -> Spread | None:
+    return Spread.of(values) if values else None

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.bench import Bench, BenchError
-from swaa_local.bench_figures import RowFigures, Spread, figures
+from swaa_local.bench_figures import RowFigures, figures
 from swaa_local.bench_plan import Setting
 from swaa_local.plotting import MARKERS, check_plot, make_figure, save_figure
+from swaa_local.spread import Spread
 
 
 def plot(bench: Bench, path: Path) -> list[Path]:

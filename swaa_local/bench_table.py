@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.bench import Bench, describe_probe
-from swaa_local.bench_figures import RowFigures, Spread, figures, growth
+from swaa_local.bench_figures import RowFigures, figures, growth
 from swaa_local.bench_plan import Row, Setting
+from swaa_local.spread import Spread
 from swaa_local.tables import markdown_table
 from swaa_local.units import format_bytes, format_count
 

@@ -8,30 +8,11 @@ from typing import Any
 
 import click
 
+from swaa_local.click_types import FILE, Numbers
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, schedule_options
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
-
-
-class _Counts(click.ParamType):
-    """A list of numbers: 4096,16384."""
-
-    name = "numbers"
-
-    def __init__(self, least: int) -> None:
-        self._least = least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            numbers = [int(part) for part in value.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or min(numbers) < self._least:
-            self.fail(f"{value!r} is not a list of numbers from {self._least} on, such as 4096,16384", param, ctx)
-        return numbers
+_FROM_0, _FROM_1 = Numbers(0, "numbers from 0 on,"), Numbers(1, "numbers from 1 on,")
 
 
 class _Pair(click.ParamType):
@@ -54,11 +35,11 @@ class _Pair(click.ParamType):
 @click.command("bench", short_help="Compare schedules: how fast they read and write.")
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
-@click.option("-p", "--n-prompt", "prompts", type=_Counts(0), metavar="TOKENS", help="Prompt lengths [4096].")
-@click.option("-n", "--n-gen", "gens", type=_Counts(0), metavar="TOKENS", help="Tokens to decode after them [32].")
+@click.option("-p", "--n-prompt", "prompts", type=_FROM_0, metavar="TOKENS", help="Prompt lengths [4096].")
+@click.option("-n", "--n-gen", "gens", type=_FROM_0, metavar="TOKENS", help="Tokens to decode after them [32].")
 @click.option("-pg", "pairs", type=_Pair(), multiple=True, metavar="PP,TG", help="A whole request; may be repeated.")
 @click.option(
-    "-d", "--n-depth", "depths", type=_Counts(0), metavar="TOKENS", help="Tokens in the cache before, untimed [0]."
+    "-d", "--n-depth", "depths", type=_FROM_0, metavar="TOKENS", help="Tokens in the cache before, untimed [0]."
 )
 @click.option(
     "-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Of all, variants in turn."
@@ -69,7 +50,7 @@ class _Pair(click.ParamType):
     "-ub",
     "--ubatch-size",
     "n_ubatch",
-    type=_Counts(1),
+    type=_FROM_1,
     metavar="TOKENS",
     help="Tokens of a part of a batch; several are all measured [512].",
 )
@@ -81,7 +62,7 @@ class _Pair(click.ParamType):
     default="md",
     help="Form of the figures [md].",
 )
-@click.option("--plot", type=_FILE, metavar="FILE", help="Plot speed and time against length: a .png, .svg or .pdf.")
+@click.option("--plot", type=FILE, metavar="FILE", help="Plot speed and time against length: a .png, .svg or .pdf.")
 @functools.partial(engine_options, without=("n_ubatch",))
 @schedule_options
 def bench_command(

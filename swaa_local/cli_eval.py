@@ -7,27 +7,11 @@ from typing import Any
 
 import click
 
+from swaa_local.click_types import FILE, Numbers
 from swaa_local.engine_options import EngineOptions, engine_options
 
 _COUNT = click.IntRange(1)
-_FILE = click.Path(path_type=Path, dir_okay=False)
-
-
-class _Numbers(click.ParamType[list[int]]):
-    """A list of positive numbers: 4096,16384."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            numbers = [int(part) for part in value.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of positive numbers such as 4096,16384", param, ctx)
-        return numbers
+_LENGTHS = Numbers(1, "positive numbers")
 
 
 def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -43,11 +27,17 @@ def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
 @click.option("--task", "tasks", metavar="NAMES", help="Tasks, separated by commas; see --list-tasks [facts].")
-@click.option("--length", "lengths", type=_Numbers(), metavar="TOKENS", help="Lengths of prompt and answer [4096].")
+@click.option(
+    "--length",
+    "lengths",
+    type=_LENGTHS,
+    metavar="TOKENS",
+    help="Lengths of prompt and answer [4096].",
+)
 @click.option("-n", "--samples", type=_COUNT, help="Questions of each task and length [50].")
 @click.option("--variants", metavar="LIST", help="Schedules to compare; see above [full,naive,file].")
-@click.option("--dataset", type=_FILE, metavar="FILE", help="Questions of a .jsonl or .parquet file instead of tasks.")
-@click.option("--haystack", type=_FILE, metavar="FILE", help="The text that the essay tasks hide their needles in.")
+@click.option("--dataset", type=FILE, metavar="FILE", help="Questions of a .jsonl or .parquet file instead of tasks.")
+@click.option("--haystack", type=FILE, metavar="FILE", help="The text that the essay tasks hide their needles in.")
 @click.option(
     "--think",
     type=click.Choice(["on", "off", "auto"]),
@@ -59,11 +49,11 @@ def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the questions; answers are greedy.")
 @click.option("-c", "--ctx-size", "n_ctx", type=_COUNT, help="With --dataset: tokens of context at most [the model's].")
 @click.option("--skip-long", is_flag=True, help="With --dataset: leave out questions that do not fit.")
-@click.option("--results", type=_FILE, metavar="FILE", help="Every prompt, answer and score [MODEL.eval.jsonl].")
+@click.option("--results", type=FILE, metavar="FILE", help="Every prompt, answer and score [MODEL.eval.jsonl].")
 @click.option(
     "-o", "--output", "form", type=click.Choice(["md", "csv", "json"]), default="md", help="Form of the figures [md]."
 )
-@click.option("--plot", type=_FILE, metavar="FILE", help="Plot accuracy against time: a .png, .svg or .pdf.")
+@click.option("--plot", type=FILE, metavar="FILE", help="Plot accuracy against time: a .png, .svg or .pdf.")
 @click.option(
     "--list-tasks", is_flag=True, is_eager=True, expose_value=False, callback=_list_tasks, help="Show the tasks."
 )

@@ -10,13 +10,14 @@ import pytest
 from rich.console import Console
 
 from swaa_local.bench import Bench, ModelFacts
-from swaa_local.bench_figures import Spread, figures, growth
+from swaa_local.bench_figures import figures, growth
 from swaa_local.bench_machine import Machine
 from swaa_local.bench_plan import BenchError, Choices, Row, Sample, Setting, Size, make_settings, make_sizes
 from swaa_local.bench_table import markdown
 from swaa_local.bench_terminal import TerminalWatch
 from swaa_local.bench_watch import Visit
 from swaa_local.config import Schedule
+from swaa_local.spread import Spread
 from swaa_local.variants import parse_variants
 
 pytestmark = pytest.mark.usefixtures("engine")
