@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as GT
 from gguf.quants import dequantize, quantize
 from llama_cpp.llama_cpp import _lib
 
+RNG = np.random.default_rng(7)
 NP_TYPES = {GT.F32: np.float32, GT.F16: np.float16}
 
 
@@ -194,3 +195,19 @@ def _built(case: Case) -> Iterator[tuple[int, int, int]]:
 def nmse(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
     """Normalized mean squared error, the measure of test-backend-ops (5e-4 there)."""
     return float(((got - want) ** 2).sum() / (want**2).sum())
+
+
+def window(n_kv: int, n_tokens: int, width: int, sinks: int = 0) -> np.ndarray[Any, Any]:
+    """The last cells are the tokens themselves, each sees `width` of them and the first `sinks`."""
+    query = np.arange(n_kv - n_tokens, n_kv)[:, None]
+    key = np.arange(n_kv)[None, :]
+    seen = (key <= query) & ((query - key < width) | (key < sinks))
+    return np.where(seen, 0, -np.inf)[None, None].astype(np.float32)
+
+
+def scattered(n_kv: int, n_tokens: int, share: float, n_stream: int = 1) -> np.ndarray[Any, Any]:
+    """Every token sees some cells, here and there, with a bias that F16 holds exactly."""
+    seen = RNG.random((n_stream, 1, n_tokens, n_kv)) < share
+    seen[..., 0] = True
+    bias = RNG.integers(-16, 1, seen.shape) / 8
+    return np.where(seen, bias, -np.inf).astype(np.float32)

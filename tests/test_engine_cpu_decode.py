@@ -10,32 +10,13 @@ import flash_op
 import numpy as np
 import pytest
 from engine import assert_close
-from flash_op import Case, compute, expected, nmse
+from flash_op import Case, compute, expected, nmse, scattered, window
 from gguf import GGMLQuantizationType as GT
 from masks import Sched
 from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 EXACT = 1e-10
 UPSTREAM = 5e-4
-
-RNG = np.random.default_rng(7)
-
-
-def window(n_kv: int, n_tokens: int, width: int, sinks: int = 0) -> np.ndarray:
-    """The last cells are the tokens themselves, each sees `width` of them and the first `sinks`."""
-    query = np.arange(n_kv - n_tokens, n_kv)[:, None]
-    key = np.arange(n_kv)[None, :]
-    seen = (key <= query) & ((query - key < width) | (key < sinks))
-    return np.where(seen, 0, -np.inf)[None, None].astype(np.float32)
-
-
-def scattered(n_kv: int, n_tokens: int, share: float, n_stream: int = 1) -> np.ndarray:
-    """Every token sees some cells, here and there, with a bias that F16 holds exactly."""
-    seen = RNG.random((n_stream, 1, n_tokens, n_kv)) < share
-    seen[..., 0] = True
-    bias = RNG.integers(-16, 1, seen.shape) / 8
-    return np.where(seen, bias, -np.inf).astype(np.float32)
-
 
 CASES = {
     "plain": Case(),
