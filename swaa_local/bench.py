@@ -267,13 +267,7 @@ class _Run:
     def _plan(
         self, limit: bool, best_of_full: Mapping[tuple[str, str], tuple[bool, ...]]
     ) -> list[tuple[Setting, Size]]:
-        defaults = {
-            variant.name: self._model.default_flash_attn(variant.schedule, self._choices.cache_types(variant)[1])
-            for variant in self._variants
-        }
-        settings = make_settings(
-            self._variants, self._choices, limit=limit, best_of_full=best_of_full, default_flash_attn=defaults
-        )
+        settings = make_settings(self._variants, self._choices, limit=limit, best_of_full=best_of_full)
         return [(setting, size) for size in self._sizes for setting in settings if setting.applies(size)]
 
     def _turns(self, plan: Sequence[tuple[Setting, Size]], sizes: Sequence[Size]) -> Iterator[Visit]:

@@ -20,9 +20,8 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local import engine_log, memory, native
 from swaa_local.bench_plan import BenchError, Setting, Size
-from swaa_local.config import Schedule
 from swaa_local.engine_options import EngineOptions
-from swaa_local.engine_schedule import apply_schedule, default_flash_attn_type, get_schedule
+from swaa_local.engine_schedule import apply_schedule, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
 from swaa_local.interrupt import Shield
 from swaa_local.units import format_bytes
@@ -80,11 +79,6 @@ class BenchModel:
         buffer = ctypes.create_string_buffer(256)
         _c.llama_model_desc(self.model, buffer, len(buffer))
         return buffer.value.decode(errors="replace")
-
-    def default_flash_attn(self, schedule: Schedule, type_v: str) -> bool | None:
-        """How `Llama` runs this schedule where the user does not say; None leaves it to llama.cpp."""
-        wanted = default_flash_attn_type(schedule, gpu=self.n_gpu_layers > 0, type_v=memory.kv_type_id(type_v))
-        return next(key for key, number in _FLASH_ATTN.items() if number == wanted)
 
     def _params(self, setting: Setting, n_ctx: int) -> Any:
         params = _c.llama_context_default_params()

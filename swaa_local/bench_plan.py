@@ -49,7 +49,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Setting:
-    """A variant as it is run. flash_attn: None leaves it to llama.cpp (on a GPU). kind `limit`: full attention on
+    """A variant as it is run. flash_attn: None leaves it to llama.cpp. kind `limit`: full attention on
     prompts of 2(W+k) tokens, with the window and the sinks of a scheduled variant."""
 
     variant: str
@@ -183,24 +183,20 @@ def make_settings(
     *,
     limit: bool,
     best_of_full: Mapping[tuple[str, str], tuple[bool, ...]],
-    default_flash_attn: Mapping[str, bool | None],
 ) -> list[Setting]:
     """Every variant with every n_ubatch, then a limit for each window and sinks.
 
     best_of_full: how full attention runs best with these cache types, where the user left it open; prefill's best
-    first, and decode's too if that is another one. default_flash_attn: how `Llama` runs a variant, by its name.
+    first, and decode's too if that is another one. A schedule is left to llama.cpp there, as by `Llama`.
     """
     settings = []
     windows: dict[tuple[int, int], None] = {}
     for variant in variants:
         type_k, type_v = choices.cache_types(variant)
         said = choices.said_flash_attn(variant)
-        if said is not None:
-            ways: tuple[bool | None, ...] = (said,)
-        elif variant.is_full:
+        ways: tuple[bool | None, ...] = (said,)
+        if said is None and variant.is_full:
             ways = best_of_full[type_k, type_v]
-        else:
-            ways = (default_flash_attn[variant.name],)
         if not variant.is_full:
             windows[variant.schedule.window, variant.schedule.sinks] = None
         for n_ubatch in choices.n_ubatch:

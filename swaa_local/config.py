@@ -215,17 +215,6 @@ class Schedule:
         return tuple(windowed if mode is LayerMode.ALWAYS else everything for mode in self.layer_modes)
 
 
-def default_flash_attn(schedule: Schedule, *, gpu: bool, quantized_v: bool) -> bool:
-    """Whether flash attention is the faster choice where the user does not say.
-
-    On a GPU it is. On a CPU it is where layers have a window while prefilling only: without it the engine gathers no
-    keys for them, and a mask saves no work. Elsewhere it reads slower and writes faster, and long prompts are mostly
-    reading (docs/benchmarks.md; one thread at 8k: full attention 1.4 times slower in prefill and 1.4 times faster in
-    decode, rings 1.08 and 1.4 times). A quantized V cache exists only with it.
-    """
-    return gpu or quantized_v or LayerMode.PREFILL in schedule.layer_modes
-
-
 def default_n_ubatch(schedule: Schedule, *, gpu: bool) -> int:
     """Tokens of an ubatch where the user does not say: llama.cpp's 512, and 1024 for windowed layers on a GPU.
 

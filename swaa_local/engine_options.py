@@ -72,7 +72,7 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
             "--flash-attn",
             type=click.Choice(["on", "off", "auto"]),
             default="auto",
-            help="Flash attention; auto is on where it is faster [auto].",
+            help="Flash attention; auto is on where the device can [auto].",
         ),
         "type_k": click.option(
             "-ctk", "--cache-type-k", "type_k", type=_KV_TYPE, help="Type of the cached keys [f16]."

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local import engine_log, memory, native
-from swaa_local.config import Schedule, ScheduleError, SWAAConfig, default_flash_attn
+from swaa_local import engine_log, native
+from swaa_local.config import Schedule, ScheduleError, SWAAConfig
 
 Wanted: TypeAlias = SWAAConfig | Schedule | bool | None
 """None: the file's schedule; False: full attention; True is refused."""
@@ -53,12 +53,3 @@ def apply_schedule(model: Any, wanted: Wanted, of_file: Schedule | None, *, verb
         if code != 0:
             raise ScheduleError(log.reason or f"the engine refused the schedule (code {code})")
     return get_schedule(model)
-
-
-def default_flash_attn_type(schedule: Schedule, *, gpu: bool, type_v: int) -> int:
-    """llama.cpp's `llama_flash_attn_type` for this schedule where the user does not say; type_v: ggml's number."""
-    quantized_v = type_v not in memory.PLAIN_TYPES
-    if not default_flash_attn(schedule, gpu=gpu, quantized_v=quantized_v):
-        return int(_c.LLAMA_FLASH_ATTN_TYPE_DISABLED)
-    # On a GPU llama.cpp itself knows which heads its kernels support.
-    return int(_c.LLAMA_FLASH_ATTN_TYPE_AUTO if gpu and not quantized_v else _c.LLAMA_FLASH_ATTN_TYPE_ENABLED)

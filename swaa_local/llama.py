@@ -23,7 +23,7 @@ from llama_cpp._internals import LlamaContext
 from swaa_local import engine_log, memory, native
 from swaa_local.config import Schedule, SWAAConfig, SWAAError, default_n_ubatch
 from swaa_local.context_length import ContextFitWarning, fitting_n_ctx, wanted_gpu_layers
-from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, default_flash_attn_type, get_schedule
+from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, get_schedule
 from swaa_local.errors import ContextFull, DecodeError, ModelLoadError, PromptTooLong, StateError, TextTooLong
 from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
@@ -52,7 +52,7 @@ class Llama(llama_cpp.Llama):
         `ContextFitWarning` names both, and it is never below 4096). A given number is taken as it is.
     n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and
         `config.default_n_ubatch`.
-    flash_attn: None chooses by `config.default_flash_attn`.
+    flash_attn: None leaves it to llama.cpp, as its own tools do; a quantized V cache turns it on.
     verbose: llama.cpp's log on stderr; off by default, unlike upstream.
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
         may raise to stop; what was evaluated stays in the cache. Not pickled.
@@ -192,7 +192,8 @@ class Llama(llama_cpp.Llama):
         params, on_gpu = self.context_params, wanted_gpu_layers(self.model_params) > 0
         schedule = self.schedule or Schedule.full(1)
         if self._flash_attn is None:
-            params.flash_attn_type = default_flash_attn_type(schedule, gpu=on_gpu, type_v=params.type_v)
+            needed = params.type_v not in memory.PLAIN_TYPES
+            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_ENABLED if needed else _c.LLAMA_FLASH_ATTN_TYPE_AUTO
         if self._said_n_ubatch is None:
             params.n_ubatch = min(params.n_batch, default_n_ubatch(schedule, gpu=on_gpu))
 

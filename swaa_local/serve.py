@@ -18,7 +18,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local import native
 from swaa_local.bundled import bundled_template, is_bundled
-from swaa_local.config import LayerMode, Schedule, SWAAError, default_flash_attn, default_n_ubatch
+from swaa_local.config import LayerMode, Schedule, SWAAError, default_n_ubatch
 from swaa_local.gguf_meta import read_model_info, read_schedule
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
@@ -28,12 +28,9 @@ from swaa_local.server_process import Address, ServerProcess
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
-_PLAIN_TYPES = ("f32", "f16", "bf16")
 _WARNINGS = "2"  # of llama-server's --verbosity
 
 # What our own defaults depend on, as llama-server spells it: options, then the environment.
-_FLASH_ATTN = ("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN")
-_CACHE_TYPE_V = ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
 _N_UBATCH = ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH")
 _VERBOSITY = ("-lv", "--verbosity", "--log-verbosity", "LLAMA_ARG_LOG_VERBOSITY")
@@ -218,11 +215,6 @@ def default_arguments(
     arguments = []
     if value_of(_N_UBATCH, extra, env) is None:
         arguments += ["--ubatch-size", str(default_n_ubatch(schedule, gpu=gpu))]
-    # On a GPU llama-server itself knows which heads its kernels support.
-    if value_of(_FLASH_ATTN, extra, env) is None and not gpu:
-        quantized_v = (value_of(_CACHE_TYPE_V, extra, env) or "f16").lower() not in _PLAIN_TYPES
-        is_on = default_flash_attn(schedule, gpu=False, quantized_v=quantized_v)
-        arguments += ["--flash-attn", "on" if is_on else "off"]
     return arguments
 
 

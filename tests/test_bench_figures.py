@@ -83,16 +83,15 @@ def settings_of(
         choices,
         limit=limit,
         best_of_full={("f16", "f16"): best},
-        default_flash_attn={"w8 fadec": True, "w8": False},
     )
 
 
-def test_full_attention_and_the_limit_run_in_the_better_setting_and_others_as_llama_runs_them():
+def test_full_attention_and_the_limit_run_in_the_better_setting_and_schedules_as_llama_cpp_chooses():
     made = settings_of("full,w8 fadec,w8")
     assert [(s.variant, s.flash_attn) for s in made] == [
         ("full", False),
-        ("w8 fadec", True),
-        ("w8", False),
+        ("w8 fadec", None),
+        ("w8", None),
         ("limit w8 k0", False),  # once for both: the window is the same
     ]
 
@@ -101,7 +100,7 @@ def test_full_attention_runs_both_ways_if_prefill_and_decode_disagree():
     made = settings_of("full,w8", best=(True, False))
     assert [(s.variant, s.flash_attn) for s in made] == [
         *(("full", True), ("full", False)),
-        ("w8", False),
+        ("w8", None),
         ("limit w8 k0", True),
     ]
 

@@ -1,7 +1,7 @@
 """Flash attention for a tile of query rows and more on the CPU: the op against numpy.
 
-Patch 0015 lets several tiles of 64 queries, of one head or of the heads that share K and V, use a converted tile of 64
-cells. Cases therefore vary what falls into one group: tokens, heads, streams, threads, and what the mask hides of a tile.
+Patch 0015 lets several tiles of 64 queries, of one head or of the heads that share K and V, use a converted tile of
+64 cells. So cases vary what falls into one group: tokens, heads, streams, threads, and what the mask hides of a tile.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from reference_numpy import NumpyModel, forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 from swaa_local import Llama, PromptTooLong, Schedule, ScheduleError, SWAAConfig, SWAAError, memory
-from swaa_local.config import default_flash_attn, default_n_ubatch
+from swaa_local.config import default_n_ubatch
 from swaa_local.errors import ContextFull, ModelLoadError, StateError
 
 EXACT = 1e-3
@@ -356,22 +356,6 @@ def test_an_unknown_cache_type_is_refused_before_llama_cpp_aborts(tiny_model, wr
 
 
 @pytest.mark.parametrize(
-    ("swaa", "type_v", "gpu", "expected"),
-    [
-        (None, None, False, False),
-        (FA_DECODE, None, False, True),
-        (RING, None, False, False),
-        (SWAAConfig(24, force_fa_decode=[0]), None, False, True),
-        (None, 8, False, True),
-        (None, None, True, True),
-    ],
-)
-def test_flash_attention_is_on_where_it_is_faster(swaa, type_v, gpu, expected):
-    schedule = swaa.schedule(4) if swaa else Schedule.full(4)
-    assert default_flash_attn(schedule, gpu=gpu, quantized_v=type_v is not None) is expected
-
-
-@pytest.mark.parametrize(
     ("config", "gpu", "expected"),
     [(SWAAConfig(24), True, 1024), (SWAAConfig(24), False, 512), (SWAAConfig(), True, 512)],
 )
@@ -388,12 +372,19 @@ def test_ubatches_are_what_was_asked_for_and_no_larger_than_a_batch(load):
     assert n_ubatch(n_ubatch=700) == 700
 
 
-def test_the_choice_of_flash_attention_is_made_with_the_schedule(load):
-    on, off = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    assert load(swaa=FA_DECODE).context_params.flash_attn_type == on
-    assert load(swaa=RING).context_params.flash_attn_type == off
-    assert load(swaa=RING, flash_attn=True).context_params.flash_attn_type == on
-    assert load(swaa=FA_DECODE, flash_attn=False).context_params.flash_attn_type == off
+@pytest.mark.parametrize("swaa", [False, FA_DECODE, RING])
+def test_flash_attention_is_llama_cpp_s_choice_unless_said(load, swaa):
+    def chosen(**said):
+        return load(swaa=swaa, **said).context_params.flash_attn_type
+
+    assert chosen() == llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+    assert chosen(flash_attn=True) == chosen(type_v=8) == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    assert chosen(flash_attn=False) == llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
+def test_llama_cpp_chooses_flash_attention_on_a_cpu(load, capfd):
+    load(swaa=FA_DECODE, verbose=True)
+    assert "Flash Attention was auto, set to enabled" in capfd.readouterr().err
 
 
 def test_a_quantized_cache_gets_the_flash_attention_it_needs(load):

@@ -457,15 +457,13 @@ RINGS = Schedule(64, 4, (LayerMode.ALWAYS,) * 2)
 @pytest.mark.parametrize(
     ("schedule", "extra", "env", "gpu", "chosen"),
     [
-        (WINDOWED, [], {}, False, ["--ubatch-size", "512", "--flash-attn", "on"]),
-        (RINGS, [], {}, False, ["--ubatch-size", "512", "--flash-attn", "off"]),
-        (None, [], {}, False, ["--ubatch-size", "512", "--flash-attn", "off"]),
-        (None, ["-ctv", "q8_0"], {}, False, ["--ubatch-size", "512", "--flash-attn", "on"]),
+        (WINDOWED, [], {}, False, ["--ubatch-size", "512"]),
+        (None, [], {}, False, ["--ubatch-size", "512"]),
         (WINDOWED, [], {}, True, ["--ubatch-size", "1024"]),
         (None, [], {}, True, ["--ubatch-size", "512"]),
-        (RINGS, ["-ngl", "0"], {}, True, ["--ubatch-size", "512", "--flash-attn", "off"]),
-        (WINDOWED, ["-ub", "64", "--flash_attn", "off"], {}, False, []),
-        (WINDOWED, [], {"LLAMA_ARG_UBATCH": "64", "LLAMA_ARG_FLASH_ATTN": "off"}, False, []),
+        (RINGS, ["-ngl", "0"], {}, True, ["--ubatch-size", "512"]),
+        (WINDOWED, ["-ub", "64"], {}, False, []),
+        (WINDOWED, [], {"LLAMA_ARG_UBATCH": "64"}, False, []),
     ],
 )
 def test_it_chooses_as_chat_does(
