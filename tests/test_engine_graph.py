@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stock_graph
-from engine import EngineContext
+from engine import GPU_LAYERS, EngineContext
 from llama_cpp import llama_cpp as C
 from masks import Sched
 from reference_numpy import forward
@@ -163,17 +163,22 @@ with EngineModel(write_tiny_gguf(sys.argv[2]), Sched(512, 100, tuple(map(int, sy
                 ctx.feed(random_tokens(512), seq=1)
 print("done")
 """
+    # With a device's buffer beside the host's, a graph of other nodes than the last is planned anew by the scheduler
+    # (ggml_gallocr_alloc_graph), into the same buffers. This variable takes that for a reallocation.
+    strict = {} if GPU_LAYERS else {"GGML_SCHED_DEBUG_REALLOC": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(HERE), str(tmp_path / "m.gguf"), modes],
-        env=os.environ | {"GGML_SCHED_DEBUG_REALLOC": "1"},
+        env=os.environ | strict,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "done" in done.stdout
-    assert done.stderr.count(", matches expectation") == 3, done.stderr[-2000:]
+    buffers = done.stderr.count("compute buffer size is")
+    assert buffers == done.stderr.count(", matches expectation") >= 3, done.stderr[-2000:]
 
 
+@pytest.mark.skipif(GPU_LAYERS > 0, reason="the digests are of nodes that all run on the CPU")
 @pytest.mark.parametrize("arch", ARCHES)
 def test_without_a_schedule_the_graph_is_upstream_s(tiny_model_factory, arch):
     """Node by node, against digests taken from the unpatched build of the pinned version (`stock_graph.py`)."""

@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from engine import EngineError, assert_close
+from engine import GPU_LAYERS, EngineError, assert_close
 from llama_cpp import llama_cpp as C
 from masks import Sched
 from reference_numpy import NumpyModel
@@ -32,6 +32,7 @@ def ref(schedule) -> NumpyModel:
     return NumpyModel(schedule)
 
 
+@pytest.mark.skipif(GPU_LAYERS > 0, reason="only the CPU backend asks whether to abort")
 @pytest.mark.parametrize("past", [0, 100, 700])
 def test_aborted_call(new_context, schedule, ref, past):
     """The ubatches that were done stay, the one that was not leaves nothing; going on from there is exact."""
