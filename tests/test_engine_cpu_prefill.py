@@ -1,4 +1,4 @@
-"""Flash attention for a tile of query rows and more on the CPU: the op against numpy.
+"""Flash attention for more than eight tokens on the CPU: the op against numpy.
 
 Patch 0015 lets several tiles of 64 queries, of one head or of the heads that share K and V, use a converted tile of
 64 cells. So cases vary what falls into one group: tokens, heads, streams, threads, and what the mask hides of a tile.
@@ -15,6 +15,9 @@ from gguf import GGMLQuantizationType as GT
 EXACT = 1e-10
 
 CASES = {
+    "nine tokens": Case(n_tokens=9, mask=scattered(300, 9, 0.5)),
+    "a tile less one": Case(n_tokens=63, n_head=6, n_head_kv=2, mask=window(300, 63, 100, 10)),
+    "a few tokens of many streams": Case(n_tokens=10, n_stream=5, mask=scattered(300, 10, 0.5, 5)),
     "one tile": Case(n_tokens=64),
     "a tile and one": Case(n_tokens=65),
     "more tiles than share K and V": Case(n_tokens=64 * 5 + 7, n_kv=400),
