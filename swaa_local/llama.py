@@ -52,7 +52,7 @@ class Llama(llama_cpp.Llama):
         `ContextFitWarning` names both, and it is never below 4096). A given number is taken as it is.
     n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and
         `config.default_n_ubatch`.
-    flash_attn: None leaves it to llama.cpp, as its own tools do; a quantized V cache turns it on.
+    flash_attn: None leaves it to llama.cpp, as its own tools do.
     verbose: llama.cpp's log on stderr; off by default, unlike upstream.
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
         may raise to stop; what was evaluated stays in the cache. Not pickled.
@@ -192,8 +192,7 @@ class Llama(llama_cpp.Llama):
         params, on_gpu = self.context_params, wanted_gpu_layers(self.model_params) > 0
         schedule = self.schedule or Schedule.full(1)
         if self._flash_attn is None:
-            needed = params.type_v not in memory.PLAIN_TYPES
-            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_ENABLED if needed else _c.LLAMA_FLASH_ATTN_TYPE_AUTO
+            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO
         if self._said_n_ubatch is None:
             params.n_ubatch = min(params.n_batch, default_n_ubatch(schedule, gpu=on_gpu))
 

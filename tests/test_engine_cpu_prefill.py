@@ -14,9 +14,22 @@ from gguf import GGMLQuantizationType as GT
 
 EXACT = 1e-10
 
+
+def sequences(n: int, n_cells: int) -> np.ndarray:
+    """Each of n tokens sees n_cells of its own."""
+    seen = np.eye(n, dtype=bool).repeat(n_cells, axis=1)
+    return np.where(seen, 0, -np.inf)[None, None].astype(np.float32)
+
+
 CASES = {
     "nine tokens": Case(n_tokens=9, mask=scattered(300, 9, 0.5)),
     "a tile less one": Case(n_tokens=63, n_head=6, n_head_kv=2, mask=window(300, 63, 100, 10)),
+    "a few tokens, f32": Case(n_tokens=12, type_k=GT.F32, type_v=GT.F32, mask=scattered(300, 12, 0.5)),
+    "a few tokens, alibi, softcap, sinks": Case(
+        n_tokens=17, max_bias=8.0, softcap=5.0, sinks=True, mask=scattered(300, 17, 0.5), n_head=6, n_head_kv=3
+    ),
+    "a token of each sequence": Case(n_tokens=20, n_kv=20 * 50, mask=sequences(20, 50)),
+    "some tokens of each sequence": Case(n_tokens=150, n_kv=1000, mask=sequences(10, 100).repeat(15, axis=2)),
     "a few tokens of many streams": Case(n_tokens=10, n_stream=5, mask=scattered(300, 10, 0.5, 5)),
     "one tile": Case(n_tokens=64),
     "a tile and one": Case(n_tokens=65),
@@ -80,6 +93,20 @@ def test_a_tile_of_cells_that_no_token_sees_is_not_read(monkeypatch):
     data.v[:, hidden] = np.nan
     monkeypatch.setattr(flash_op, "inputs", lambda _case: data)
     assert nmse(compute(case), want) < EXACT
+
+
+def test_one_stream_s_values_do_not_reach_another(monkeypatch):
+    """The second sees the last cells only, which are less than a tile: beside them must not be what the first left."""
+    mask = scattered(100, 70, 0.5, 2)
+    mask[0] = 0
+    mask[1, ..., :64] = -np.inf
+    mask[1, ..., 99] = 0
+    case = Case(n_kv=100, n_tokens=70, n_stream=2, mask=mask)
+    want = expected(case)
+    data = flash_op.inputs(case)
+    data.v[0] = np.nan
+    monkeypatch.setattr(flash_op, "inputs", lambda _case: data)
+    assert nmse(compute(case)[1], want[1]) < EXACT
 
 
 def test_threads_do_not_change_a_bit():

@@ -378,7 +378,7 @@ def test_flash_attention_is_llama_cpp_s_choice_unless_said(load, swaa):
         return load(swaa=swaa, **said).context_params.flash_attn_type
 
     assert chosen() == llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-    assert chosen(flash_attn=True) == chosen(type_v=8) == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    assert chosen(flash_attn=True) == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     assert chosen(flash_attn=False) == llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
 
