@@ -27,8 +27,6 @@ _OVERHEAD = 256 * _MIB
 _HEADROOM = 0.1
 
 KV_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
-PLAIN_TYPES = frozenset({0, 1, 30})
-"""Numbers of the KV cache types that are not quantized."""
 
 _GPU, _IGPU = 1, 2  # ggml_backend_dev_type
 

@@ -210,12 +210,10 @@ def default_arguments(
     schedule: Schedule | None, extra: Sequence[str], env: Mapping[str, str], *, gpu: bool
 ) -> list[str]:
     """What `chat` would choose too, where the user said nothing and llama-server would choose otherwise."""
+    if value_of(_N_UBATCH, extra, env) is not None:
+        return []
     gpu = gpu and value_of(_GPU_LAYERS, extra, env) != "0"
-    schedule = schedule or Schedule.full(1)
-    arguments = []
-    if value_of(_N_UBATCH, extra, env) is None:
-        arguments += ["--ubatch-size", str(default_n_ubatch(schedule, gpu=gpu))]
-    return arguments
+    return ["--ubatch-size", str(default_n_ubatch(schedule or Schedule.full(1), gpu=gpu))]
 
 
 def value_of(names: Sequence[str], extra: Sequence[str], env: Mapping[str, str]) -> str | None:

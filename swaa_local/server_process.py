@@ -234,11 +234,10 @@ class ServerProcess:
     def wait(self) -> int:
         """Wait until the server ends; its exit code, 128 + n if signal n ended it."""
         assert self._process is not None
-        while True:
-            # A signal may reach the thread that reads, and its handler runs here: only between two waits.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=_POLL_S)
-                return 128 - code if code < 0 else code
+        # A signal may reach another thread. Its handler runs in this one, which must not wait in one piece.
+        while (code := self._process.poll()) is None:
+            time.sleep(_POLL_S)
+        return 128 - code if code < 0 else code
 
 
 def _end_with_parent() -> None:

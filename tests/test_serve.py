@@ -462,7 +462,7 @@ RINGS = Schedule(64, 4, (LayerMode.ALWAYS,) * 2)
         (WINDOWED, [], {}, True, ["--ubatch-size", "1024"]),
         (None, [], {}, True, ["--ubatch-size", "512"]),
         (RINGS, ["-ngl", "0"], {}, True, ["--ubatch-size", "512"]),
-        (WINDOWED, ["-ub", "64"], {}, False, []),
+        (WINDOWED, ["--ubatch_size", "64"], {}, False, []),
         (WINDOWED, [], {"LLAMA_ARG_UBATCH": "64"}, False, []),
     ],
 )
