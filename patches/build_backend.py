@@ -2,7 +2,7 @@
 
 `build_wheel` makes a patched tree in a temporary folder (source_tree.py), lays this folder's pyproject.toml over it and
 calls scikit-build-core there, so CMAKE_ARGS and config settings mean what they mean for llama-cpp-python. What cannot
-work ends in one sentence on stderr: the patch, the pin or the tool that is at fault.
+work ends in one sentence on stderr: the patch, the pin or the tool that is at fault, or the compiler's first error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from build_output import BuildError, tell, watched
 from source_tree import HERE, SourceError, prepare
 
 Settings = dict[str, list[str] | str] | None
@@ -56,7 +57,7 @@ def _one_sentence(hook: Hook) -> Hook:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return hook(*args, **kwargs)
-        except SourceError as error:
+        except (SourceError, BuildError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
 
@@ -86,9 +87,10 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
     wheels = os.path.abspath(wheel_directory)
     with _build_folder() as folder:
         tree = folder / "llama-cpp-python"
+        tell(f"swaa-local compiles llama.cpp, once, on {_cores()} cores; pip -v and uv -v show how far it is")
         prepare(tree)
         lay_out(tree)
-        with _environment(tree), _chdir(tree):
+        with _environment(tree), _chdir(tree), watched("llama.cpp", folder.with_suffix(".log")):
             return build.build_wheel(wheels, config_settings)
 
 
@@ -188,11 +190,14 @@ def _claim(folder: Path, held: contextlib.ExitStack) -> bool:
     return True
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def _environment(tree: Path) -> Iterator[None]:
     """ccache where present, told that the folder's name means nothing; all cores under make too."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    extra = {"CMAKE_BUILD_PARALLEL_LEVEL": str(cores)}
+    extra = {"CMAKE_BUILD_PARALLEL_LEVEL": str(_cores())}
     if ccache := shutil.which("ccache"):
         extra |= {"CCACHE_BASEDIR": str(tree.parent), "CCACHE_NOHASHDIR": "1"}
         extra |= {f"CMAKE_{language}_COMPILER_LAUNCHER": ccache for language in ("C", "CXX", "CUDA", "HIP")}

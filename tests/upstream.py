@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKEND_FILES = ("build_backend.py", "source_tree.py", "strict_diff.py", "pyproject.toml")
+BACKEND_FILES = ("build_backend.py", "build_output.py", "source_tree.py", "strict_diff.py", "pyproject.toml")
 SDIST_NAME = "llama_cpp_python-0.3.36.tar.gz"
 
 # pip asks a downloaded sdist for its metadata, through the backend that its pyproject.toml names
@@ -39,6 +39,32 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
     ".gitignore": b"lib/\n",
     "lib/ignored.txt": b"git would ignore this\n",
     ".git/config": b"stray\n",
+}
+
+# What makes it build: one library, and the parts of the converter that the wheel carries.
+BUILDABLE: dict[str, bytes] = {
+    "CMakeLists.txt": b"""
+cmake_minimum_required(VERSION 3.21)
+project(llama_cpp C CXX)
+add_library(llama SHARED src/good.cpp src/other.cpp)
+install(TARGETS llama LIBRARY DESTINATION ${SKBUILD_PLATLIB_DIR}/llama_cpp/lib COMPONENT python)
+""",
+    "src/good.cpp": b"int good() { return 0; }\n",
+    "src/other.cpp": b"int other() { return 0; }\n",
+    "llama_cpp/__init__.py": b"",
+    **{
+        f"vendor/llama.cpp/{name}": b"x\n"
+        for name in (
+            "LICENSE",
+            "convert_hf_to_gguf.py",
+            "convert_lora_to_gguf.py",
+            "conversion/base.py",
+            "gguf-py/gguf/__init__.py",
+            "models/templates/one.jinja",
+            "models/ggml-vocab-gpt-neox.gguf",
+            "models/ggml-vocab-llama-spm.gguf",
+        )
+    },
 }
 
 HEADER = "engine: do a thing\n\nWhat: x\n\nWhy: y\n\nTested by: z\n\nCan go when: never\n\n"
@@ -103,8 +129,8 @@ class Project:
         )
 
 
-def make_project(root: Path) -> Project:
-    """Lay out the project below `root`."""
+def make_project(root: Path, files: dict[str, bytes] = FILES) -> Project:
+    """Lay out the project below `root`, with an upstream of these files."""
     (root / "scripts").mkdir(parents=True)
     (root / "patches").mkdir()
     shutil.copy(ROOT / "scripts" / "patches.py", root / "scripts")
@@ -113,5 +139,5 @@ def make_project(root: Path) -> Project:
     (root / "patches" / "series").touch()
     (root / "dist").mkdir()
     project = Project(root, root / "dist" / SDIST_NAME)
-    project.pin(make_sdist(project.sdist))
+    project.pin(make_sdist(project.sdist, files))
     return project
