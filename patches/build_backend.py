@@ -90,7 +90,9 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
         tell(f"swaa-local compiles llama.cpp, once, on {_cores()} cores; pip -v and uv -v show how far it is")
         prepare(tree)
         lay_out(tree)
-        with _environment(tree), _chdir(tree), watched("llama.cpp", folder.with_suffix(".log")):
+        handle, log = tempfile.mkstemp(prefix=f"{folder.name}-", suffix=".log", dir=folder.parent)
+        os.close(handle)
+        with _environment(tree), _chdir(tree), watched("llama.cpp", Path(log)):
             return build.build_wheel(wheels, config_settings)
 
 
