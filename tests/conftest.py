@@ -51,6 +51,16 @@ def tiny_model(tiny_model_factory: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Upstream's sources with the series applied, as the engine is built from them; read only."""
+    from source_tree import prepare
+
+    tree = tmp_path_factory.mktemp("patched") / "tree"
+    prepare(tree)
+    return tree
+
+
+@pytest.fixture(scope="session")
 def engine() -> None:
     """The patched engine; without it every test that needs it fails, for it is a dependency."""
     from engine import MISSING_SYMBOLS

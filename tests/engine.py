@@ -80,6 +80,7 @@ class EngineModel:
         params.kv_overrides = kv
         params.n_gpu_layers = GPU_LAYERS
         with captured_log() as log:
+            C.llama_backend_init()  # loads the backends of a build that has them as modules
             self.ptr = C.llama_model_load_from_file(str(path).encode(), params)
         self.log = "".join(log)
         if not self.ptr:

@@ -25,8 +25,25 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
-def _declare(name: str, result: Any, *args: Any) -> Any:
-    function = getattr(_lib, name)
+class _Symbol(ctypes.Structure):
+    """Dl_info of dlfcn.h."""
+
+    _fields_ = [("file", ctypes.c_char_p), ("base", c_void_p), ("name", ctypes.c_char_p), ("address", c_void_p)]
+
+
+def _cpu_library() -> ctypes.CDLL:
+    """The library of the CPU backend: libllama depends on it, or ggml has chosen one of several for this CPU."""
+    if hasattr(_lib, "ggml_cpu_init"):
+        return _lib
+    _lib.llama_backend_init()
+    _lib.ggml_backend_reg_by_name.restype = c_void_p
+    symbol = _Symbol()
+    assert ctypes.CDLL(None).dladdr(c_void_p(_lib.ggml_backend_reg_by_name(b"CPU")), ctypes.byref(symbol))
+    return ctypes.CDLL(symbol.file.decode())
+
+
+def _declare(name: str, result: Any, *args: Any, library: ctypes.CDLL = _lib) -> Any:
+    function = getattr(library, name)
     function.restype = result
     function.argtypes = args
     return function
@@ -41,8 +58,9 @@ _flash = _declare("ggml_flash_attn_ext", c_void_p, *[c_void_p] * 5, c_float, c_f
 _add_sinks = _declare("ggml_flash_attn_ext_add_sinks", None, c_void_p, c_void_p)
 _new_graph = _declare("ggml_new_graph", c_void_p, c_void_p)
 _expand = _declare("ggml_build_forward_expand", None, c_void_p, c_void_p)
-_compute = _declare("ggml_graph_compute_with_ctx", c_int, c_void_p, c_void_p, c_int)
-_cpu_init = _declare("ggml_cpu_init", None)
+_cpu = _cpu_library()
+_compute = _declare("ggml_graph_compute_with_ctx", c_int, c_void_p, c_void_p, c_int, library=_cpu)
+_cpu_init = _declare("ggml_cpu_init", None, library=_cpu)
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,7 @@ class _Plan(ctypes.Structure):
                 ("abort", c_void_p), ("abort_data", c_void_p), ("use_ref", c_bool)]  # fmt: skip
 
 
-_plan = _declare("ggml_graph_plan", _Plan, c_void_p, c_int, c_void_p)
+_plan = _declare("ggml_graph_plan", _Plan, c_void_p, c_int, c_void_p, library=_cpu)
 
 
 def work_bytes(case: Case, n_threads: int) -> int:
