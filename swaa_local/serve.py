@@ -132,7 +132,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
 
 def server_program() -> Path:
     """llama-server of the installed engine, which lies beside its libraries. Raises `ServeError`."""
-    program = Path(_c._lib._name).parent / "llama-server"
+    program = Path(_c._lib._name).parent / ("llama-server.exe" if os.name == "nt" else "llama-server")
     if not program.is_file():
         raise ServeError(
             f"the installed llama-cpp-python has no server ({program} is missing); {native.REMEDY}, "

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -23,6 +24,7 @@ from fake_hub import FakeHub
 from program import fails, run
 from serving import Running, descendants, is_running, serving, together, wait_until
 
+from swaa_local import serve
 from swaa_local.config import LayerMode, Schedule
 from swaa_local.facts import PROMPT, make_document
 from swaa_local.serve import default_arguments
@@ -440,6 +442,15 @@ def test_an_engine_without_a_server_is_told(tiny_model: Path, tmp_path: Path) ->
     error = fails("serve", tiny_model, LLAMA_CPP_LIB_PATH=str(tmp_path))
     assert "has no server" in error
     assert "pip install ./patches" in error
+
+
+def test_on_windows_the_server_has_a_windows_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve._c, "_lib", SimpleNamespace(_name=str(tmp_path / "llama.dll")))
+    (tmp_path / "llama-server.exe").touch()
+    with monkeypatch.context() as on_windows:
+        on_windows.setattr(serve, "os", SimpleNamespace(name="nt"))
+        found = serve.server_program()
+    assert found == tmp_path / "llama-server.exe"
 
 
 def test_help_tells_both_programs_options() -> None:
