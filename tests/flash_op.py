@@ -6,6 +6,7 @@ The oracle reads the very values that the cache holds (gguf-py's dequantization,
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -159,6 +160,8 @@ class _Plan(ctypes.Structure):
                 ("abort", c_void_p), ("abort_data", c_void_p), ("use_ref", c_bool)]  # fmt: skip
 
 
+# An x86-64 without SSE3: ggml has vectors for nothing less.
+IS_SCALAR = platform.machine() in ("x86_64", "AMD64") and not _declare("ggml_cpu_has_sse3", c_int, library=_cpu)()
 _plan = _declare("ggml_graph_plan", _Plan, c_void_p, c_int, c_void_p, library=_cpu)
 
 

@@ -13,6 +13,7 @@ from flash_op import Case, compute, expected, nmse, scattered, window
 from gguf import GGMLQuantizationType as GT
 
 EXACT = 1e-10
+SUMMED_IN_F16 = 1e-5
 
 
 def sequences(n: int, n_cells: int) -> np.ndarray:
@@ -68,7 +69,9 @@ CASES = {
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_op_is_what_numpy_computes(case, n_threads):
-    assert nmse(compute(case, n_threads), expected(case)) < EXACT
+    """A build without vectors leaves less than a tile of tokens to llama.cpp's own path, which sums F16 in F16."""
+    left_to_upstream = flash_op.IS_SCALAR and case.n_tokens < 64
+    assert nmse(compute(case, n_threads), expected(case)) < (SUMMED_IN_F16 if left_to_upstream else EXACT)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
