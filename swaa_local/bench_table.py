@@ -166,7 +166,7 @@ def as_csv(bench: Bench) -> str:
 
 def as_jsonl(bench: Bench) -> str:
     """The lines of the CSV as objects."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in flat(bench))
+    return "".join(json.dumps(line) + "\n" for line in flat(bench))
 
 
 def flat(bench: Bench) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def as_json(bench: Bench) -> str:
             for g in growth(bench)
         ],
     }
-    return json.dumps(document, indent=2, ensure_ascii=False)
+    return json.dumps(document, indent=2)
 
 
 def _run_settings(bench: Bench) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from swaa_local.bench_figures import decode_rate, prefill_rate
 from swaa_local.bench_plan import Sample, Setting
 from swaa_local.bench_watch import Visit, Watch
 from swaa_local.progress import TimeLeft
-from swaa_local.terminal import TerminalReporter
+from swaa_local.terminal import Console, TerminalReporter
 from swaa_local.units import format_duration
 
 
@@ -26,7 +25,7 @@ class TerminalWatch(Watch):
     """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console()
         self._reporter = TerminalReporter()
         self._time = TimeLeft()
         self._work: list[tuple[str, int]] = []

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from swaa_local.chat_thinking import Piece
+from swaa_local.terminal import Console
 from swaa_local.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Terminal:
     """Writes for one chat. show_thinking may change between replies."""
 
     def __init__(self, *, show_thinking: bool = True) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(soft_wrap=True)
         self.show_thinking = show_thinking
         self._progress: Progress | None = None
         if hasattr(sys.stdout, "reconfigure"):

@@ -7,15 +7,15 @@ The only place that prints and exits. Exit codes: 0 done, 1 an error in one line
 from __future__ import annotations
 
 import functools
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from swaa_local import __version__
+from swaa_local import __version__, streams
 from swaa_local.cli_bench import bench_command
 from swaa_local.cli_eval import demo_command, eval_command
 from swaa_local.cli_serve import serve_command
@@ -34,33 +34,55 @@ class _NobodyReads(Exception):
 class _Program(click.Group):
     """Turns every way to stop into an exit code and at most one line on stderr."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _hidden_from_click():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _hidden_from_click():
             return super().invoke(ctx)
-        except BrokenPipeError as error:
-            raise _NobodyReads from error
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         run: Callable[[], Any] = functools.partial(super().main, *args, **(kwargs | {"standalone_mode": False}))
         if not standalone_mode:
             return run()
+        streams.prepare()
         try:
-            code = run()
-            sys.stdout.flush()
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
-        except (KeyboardInterrupt, click.Abort):
-            code = 130
+            code = _exit_code(run)
         except (BrokenPipeError, _NobodyReads):
-            # Nobody reads on, for instance `| head`. Keep Python's flush at exit quiet too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Nobody reads on, for instance `| head`.
             code = 141
-        except SWAAError as error:
-            code = _fail(str(error))
-        except OSError as error:
-            code = _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-        sys.exit(code if isinstance(code, int) else 0)
+        finally:
+            streams.finish()
+        sys.exit(code)
+
+
+@contextmanager
+def _hidden_from_click() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _NobodyReads from error
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        code = run()
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except SWAAError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except MemoryError:
+        return _fail("out of memory")
+    return code if isinstance(code, int) else 0
 
 
 def _fail(message: str) -> int:
@@ -127,7 +149,7 @@ def inspect_command(
     if as_json:
         import json
 
-        click.echo(json.dumps(as_dict(inspection), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(as_dict(inspection), indent=2))
     else:
         click.echo(report(inspection))
 
@@ -270,6 +292,7 @@ def chat_command(
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option
+    streams.need_stdout()
     from swaa_local.bundled import CHAT_SETTINGS, NOTE, bundled_model
     from swaa_local.chat import ChatOptions, chat
     from swaa_local.chat_session import Settings

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from swaa_local import streams
 from swaa_local.click_types import FILE, Numbers
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, schedule_options
@@ -105,6 +106,7 @@ def bench_command(
     swaa-local bench model.gguf -ub 512,2048 -pg 131072,512 --window 2048 --sinks 100 --full-layers 1::2
     swaa-local bench model.gguf -n 32 -d 2048,32768 --variants "full fa,full nofa,file,file q8_0" -o csv
     """
+    streams.need_stdout()
     from swaa_local.bench import BenchFailed, BenchInterrupted, BenchRequest, bench
     from swaa_local.bench_plot import plot as draw
     from swaa_local.bench_table import as_csv, as_json, as_jsonl, markdown

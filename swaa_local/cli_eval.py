@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from swaa_local import streams
 from swaa_local.click_types import FILE, Numbers
 from swaa_local.engine_options import EngineOptions, engine_options
 
@@ -94,6 +95,7 @@ def eval_command(
     swaa-local eval qwen.gguf --task ruler --length 32768 --variants "full,w2048 k100 fadec,w2048 k100 fadec 1::2"
     swaa-local eval qwen.gguf --dataset longmemeval_24k.parquet --think on -n 100 -o json --plot plot.png
     """
+    streams.need_stdout()
     from swaa_local.bundled import bundled_model
     from swaa_local.eval_plot import plot as draw
     from swaa_local.eval_table import as_csv, as_json, markdown
@@ -156,13 +158,13 @@ def demo_command(
     swaa-local demo
     swaa-local demo --questions 50 --seed 7
     """
-    from rich.console import Console
-
+    streams.need_stdout()
     from swaa_local.bundled import bundled_model
     from swaa_local.demo import run_demo
     from swaa_local.demo_chat import offer_chat
     from swaa_local.demo_view import TerminalView, conclusion, result
     from swaa_local.model_path import find_gguf
+    from swaa_local.terminal import Console
 
     path = bundled_model() if model is None else find_gguf(model)
     with TerminalView() as view:
@@ -171,6 +173,6 @@ def demo_command(
     if isinstance(table, str):
         click.echo(table)
     else:
-        Console(highlight=False).print(table)
+        Console(stderr=False).print(table)
     click.echo(f"\n{conclusion(outcome)}")
     return offer_chat(path, outcome.questions, engine) if may_chat else 0

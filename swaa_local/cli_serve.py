@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from swaa_local import streams
 from swaa_local.options import ScheduleOptions, schedule_options
 
 _EXTRA = "swaa_local.extra"
@@ -149,7 +150,8 @@ def serve_command(
             page = "no web page in this build (that needs Node.js 20 with npm)"
         key = " · needs an API key" if ready.has_key else ""
         reporter.note(f"OpenAI API {ready.url}/v1 · {page}{key} · Ctrl-C ends it")
-        click.echo(ready.url)
+        if streams.stdout_is_open():
+            click.echo(ready.url)
 
     return serve(
         ServeOptions(model, schedule=schedule, extra=ctx.meta[_EXTRA], **options), on_ready=announce, reporter=reporter

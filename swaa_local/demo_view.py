@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +14,7 @@ from swaa_local import facts
 from swaa_local.demo import Asked, Outcome, Row, View
 from swaa_local.scoring import wilson
 from swaa_local.tables import markdown_table
+from swaa_local.terminal import Console
 from swaa_local.units import format_bytes
 
 _ANSWER_WIDTH = 18
@@ -23,7 +24,7 @@ class TerminalView(View):
     """Draws on stderr while it runs. Use as a context manager."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console()
         self._live: Live | None = None
         self._rows: Sequence[Row] = ()
         self._n_questions = 0

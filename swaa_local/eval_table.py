@@ -221,7 +221,7 @@ def as_json(evaluation: Evaluation) -> str:
         }
         for v in evaluation.variants
     ]
-    return json.dumps({"model": evaluation.model, "variants": variants, "results": cells}, indent=2, ensure_ascii=False)
+    return json.dumps({"model": evaluation.model, "variants": variants, "results": cells}, indent=2)
 
 
 def _spelled(accuracy: Accuracy) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
 from swaa_local.eval_watch import Cell, Watch
 from swaa_local.progress import TimeLeft
-from swaa_local.terminal import TerminalReporter
+from swaa_local.terminal import Console, TerminalReporter
 from swaa_local.units import format_duration
 
 
@@ -21,7 +20,7 @@ class TerminalWatch(Watch):
     """Draws on stderr. Use as a context manager, so that the bar goes away whatever happens."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console()
         self._reporter = TerminalReporter()
         self._time = TimeLeft()
         self._left: dict[str, int] = defaultdict(int)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
-from rich.console import Console
+from rich import console as rich_console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,11 +24,21 @@ from rich.progress import (
 from swaa_local.progress import Reporter
 
 
+class Console(rich_console.Console):
+    """rich's, for stderr unless said otherwise. That nobody reads is an error like any other; rich exits with 1."""
+
+    def __init__(self, *, stderr: bool = True, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=soft_wrap)
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class TerminalReporter(Reporter):
     """A bar with ETA on a terminal; one line a step where stderr is a file or a pipe."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console()
 
     def note(self, text: str) -> None:
         self._console.print(text, style="dim", markup=False, soft_wrap=True)
