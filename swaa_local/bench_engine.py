@@ -51,7 +51,7 @@ class BenchModel:
             params = _c.llama_model_default_params()
             params.n_gpu_layers = engine.n_gpu_layers
             params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not shield.raises)
-            self.model = _c.llama_model_load_from_file(str(path).encode(), params)
+            self.model = _c.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ModelLoadError(f"{path}: {log.reason or 'llama.cpp cannot load it'}")
         self.n_layer = int(_c.llama_model_n_layer(self.model))

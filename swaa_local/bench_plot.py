@@ -8,7 +8,7 @@ from typing import Any
 from swaa_local.bench import Bench, BenchError
 from swaa_local.bench_figures import RowFigures, figures
 from swaa_local.bench_plan import Setting
-from swaa_local.plotting import MARKERS, check_plot, make_figure, save_figure
+from swaa_local.plotting import MARKERS, as_title, check_plot, make_figure, save_figure
 from swaa_local.spread import Spread
 
 
@@ -56,7 +56,7 @@ def plot(bench: Bench, path: Path) -> list[Path]:
         ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None), xlim=(0, None))
         ax.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{Path(bench.model.path).name}; medians, bars from least to greatest", fontsize=11)
+    figure.suptitle(f"{as_title(Path(bench.model.path).name)}; medians, bars from least to greatest", fontsize=11)
     save_figure(figure, path)
     return [path]
 

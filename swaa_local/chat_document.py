@@ -6,9 +6,9 @@ import codecs
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from swaa_local.config import SWAAError
+from swaa_local.user_input import printable, read_file, user_path
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -40,12 +40,12 @@ def read_document(path: str) -> Document:
         if sys.stdin is None:
             raise DocumentError("standard input is closed")
         return decode_document("stdin", sys.stdin.buffer.read())
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
-        data = file.read_bytes()
+        data = read_file(file)
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror or error}") from None
-    return decode_document(file.name, data)
+    return decode_document(printable(file.name), data)
 
 
 def decode_document(name: str, data: bytes) -> Document:

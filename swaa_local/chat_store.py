@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from swaa_local.chat_document import Document
 from swaa_local.chat_session import Turn
 from swaa_local.config import SWAAError
+from swaa_local.output_file import place
+from swaa_local.user_input import read_file, require_utf8, user_path
 
 _FORMAT, _VERSION = "swaa-local-chat", 1
 
@@ -36,35 +39,41 @@ class Conversation:
 
 def save_conversation(path: str, conversation: Conversation, *, overwrite: bool = False) -> None:
     """Write a file. Raises `StoreError`, also if it exists and `overwrite` is not set."""
-    target = Path(path).expanduser()
+    target = user_path(path)
+    if target.is_dir():
+        raise StoreError(f"{path} is a directory; name a file in it")
     data = {"format": _FORMAT, "version": _VERSION, **asdict(conversation)}
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", suffix=".part", delete=False
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            dir=target.parent,
+            prefix=".swaa-local-",
+            delete=False,
         ) as part:
             try:
                 json.dump(data, part, ensure_ascii=False, indent=1)
                 part.flush()
                 os.fsync(part.fileno())
-                os.chmod(part.name, 0o666 & ~_umask())
-                if overwrite:
-                    os.replace(part.name, target)
-                else:
-                    os.link(part.name, target)  # unlike a rename, a link never replaces a file
-                    os.unlink(part.name)
+                with suppress(OSError):  # a mount without permissions
+                    os.chmod(part.name, 0o666 & ~_umask())
+                place(Path(part.name), target, overwrite=overwrite)
             except BaseException:
-                os.unlink(part.name)
+                Path(part.name).unlink(missing_ok=True)
                 raise
     except FileExistsError:
         raise StoreError(f"{path} exists; /save -f {path} overwrites it") from None
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a zero byte in the path
+        raise StoreError(f"cannot write {path}: {error}") from None
 
 
 def load_conversation(path: str) -> Conversation:
     """Read a file that `save_conversation` wrote. Raises `StoreError`."""
     try:
-        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        data = json.loads(read_file(user_path(path)))
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -78,7 +87,7 @@ def load_conversation(path: str) -> Conversation:
             turns=tuple(_turn(turn) for turn in data["turns"]),
             system=_text(data["system"]),
             pending=_documents(data["pending"]),
-            model=_text(data["model"]),
+            model=str(data["model"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} is damaged: {error!r}") from None
@@ -98,7 +107,7 @@ def _documents(data: Sequence[Any]) -> tuple[Document, ...]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
-    return value
+    return require_utf8(value, "a text of it")
 
 
 def _umask() -> int:

@@ -17,6 +17,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from swaa_local.chat_thinking import MARKS, open_tag
 from swaa_local.config import SWAAError
 from swaa_local.llama import Llama
+from swaa_local.user_input import require_utf8
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -58,11 +59,15 @@ class ChatTemplate:
         )
 
     def prompt(self, llm: Llama, messages: Sequence[dict[str, Any]], *, think: bool | None = None) -> Prompt:
-        """Render and tokenize. `think` None leaves the choice to the template. Raises `TemplateError`.
+        """Render and tokenize. `think` None leaves the choice to the template. Raises `TemplateError`, and `TextError`
+        for a message that is no UTF-8.
 
         Special tokens that a message's text spells out are taken as text, so that a document about chat templates, or
         one that means harm, does not end its own message.
         """
+        for message in messages:
+            what = "the message" if message["role"] == "user" else f"the {message['role']} message"
+            require_utf8(message["content"], what)
         literals: list[str] = []
         guarded = [m | {k: self._guard(llm, v, literals) for k, v in m.items() if k != "role"} for m in messages]
         switches = {} if think is None else {"enable_thinking": think, "thinking": think}

@@ -19,6 +19,7 @@ from swaa_local import __version__, streams
 from swaa_local.cli_bench import bench_command
 from swaa_local.cli_eval import demo_command, eval_command
 from swaa_local.cli_serve import serve_command
+from swaa_local.click_types import PATH
 from swaa_local.config import KV_TYPES, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, Tokens, schedule_options
@@ -120,7 +121,7 @@ def main() -> None:
 
 
 @main.command("inspect", short_help="Show a schedule, and what it costs and saves.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("-c", "--ctx-size", "n_ctx", type=Tokens(1), help="Context in tokens [the model's, at most 32768].")
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=Tokens(1), default=512, show_default=True)
 @click.option(
@@ -156,7 +157,7 @@ def inspect_command(
 
 @main.command("convert", short_help="Make a GGUF with a schedule from a GGUF, a checkpoint or a hub id.")
 @click.argument("source")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF to write.  [required]")
+@click.option("-o", "--output", type=PATH, help="The GGUF to write.  [required]")
 @click.option(
     "--outtype",
     "out_type",

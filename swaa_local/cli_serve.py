@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import click
 
 from swaa_local import streams
+from swaa_local.click_types import FILE
 from swaa_local.options import ScheduleOptions, schedule_options
 
 _EXTRA = "swaa_local.extra"
@@ -86,7 +86,7 @@ def _server_help(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 )
 @click.option(
     "--api-key-file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     envvar="LLAMA_ARG_API_KEY_FILE",
     metavar="FILE",
     help="API keys, one a line; or set LLAMA_API_KEY.",

@@ -1,13 +1,25 @@
-"""Kinds of values on the command line that several commands take. Knows click alone."""
+"""Kinds of values on the command line that several commands take. Knows click and paths."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-FILE = click.Path(path_type=Path, dir_okay=False)
+from swaa_local.user_input import user_path
+
+
+class _UserPath(click.Path):
+    """click's, with `~` as in the other paths: no shell expands it in --option=~/file, nor in quotes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(user_path(os.fspath(value)), param, ctx)
+
+
+PATH = _UserPath(path_type=Path)
+FILE = _UserPath(path_type=Path, dir_okay=False)
 
 
 class Numbers(click.ParamType):

@@ -6,6 +6,7 @@ Run by quantize.py through child.py. It may be killed at any moment, and llama.c
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ def _quantize(emit: Callable[..., None], source: str, target: str, ftype: int, r
     params.ftype = ftype
     params.nthread = 0
     params.allow_requantize = requantize
-    if c.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)) != 0:
+    if c.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
         emit(error=f"llama.cpp's quantizer stopped: {errors[-1] if errors else 'it gave no reason'}")
         raise SystemExit(1)
 
@@ -66,7 +67,7 @@ def _check(emit: Callable[..., None], path: str) -> None:
         params.no_alloc = True  # the header alone: no tensor is read
         params.n_gpu_layers = 0
         params.load_mode = c.LLAMA_LOAD_MODE_NONE
-        if not c.llama_model_load_from_file(path.encode(), params):
+        if not c.llama_model_load_from_file(os.fsencode(path), params):
             emit(refused=log.reason or "llama.cpp gave no reason")
 
 

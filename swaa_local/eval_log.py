@@ -128,6 +128,8 @@ class EvalLog:
         return "name another file with --results, or remove this one"
 
     def _open(self) -> IO[bytes]:
+        if self.path.exists() and not self.path.is_file():
+            raise EvalLogError(f"{self.path} is not a regular file; {self._way_out}")
         try:
             file = self.path.open("a+b")
         except OSError as error:
@@ -195,7 +197,7 @@ class EvalLog:
         if self._unwritten is not None:
             first, self._unwritten = self._unwritten, None
             self._write(first)
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._file.flush()
 
 

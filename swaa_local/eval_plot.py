@@ -8,7 +8,7 @@ from typing import Any
 
 from swaa_local.eval_table import N_DEPTHS, Accuracy, CellFigures, figures
 from swaa_local.evaluate import Evaluation
-from swaa_local.plotting import MARKERS, check_plot, make_figure, save_figure
+from swaa_local.plotting import MARKERS, as_title, check_plot, make_figure, save_figure
 
 
 def plot(evaluation: Evaluation, path: Path) -> list[Path]:
@@ -61,10 +61,12 @@ def _accuracy_time(cells: Sequence[CellFigures], evaluation: Evaluation) -> Any:
             )
         ax.set(xlabel="seconds an answer (prefill and decode)", ylabel="right, %", ylim=(-4, 108))
         ax.set_xlim(0, 1.15 * max(_point(cell)[0] for cell in group))
-        ax.set_title(f"{task}{'' if length is None else f', {length} tokens'}, n = {group[0].accuracy.n}", fontsize=10)
+        ax.set_title(
+            f"{as_title(task)}{'' if length is None else f', {length} tokens'}, n = {group[0].accuracy.n}", fontsize=10
+        )
         ax.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{evaluation.model}: accuracy and time; bars are 95 % intervals", fontsize=11)
+    figure.suptitle(f"{as_title(evaluation.model)}: accuracy and time; bars are 95 % intervals", fontsize=11)
     return figure
 
 
@@ -100,7 +102,7 @@ def _depth_length(cells: Sequence[CellFigures], model: str) -> Any:
         ax.set_yticks(range(N_DEPTHS), edges if i % n_columns == 0 else [], fontsize=8)
     figure.supxlabel("length, tokens", fontsize=9)
     figure.supylabel("needle depth", fontsize=9)
-    figure.suptitle(f"{model}: right, %", fontsize=11)
+    figure.suptitle(f"{as_title(model)}: right, %", fontsize=11)
     if image is not None:
         figure.colorbar(image, ax=axes, shrink=0.8)
     return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import os
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -41,6 +42,13 @@ __all__ = [
 ]
 
 DEFAULT_N_BATCH = 2048
+
+
+class _Path(str):
+    """Upstream encodes a path as UTF-8, which not every file's name is."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
 
 
 class Llama(llama_cpp.Llama):
@@ -101,7 +109,7 @@ class Llama(llama_cpp.Llama):
         with Shield() as self._loading, engine_log.captured(verbose) as log:
             try:
                 super().__init__(
-                    str(model_path),
+                    _Path(model_path),
                     n_ctx=n_ctx or 0,
                     n_batch=n_batch,
                     n_ubatch=self._said_n_ubatch or n_batch,

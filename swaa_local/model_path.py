@@ -8,6 +8,7 @@ from pathlib import Path
 
 from swaa_local import hub
 from swaa_local.config import SWAAError
+from swaa_local.user_input import user_path
 
 
 class ModelNotFound(SWAAError, ValueError):
@@ -19,7 +20,7 @@ def find_gguf(model: str) -> Path:
 
     Raises `ModelNotFound` or `hub.HubError`, also for a checkpoint, which must be converted first.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_file():
         return path
     if model and path.is_dir():

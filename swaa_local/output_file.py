@@ -42,9 +42,32 @@ def publish(result: Path, output: Path, *, force: bool) -> None:
     """Give the complete result its name. Raises `OutputError` if a file has got it meanwhile."""
     with open(result, "rb") as file:
         os.fsync(file.fileno())
-    if not force and output.exists():
-        raise OutputError(f"{output} has come into being meanwhile; pass --force to replace it")
-    os.replace(result, output)
+    try:
+        place(result, output, overwrite=force)
+    except FileExistsError:
+        raise OutputError(f"{output} has come into being meanwhile; pass --force to replace it") from None
+
+
+def place(result: Path, output: Path, *, overwrite: bool) -> None:
+    """Move a complete file to its name, on the same file system. Raises OSError: FileExistsError if the name is taken,
+    unless `overwrite`."""
+    if overwrite:
+        os.replace(result, output)
+        return
+    try:
+        os.link(result, output)  # unlike a rename, a link never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here, as on FAT and some network mounts: take the name first, and then replace what is ours.
+        os.close(os.open(output, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(result, output)
+        except BaseException:
+            os.unlink(output)
+            raise
+    else:
+        os.unlink(result)
 
 
 @contextmanager

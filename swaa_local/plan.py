@@ -20,6 +20,7 @@ from swaa_local.inspect import describe_schedule
 from swaa_local.output_file import check_output
 from swaa_local.quantize import OutType, parse_out_type, quantized_types
 from swaa_local.units import format_bytes
+from swaa_local.user_input import user_path
 
 _NO_SCHEDULE = "no schedule: the file will run with full attention; --preset or --window adds one"
 
@@ -88,7 +89,7 @@ class Request:
 def make_plan(request: Request) -> Plan:
     """Check everything that can be checked before work begins. Downloads no weights."""
     out_type = parse_out_type(request.out_type) if request.out_type is not None else None
-    path = Path(request.source).expanduser()
+    path = user_path(request.source)
     _check_output(request, path)
     if path.is_dir():
         checkpoint = hf.read_checkpoint(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.config import SWAAError
+from swaa_local.user_input import printable
 
 MARKERS = "osD^vP*X<>"
 FORMATS = (".png", ".svg", ".pdf")
@@ -25,6 +26,11 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise PlotError("plots need matplotlib: pip install 'swaa-local[plot]'") from None
+
+
+def as_title(text: str) -> str:
+    """A name as matplotlib takes it: bytes that are no UTF-8 replaced, and a `$` that begins no formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def make_figure(**kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
 from swaa_local.progress import SILENT, Reporter
 from swaa_local.server_process import Address, ServerProcess
+from swaa_local.user_input import user_path
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
@@ -100,7 +101,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     extra = options.extra
     arguments += default_arguments(schedule, extra, os.environ, gpu=_c.llama_supports_gpu_offload())
     if value_of(_ALIAS, extra, os.environ) is None:
-        arguments += ["--alias", path.stem if path == Path(options.model).expanduser() else options.model]
+        arguments += ["--alias", path.stem if path == user_path(options.model) else options.model]
     if is_bundled(path) and value_of(_TEMPLATE, extra, os.environ) is None:
         arguments += ["--chat-template-file", str(bundled_template())]
     if not options.verbose and value_of(_VERBOSITY, extra, os.environ) is None:

@@ -49,7 +49,8 @@ def prepare() -> None:
 
     A closed descriptor would be given to the next file that is opened, and what libraries print would land in it. So a
     closed stdin becomes an empty one, a closed stderr drops what it gets, and writing to a closed stdout stays an
-    error. No character is an error: what a stream's encoding lacks is escaped, as Python does on stderr.
+    error. No character is an error: what a stream's encoding lacks is escaped, as Python does on stderr, and bytes of
+    stdin that are no text become surrogates, as in the arguments.
     """
     for number, mode in ((_STDIN, os.O_RDONLY), (_STDOUT, os.O_RDONLY), (_STDERR, os.O_WRONLY)):
         try:
@@ -59,6 +60,8 @@ def prepare() -> None:
             os.set_inheritable(number, True)
     if sys.stdin is None:
         sys.stdin = open(_STDIN, encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout = _text(_Results(_STDOUT, "w", closefd=False), like=sys.stdout)
     sys.stderr = _text(_Notes(_STDERR, "w", closefd=False), like=sys.stderr)
 

@@ -1,0 +1,73 @@
+"""What users type or paste: paths, what is found there, and text that may not be UTF-8."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import stat
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from swaa_local.config import SWAAError
+
+_CONTEXT = 20  # characters of a text that show where it goes wrong
+
+
+class TextError(SWAAError, ValueError):
+    """A text with bytes that are no UTF-8; the message names the first one."""
+
+
+def user_path(text: str) -> Path:
+    """A path with `~` or `~user` at its beginning replaced, as a shell does: a name that is nobody's stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def pasted_path(text: str) -> str:
+    """A path as it was typed or as a terminal pastes a dropped file: quoted, with backslashes, or as a file:// address.
+
+    What is there under the name as it stands is meant. Blanks in a typed path need no quotes.
+    """
+    text = text.strip()
+    if os.path.lexists(os.path.expanduser(text)):
+        return text
+    if text.startswith("file://") and (address := urlsplit(text)).netloc in ("", "localhost"):
+        return unquote(address.path, errors="surrogateescape")
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote or a backslash that is part of the name
+        return text
+    return words[0] if len(words) == 1 else text
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file, or of a pipe such as the shell's <(...). Raises OSError, also for a device, which may not end."""
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+                raise OSError(errno.EINVAL, "it is a device, not a file")
+            return file.read()
+    except ValueError as error:  # a zero byte in the path
+        raise OSError(errno.EINVAL, str(error)) from None
+
+
+def require_utf8(text: str, what: str) -> str:
+    """The text. Raises `TextError` if it has what Python makes of bytes that are no UTF-8 (a surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - _CONTEXT) : error.start]
+        place = f"after {before!r}" if before else "at its beginning"
+        code = ord(text[error.start])
+        found = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"the surrogate {code:#x}"
+        raise TextError(
+            f"{what} is not UTF-8: {found} {place}. Set the terminal to UTF-8, or convert the text with iconv; "
+            "a text that is cut must be cut between two characters"
+        ) from None
+    return text
+
+
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode(errors="replace")
