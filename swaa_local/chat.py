@@ -25,6 +25,7 @@ from swaa_local.gguf_meta import read_model_info
 from swaa_local.llama import Llama
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
+from swaa_local.user_input import require_utf8
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
 _STDIN_PATIENCE_S = 1.0
@@ -52,7 +53,10 @@ def chat(options: ChatOptions) -> int:
     terminal = Terminal(show_thinking=not options.settings.hide_thinking)
     interactive = options.message is None and sys.stdin is not None and sys.stdin.isatty()
     documents = [read_document(path) for path in options.files]
+    require_utf8(options.settings.system, "the system message")
     message = options.message
+    if message is not None:
+        require_utf8(message, "the message")
     if not interactive and message is None:
         if "-" in options.files:
             raise ChatError("standard input is the document, so the question must come with -p")
@@ -77,9 +81,9 @@ def chat(options: ChatOptions) -> int:
 
 def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
     try:
-        interrupted = say_reply(session, terminal, session.ask(message))
+        interrupted = say_reply(session, terminal, session.ask(message), conversing=False)
     except PromptTooLong as error:
-        raise ChatError(too_long(error, session)) from None
+        raise ChatError(too_long(error, session, conversing=False)) from None
     return 130 if interrupted else 0
 
 

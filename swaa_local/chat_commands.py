@@ -17,6 +17,7 @@ from swaa_local.chat_store import Conversation, load_conversation, save_conversa
 from swaa_local.chat_thinking import Piece
 from swaa_local.config import LayerMode, Schedule, format_layers
 from swaa_local.units import format_bytes
+from swaa_local.user_input import pasted_path, require_utf8
 
 HELP = """\
 /read PATH        add a text file to your next message
@@ -52,6 +53,8 @@ def run_command(session: Session, line: str, say: Say) -> Outcome:
     if command is None:
         close = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
         hint = f"did you mean /{close[0]}?" if close else "/help lists them"
+        if "/" in name:  # a file that was dropped on the terminal
+            hint = f"to read a file: /read {line}"
         raise ChatError(f"there is no command /{name}; {hint}")
     return command(session, argument.strip(), say) or Outcome()
 
@@ -103,7 +106,7 @@ _MOST = {"top_p": 1.0, "min_p": 1.0, "seed": (1 << 32) - 1}
 
 def _parse_setting(name: str, value: str) -> Any:
     if name == "system":
-        return value
+        return require_utf8(value, "the system message")
     if name == "think" and value == "auto":
         return None
     if name in ("think", "hide_thinking"):
@@ -213,9 +216,7 @@ def _no_argument(name: str, argument: str) -> None:
 
 
 def _path(usage: str, argument: str) -> str:
-    path = argument.strip()
-    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-        path = path[1:-1]
+    path = pasted_path(argument)
     if not path:
         raise ChatError(f"which file? {usage}")
     return path

@@ -25,6 +25,7 @@ from swaa_local.config import SWAAError
 from swaa_local.errors import PromptTooLong
 
 _FENCE = '"""'
+_ROOM = "/save PATH keeps the conversation, and then /clear makes room"
 ReadLine = Callable[[str], str]
 
 
@@ -46,30 +47,60 @@ def converse(session: Session, terminal: Terminal, read_line: ReadLine | None = 
             stopped = True
             terminal.note("Ctrl-C once more leaves, and so do Ctrl-D and /exit")
             continue
+        except Exception as error:
+            if read_line is _plain_line:  # the terminal is gone
+                raise
+            terminal.error(f"{_describe(error)}; going on without line editing")
+            read_line = _plain_line
+            continue
         stopped = False
         try:
-            if message.startswith("/"):
-                outcome = run_command(session, message, terminal.note)
-                if outcome.leave:
-                    return
-                pieces = outcome.reply
-            else:
-                pieces = session.ask(message) if message else None
-            if pieces is not None:
-                stopped = say_reply(session, terminal, pieces)
+            leave, stopped = _respond(session, terminal, message)
+            if leave:
+                return
         except KeyboardInterrupt:
             stopped = True
-        except PromptTooLong as error:
-            terminal.error(too_long(error, session))
-            if session.pending:
-                session.pending = []
-                terminal.note("the documents of this message were put away")
-        except SWAAError as error:
-            terminal.error(str(error))
+        except Exception as error:
+            # A mistake of ours, or of the system. What was said so far must outlive it.
+            terminal.error(_describe(error))
+            if session.turns:
+                terminal.note("the conversation is still here; /save PATH writes it to a file")
 
 
-def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece]) -> bool:
-    """Print a reply and its figures; True if it was interrupted."""
+def _respond(session: Session, terminal: Terminal, message: str) -> tuple[bool, bool]:
+    """Answer a line: whether to leave, and whether the answer was stopped by Ctrl-C."""
+    try:
+        if message.startswith("/"):
+            outcome = run_command(session, message, terminal.note)
+            if outcome.leave:
+                return True, False
+            pieces = outcome.reply
+        else:
+            pieces = session.ask(message) if message else None
+        if pieces is not None:
+            return False, say_reply(session, terminal, pieces, conversing=True)
+    except PromptTooLong as error:
+        terminal.error(too_long(error, session, conversing=True))
+        if session.pending:
+            session.pending = []
+            terminal.note("the documents of this message were put away")
+    except SWAAError as error:
+        terminal.error(str(error))
+    return False, False
+
+
+def _describe(error: Exception) -> str:
+    """What the system says, or what happened in our own terms: there is nothing that the user could do otherwise."""
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"swaa-local has made a mistake, please report it ({type(error).__name__}: {error})"
+
+
+def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, conversing: bool) -> bool:
+    """Print a reply and its figures; True if it was interrupted. conversing: what is advised can be typed, and what
+    the command line says is over."""
     terminal.show_thinking = not session.settings.hide_thinking
     session.llm.on_prefill = terminal.on_prefill
     interrupted = False
@@ -82,23 +113,27 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece]) -> 
     if interrupted:
         terminal.note("stopped" if session.replied else "stopped; the message was taken back")
     elif session.finish == "length":
-        terminal.note(f"stopped after {session.settings.max_tokens} tokens; -n or /set max-tokens allows more")
+        more = "/set max-tokens" if conversing else "-n"
+        terminal.note(f"stopped after {session.settings.max_tokens} tokens; {more} allows more")
     elif session.finish == "context":
-        terminal.note(
-            f"the context of {session.llm.n_ctx()} tokens is full, so the answer is cut; a larger -c holds more"
-        )
+        n_ctx = session.llm.n_ctx()
+        more = _ROOM if conversing else "a larger -c holds more"
+        terminal.note(f"the context of {n_ctx} tokens is full, so the answer is cut; {more}")
     # Without a token nobody knows how much of the prompt was read.
     if session.stats and session.stats.generated_tokens:
         terminal.figures(session.stats, session.llm.kv_bytes)
     return interrupted
 
 
-def too_long(error: PromptTooLong, session: Session) -> str:
-    """The error in the command line's terms."""
-    what = "the file" if session.pending else "it"
+def too_long(error: PromptTooLong, session: Session, *, conversing: bool) -> str:
+    """The error in the command line's terms, or in those of a conversation."""
     trained = session.llm._model.n_ctx_train()
     beyond = f" (the model was trained for {trained})" if error.n_ctx_needed > trained else ""
-    return error.advice("-c {}", what) + beyond
+    if not conversing:
+        return error.advice("-c {}", "the file" if session.pending else "it") + beyond
+    shorten = f"shorten the {'file' if session.pending else 'message'}"
+    room = _ROOM if session.turns else f"{shorten}, or start chat with -c {error.n_ctx_needed}{beyond}"
+    return f"with this message there are {error.n_prompt} tokens but the context is {error.n_ctx}; {room}"
 
 
 def _read_message(read_line: ReadLine) -> str:
@@ -117,11 +152,16 @@ def _read_message(read_line: ReadLine) -> str:
 def _line_editor() -> ReadLine:
     stream = sys.stderr if sys.stderr.isatty() else sys.stdout
     if not stream.isatty():
-        return lambda _prompt: input()
+        return _plain_line
     editor: PromptSession[str] = PromptSession(
         history=_history(), output=create_output(stdout=stream), completer=_Commands(), complete_while_typing=False
     )
     return editor.prompt
+
+
+def _plain_line(prompt: str) -> str:
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 class _Commands(Completer):
@@ -153,14 +193,14 @@ class _QuietFileHistory(FileHistory):
     def store_string(self, string: str) -> None:
         try:
             super().store_string(string)
-        except OSError:
+        except (OSError, UnicodeError):
             return
 
 
 def _history() -> History:
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "swaa-local"
     try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "swaa-local"
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
+    except (OSError, RuntimeError):  # no home
         return InMemoryHistory()
     return _QuietFileHistory(str(state / "chat_history"))

@@ -22,6 +22,8 @@ from swaa_local.errors import ContextFull, PromptTooLong
 from swaa_local.llama import Llama
 from swaa_local.run_stats import RunStats
 
+_INT_MAX = (1 << 31) - 1
+
 
 class ChatError(SWAAError):
     """Something that the conversation does not allow now; the message says what to do."""
@@ -62,6 +64,10 @@ class Settings:
     think: bool | None = None
     hide_thinking: bool = False
     system: str = ""
+
+    def __post_init__(self) -> None:
+        if self.top_k > _INT_MAX:  # ctypes would take a part of it
+            raise ChatError(f"top-k must be at most {_INT_MAX}, not {self.top_k}")
 
     def with_defaults_of(self, metadata: Mapping[str, str], given: Sequence[str] = ()) -> Settings:
         """The sampling that the model's makers recommend in the GGUF, but for the fields `given` by the user.
@@ -201,14 +207,14 @@ class Session:
     def switch(self, full: bool) -> None:
         """Go on with full attention or with the schedule: another context, the same conversation.
 
-        If the new one cannot be made, the old one is restored and the error raised.
+        If the new one cannot be made, or Ctrl-C stops it, the old one is restored and the error raised.
         """
         if full == self.full:
             return
         self.llm.close()
         try:
             self.llm = self._open_llm(full)
-        except SWAAError:
+        except BaseException:
             self.llm = self._open_llm(self.full)
             raise
         self.full = full

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from program import environment
 from scripted import thinker
+
+from swaa_local import Llama
+from swaa_local.chat_repl import converse
+from swaa_local.chat_session import Session, Settings
+from swaa_local.chat_terminal import Terminal
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -159,8 +167,110 @@ def test_ctrl_c_while_reading_takes_the_message_back_and_keeps_what_was_read(tal
 def test_a_document_that_does_not_fit_is_put_away(talk, model, tmp_path):
     (tmp_path / "long.txt").write_text("x" * 3000)
     t = talk(model, "-c", "1024", "--file", tmp_path / "long.txt")
-    t.say("Is it?", "but the context is 1024; pass -c 3584 or shorten the file", "put away")
+    t.say("Is it?", "but the context is 1024; shorten the file, or start chat with -c 3584", "put away")
     t.say("Is it?", "Yes!", "KV")
+
+
+LINES = [
+    b"caf\xe9",  # a terminal in Latin-1
+    "caf\u00e9".encode()[:-1],
+    b"/read ~no-such-user.txt",
+    b"/save ~no-such-user/c.json",
+    b"/load ~no-such-user.json",
+    b"/read \x11\x00x",  # a zero byte, quoted
+    b"/save \x11\x00x",
+    b"/load /dev/zero",
+    b"/read /dev/zero",
+    b"/set system \xe9",
+    b"/\xe9",
+    b"/set top-k 99999999999999999999",
+]
+
+
+def test_no_line_ends_the_conversation(talk, model, tmp_path):
+    t = talk(model)
+    t.say("Is it?", "Yes!", "KV")
+    for line in LINES:
+        os.write(t.child.child_fd, line + b"\r")
+        t.child.expect("UTF-8|cannot|there is no command|must be")
+        t.child.expect(PROMPT)
+    t.say("Is it still there?", "Yes!", "KV")
+    t.say(f"/save {tmp_path / 'c.json'}", "saved 4 messages")
+    history = (tmp_path / "state" / "swaa-local" / "chat_history").read_text()
+    assert "Is it still there?" in history
+
+
+def test_a_name_that_is_no_utf8_can_be_read_and_saved(talk, model, tmp_path):
+    t, name = talk(model), os.fsencode(tmp_path) + b"/caf\xe9"
+    Path(os.fsdecode(name)).write_text("a text")
+    for command, said in ((b"/read ", "6 tokens"), (b"/save -f ", "saved 0 messages"), (b"/load ", "loaded 0")):
+        os.write(t.child.child_fd, command + name + b"\r")
+        t.child.expect(said)
+        t.child.expect(PROMPT)
+
+
+def test_a_dropped_file_is_read(talk, model, tmp_path):
+    (tmp_path / "My File (1).txt").write_text("a text " * 20)
+    t, spelled = talk(model), str(tmp_path).replace(" ", r"\ ") + r"/My\ File\ \(1\).txt"
+    t.say(f"/read {spelled} ", "My File (1).txt: 140 tokens")
+    t.say(f"/read '{tmp_path}/My File (1).txt'", "My File (1).txt: 140 tokens")
+    t.say(f"/save {tmp_path}/my\\ talk.json", "saved 0 messages")
+    assert (tmp_path / "my talk.json").exists()
+    t.say(spelled, "there is no command", "to read a file: /read /")
+
+
+def test_a_mistake_of_ours_does_not_end_it(model, tmp_path, monkeypatch, capsys):
+    """Also when the line editor itself fails: the conversation goes on without it."""
+    session = Session(lambda full: Llama(str(model), n_ctx=1024, n_threads=1), Settings())
+    lines = iter(["Is it?", "/clear", f"/save {tmp_path / 'c.json'}"])
+
+    def read_line(_prompt: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise ZeroDivisionError("in the editor")
+        return line
+
+    monkeypatch.setattr(session, "clear", lambda: 1 / 0)
+    monkeypatch.setattr("builtins.input", _inputs("Is it there?", f"/save -f {tmp_path / 'c.json'}"))
+    with closing(session):
+        converse(session, Terminal(), read_line)
+    errors = capsys.readouterr().err
+    assert "please report it (ZeroDivisionError: division by zero)" in errors
+    assert "the conversation is still here; /save PATH writes it to a file" in errors
+    assert "in the editor); going on without line editing" in errors
+    assert [turn["text"] for turn in json.loads((tmp_path / "c.json").read_text())["turns"]] == [
+        "Is it?",
+        "Yes!",
+        "Is it there?",
+        "Yes!",
+    ]
+
+
+def _inputs(*lines: str) -> Callable[[], str]:
+    """An `input()` that returns these, and then finds the end."""
+    left = list(lines)
+
+    def read() -> str:
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    return read
+
+
+def test_advice_is_what_can_be_typed(talk, model, tmp_path):
+    """-c and -n are for the command line."""
+    t = talk(model)
+    t.say("x" * 600, "Yes!", "KV")
+    shown = t.say("x" * 600, "but the context is 1024; /save PATH keeps the conversation, and then /clear makes room")
+    assert "-c" not in shown
+    t.say("/clear", "cleared")
+    t.say("/set max-tokens 3", "max-tokens 3")
+    assert "-n" not in t.say("Is it?", "stopped after 3 tokens; /set max-tokens allows more")
+
+
+def test_a_full_context_says_how_to_make_room(talk, tiny_model_factory):
+    t = talk(tiny_model_factory(), "-c", "256", "--temp", "0")
+    t.say("hi", "tokens is full, so the answer is cut; /save PATH keeps the conversation, and then /clear makes room")
 
 
 def test_history_is_kept_and_its_loss_is_harmless(talk, model, tmp_path):

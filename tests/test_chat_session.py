@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,10 @@ def test_what_is_no_text_is_refused_with_the_place(tmp_path, data, reason):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DocumentError, match=r"nope\.txt: No such file"):
         read_document(str(tmp_path / "nope.txt"))
+    with pytest.raises(DocumentError, match="it is a device"):
+        read_document("/dev/zero")
+    with pytest.raises(DocumentError, match="null byte"):
+        read_document("a\0b")
     with pytest.raises(DocumentError, match="Is a directory"):
         read_document(str(tmp_path))
 
@@ -428,6 +434,8 @@ def test_settings_are_set(session, line, name, value):
         ("/set temp nan", "temp must be at least 0"),
         ("/set top-p 2", "top-p must be between 0.0 and 1.0"),
         ("/set top-k 1.5", "top-k is a number, not '1.5'"),
+        ("/set top-k 9999999999", "top-k must be at most 2147483647"),
+        ("/set system caf\udce9", "the system message is not UTF-8"),
         ("/set think maybe", "think is on or off or auto"),
         ("/set temperature 1", "there is no setting 'temperature'; they are temp,"),
         ("/sav x", "did you mean /save"),
@@ -439,7 +447,7 @@ def test_settings_are_set(session, line, name, value):
 )
 def test_what_makes_no_sense_changes_nothing(session, line, reason):
     before = session.settings
-    with pytest.raises(ChatError, match=reason):
+    with pytest.raises(SWAAError, match=reason):
         command(session, line)
     assert session.settings == before
 
@@ -497,6 +505,45 @@ def test_nothing_is_overwritten_without_being_asked(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
 
 
+@pytest.fixture
+def no_hard_links(monkeypatch):
+    """A file system such as FAT."""
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def test_saving_needs_no_hard_links(tmp_path, no_hard_links):
+    path = tmp_path / "c.json"
+    save_conversation(str(path), CONVERSATION)
+    assert load_conversation(str(path)) == CONVERSATION
+    path.write_text("precious")
+    with pytest.raises(StoreError, match=r"exists; /save -f .* overwrites it"):
+        save_conversation(str(path), CONVERSATION)
+    assert path.read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
+
+
+@pytest.mark.usefixtures("no_hard_links")
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_cannot_be_completed_there_leaves_nothing(tmp_path, monkeypatch, stop):
+    def fail(*_args):
+        raise stop
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises((StoreError, KeyboardInterrupt)):
+        save_conversation(str(tmp_path / "c.json"), CONVERSATION)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_without_permissions_can_be_saved_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "not permitted")))
+    save_conversation(str(tmp_path / "c.json"), CONVERSATION)
+    assert load_conversation(str(tmp_path / "c.json")) == CONVERSATION
+
+
 def test_a_file_of_nothing_but_brackets_is_an_error(tmp_path):
     (tmp_path / "c.json").write_text("[" * 100_000)
     with pytest.raises(StoreError, match="not a saved conversation"):
@@ -504,8 +551,12 @@ def test_a_file_of_nothing_but_brackets_is_an_error(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
-    with pytest.raises(StoreError, match="cannot write"):
-        save_conversation(str(tmp_path / "no" / "c.json"), CONVERSATION)
+    for place, reason in (("no/c.json", "cannot write"), (".", "is a directory"), ("a\0b", "null byte")):
+        with pytest.raises(StoreError, match=reason):
+            save_conversation(f"{tmp_path}/{place}", CONVERSATION)
+        with pytest.raises(StoreError, match="cannot read"):
+            load_conversation(f"{tmp_path}/{place}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -516,6 +567,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
         (lambda d: d.pop("turns"), "damaged"),
         (lambda d: d["turns"][0].update(role="robot"), "damaged"),
         (lambda d: d["turns"][0].update(text=7), "damaged"),
+        (lambda d: d["turns"][0].update(text="\ud83d"), "damaged.*not UTF-8"),
     ],
 )
 def test_a_damaged_file_is_refused_and_the_conversation_stays(session, tmp_path, change, reason):
