@@ -106,7 +106,8 @@ def choose(listing: HubListing) -> HubModel:
     Without a file: the checkpoint if there is one, else the only GGUF.
     """
     hub_id, names = listing.hub_id, list(listing.sizes)
-    ggufs = [name for name in names if name.endswith(".gguf") and not PurePosixPath(name).name.startswith("mmproj")]
+    # A projector for images goes with a model and is none: mmproj-F16.gguf, name.mmproj-Q8_0.gguf, name-MMPROJ.gguf.
+    ggufs = [name for name in names if name.endswith(".gguf") and "mmproj" not in PurePosixPath(name).name.lower()]
     if hub_id.file is not None:
         return HubModel(listing, *_one_gguf(hub_id, names, ggufs))
     files = tuple(iter_weight_names(names))

@@ -26,7 +26,7 @@ CONFIG = json.dumps({"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers":
 def hub(tiny_model) -> Iterator[FakeHub]:
     model = tiny_model.read_bytes()
     repos = {
-        "org/one": {"README.md": b"hello", "one.gguf": model, "mmproj-one.gguf": b"x"},
+        "org/one": {"README.md": b"hello", "one.gguf": model, "mmproj-one.gguf": b"x", "one.mmproj-F16.gguf": b"x"},
         "org/many": {"many-Q4_K_M.gguf": b"", "many-Q8_0.gguf": model, "sub/many-Q6_K.gguf": b""},
         "org/split": {"s-00001-of-00002.gguf": b"", "s-00002-of-00002.gguf": b""},
         "org/hf": {"config.json": CONFIG, "model.safetensors": bytes(1000), "hf.gguf": model, "original/w.bin": b""},
@@ -68,6 +68,7 @@ def test_a_file_is_named_by_name_or_type(hub, env, tmp_path, name):
         ("org/many", "holds 3 GGUF files; name one, as in org/many:many-Q4_K_M.gguf"),
         ("org/many:Q5_0", "'Q5_0' is not in the repository; its GGUF files are many-Q4_K_M.gguf, many-Q8_0.gguf"),
         ("org/many:many", "'many' matches several files"),
+        ("org/one:F16", "'F16' is not in the repository; its GGUF files are one.gguf"),
         ("org/split:s", "is part of a split model"),
         ("org/one:README.md", "README.md is not a GGUF file"),
         ("org/nothing", "holds neither a checkpoint (config.json and weights) nor a GGUF"),
