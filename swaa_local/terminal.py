@@ -16,10 +16,13 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from swaa_local.progress import Reporter
 
@@ -32,6 +35,13 @@ class Console(rich_console.Console):
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class _Count(MofNCompleteColumn):
+    """Done of total, once a total is known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
 
 
 class TerminalReporter(Reporter):
@@ -50,8 +60,9 @@ class TerminalReporter(Reporter):
             yield lambda done, total=None: None
             return
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
-        columns += [DownloadColumn(), TransferSpeedColumn()] if is_bytes else [MofNCompleteColumn()]
-        with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
+        columns += [DownloadColumn(), TransferSpeedColumn()] if is_bytes else [_Count()]
+        columns += [TimeElapsedColumn() if total is None else TimeRemainingColumn()]
+        with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(label, total=total)
 
             def update(done: int, total: int | None = None) -> None:
@@ -59,4 +70,8 @@ class TerminalReporter(Reporter):
                 if total is not None:
                     progress.update(task, total=total)
 
-            yield update
+            try:
+                yield update
+            finally:
+                if progress.tasks[0].total is None:
+                    progress.remove_task(task)  # it was a sign of life, and what it did is done
