@@ -13,6 +13,7 @@ from typing import Any
 from swaa_local.bench import Bench, describe_probe
 from swaa_local.bench_figures import RowFigures, figures, growth
 from swaa_local.bench_plan import Row, Setting
+from swaa_local.printable import printable, printable_json
 from swaa_local.spread import Spread
 from swaa_local.tables import markdown_table
 from swaa_local.units import format_bytes, format_count
@@ -100,7 +101,7 @@ def _notes(bench: Bench) -> list[str]:
     plural = "s" * (counts[-1] > 1)
     caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
     lines = [
-        f"{Path(model.path).name} ({model.description}), {format_bytes(model.size_bytes)}, "
+        f"{printable(Path(model.path).name)} ({printable(model.description)}), {format_bytes(model.size_bytes)}, "
         f"{format_count(model.n_params)} parameters; {where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, "
         f"n_ubatch {batches}; KV cache {caches}; llama-cpp-python {machine.engine}.",
         f"Medians of {n} interleaved repetition{plural}{spread}. Ratios are taken within each "
@@ -155,7 +156,10 @@ def as_csv(bench: Bench) -> str:
     """A flat line for each row, with all settings, as llama-bench prints them."""
     out = io.StringIO()
     lines = [
-        {key: json.dumps(value) if isinstance(value, list) else value for key, value in line.items()}
+        {
+            key: json.dumps(value) if isinstance(value, list) else printable(value) if isinstance(value, str) else value
+            for key, value in line.items()
+        }
         for line in flat(bench)
     ]
     writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
@@ -166,7 +170,7 @@ def as_csv(bench: Bench) -> str:
 
 def as_jsonl(bench: Bench) -> str:
     """The lines of the CSV as objects."""
-    return "".join(json.dumps(line) + "\n" for line in flat(bench))
+    return "".join(printable_json(line) + "\n" for line in flat(bench))
 
 
 def flat(bench: Bench) -> list[dict[str, Any]]:
@@ -196,7 +200,7 @@ def as_json(bench: Bench) -> str:
             for g in growth(bench)
         ],
     }
-    return json.dumps(document, indent=2)
+    return printable_json(document, indent=2)
 
 
 def _run_settings(bench: Bench) -> dict[str, Any]:

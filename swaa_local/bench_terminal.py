@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from swaa_local.bench_figures import decode_rate, prefill_rate
 from swaa_local.bench_plan import Sample, Setting
 from swaa_local.bench_watch import Visit, Watch
+from swaa_local.printable import printable
 from swaa_local.progress import TimeLeft
 from swaa_local.terminal import Console, TerminalReporter
 from swaa_local.units import format_duration
@@ -46,7 +48,7 @@ class TerminalWatch(Watch):
     @contextmanager
     def loading(self, name: str) -> Iterator[None]:
         if self.console.is_terminal:
-            with self.console.status(f"loading {name}"):
+            with self.console.status(Text(printable(f"loading {name}"))):
                 yield
         else:
             yield

@@ -202,7 +202,8 @@ def _load(session: Session, argument: str, say: Say) -> None:
 
 
 def _help(_session: Session, _argument: str, say: Say) -> None:
-    say(HELP)
+    for line in HELP.splitlines():
+        say(line)
 
 
 def _exit(_session: Session, argument: str, _say: Say) -> Outcome:

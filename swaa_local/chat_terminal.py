@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from swaa_local.chat_thinking import Piece
+from swaa_local.printable import printable
 from swaa_local.terminal import Console
 from swaa_local.units import format_bytes
 
@@ -44,16 +45,16 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """A line beside the conversation."""
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(printable(text), style="dim"))
 
     def error(self, text: str) -> None:
-        self.console.print(Text(" ".join(text.split()), style="red"))
+        self.console.print(Text(printable(" ".join(text.split())), style="red"))
 
     def loading(self, name: str) -> AbstractContextManager[object]:
         """A spinner while a model loads."""
         if not self.console.is_terminal:
             return nullcontext()
-        return self.console.status(Text(f"loading {name}", style="dim"), spinner_style="dim")
+        return self.console.status(Text(printable(f"loading {name}"), style="dim"), spinner_style="dim")
 
     # Progress of a prefill, as `Llama.on_prefill` takes it.
 

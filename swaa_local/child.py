@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from swaa_local.config import SWAAError
+from swaa_local.printable import printable_lines
 
 Event = dict[str, Any]
 
@@ -121,7 +122,7 @@ def _read_log(stream: IO[bytes], tail: deque[str], echo: bool) -> None:
         if text:
             tail.append(text)
         if echo:
-            print(text, file=sys.stderr, flush=True)
+            print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def _how(code: int, tail: deque[str]) -> str:

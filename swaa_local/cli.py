@@ -7,6 +7,7 @@ The only place that prints and exits. Exit codes: 0 done, 1 an error in one line
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from swaa_local.config import KV_TYPES, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
 from swaa_local.options import ScheduleOptions, Tokens, schedule_options
 from swaa_local.presets import PRESETS
+from swaa_local.printable import printable, printable_json, printable_lines
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -71,7 +73,9 @@ def _exit_code(run: Callable[[], Any]) -> int:
         code = run()
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(printable_lines(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return 130
@@ -87,7 +91,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
 
 
 def _fail(message: str) -> int:
-    click.echo(f"swaa-local: error: {' '.join(message.split())}", err=True)
+    click.echo(f"swaa-local: error: {printable(' '.join(message.split()))}", err=True)
     return 1
 
 
@@ -148,9 +152,7 @@ def inspect_command(
 
     inspection = inspect_gguf(file, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=cache_type_k, type_v=cache_type_v)
     if as_json:
-        import json
-
-        click.echo(json.dumps(as_dict(inspection), indent=2))
+        click.echo(printable_json(as_dict(inspection), indent=2))
     else:
         click.echo(report(inspection))
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from swaa_local import facts
 from swaa_local.demo import Asked, Outcome, Row, View
+from swaa_local.printable import printable
 from swaa_local.scoring import wilson
 from swaa_local.tables import markdown_table
 from swaa_local.terminal import Console
@@ -80,7 +81,7 @@ class TerminalView(View):
         self._stop()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        self.console.print(printable(text), style="dim", markup=False, soft_wrap=True)
 
     def _refresh(self) -> None:
         if self._live is not None:
@@ -113,7 +114,7 @@ class TerminalView(View):
 
 def _answer_text(row: Row) -> Text:
     verdict = row.verdicts[-1]
-    shown = " ".join(verdict.answer.split())
+    shown = printable(" ".join(verdict.answer.split()))
     shown = shown if len(shown) < _ANSWER_WIDTH else f"{shown[: _ANSWER_WIDTH - 4]}..."
     return Text(f"{'✓' if verdict.correct else '✗'} {shown}", style="green" if verdict.correct else "red")
 
@@ -155,7 +156,8 @@ def result(outcome: Outcome) -> RenderableType | str:
 
 def _plain(row: Row) -> str:
     verdict = row.verdicts[-1]
-    return f"{' '.join(verdict.answer.split())[:_ANSWER_WIDTH]} {'(right)' if verdict.correct else '(wrong)'}"
+    shown = printable(" ".join(verdict.answer.split()))
+    return f"{shown[:_ANSWER_WIDTH]} {'(right)' if verdict.correct else '(wrong)'}"
 
 
 def conclusion(outcome: Outcome) -> str:

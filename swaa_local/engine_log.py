@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 from llama_cpp import llama_cpp as _c
 
+from swaa_local.printable import printable
+
 _ERROR, _CONTINUED = 4, 5  # ggml_log_level of ggml.h
 
 # Lines that say that something failed, without why: "llama_model_load_from_file_impl: failed to load model".
@@ -98,7 +100,13 @@ class _Tap:
         if capture:
             capture.receive(level, text.decode("utf-8", errors="replace"))
         if self._previous and (capture is None or capture.verbose):
-            self._previous(level, text, self._user_data)
+            self._previous(level, _fit(text), self._user_data)
+
+
+def _fit(text: bytes) -> bytes:
+    """A piece of the log as it may go on: it holds values of the file, and ends a line at its own end alone."""
+    body = text.rstrip(b"\n")
+    return printable(body.decode("utf-8", errors="replace")).encode() + text[len(body) :]
 
 
 _tap = _Tap()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
@@ -17,6 +16,7 @@ from typing import Any
 from swaa_local.eval_log import AnswerRecord, QuestionRecord
 from swaa_local.eval_watch import Cell
 from swaa_local.evaluate import Evaluation
+from swaa_local.printable import printable, printable_json
 from swaa_local.scoring import wilson
 from swaa_local.tables import markdown_table
 from swaa_local.units import format_bytes
@@ -134,7 +134,7 @@ def markdown(evaluation: Evaluation) -> str:
         if any(depth for cell in group for depth in cell.depths):
             parts.append(_depth_table(group))
     metrics = dict.fromkeys(cell.metric for cell in cells)
-    notes = [f"Model {evaluation.model}. Intervals are 95 %. Times are of one question, the median."]
+    notes = [f"Model {printable(evaluation.model)}. Intervals are 95 %. Times are of one question, the median."]
     notes += [_NOTES[metric] for metric in metrics]
     if any(cell.beyond for cell in cells):
         notes.append("beyond: right where the needle is further from the end than the variant's window.")
@@ -188,14 +188,14 @@ def as_csv(evaluation: Evaluation) -> str:
     writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for cell in figures(evaluation):
-        row: dict[str, Any] = asdict(cell) | {"length": cell.length or ""}
+        name = {"variant": printable(cell.variant), "task": printable(cell.task), "length": cell.length or ""}
+        row: dict[str, Any] = asdict(cell) | name
         if cell.beyond:
             row |= {"beyond_n": cell.beyond.n, "beyond_right": cell.beyond.right}
         writer.writerow(row | _spelled(cell.accuracy))
         for i, depth in enumerate(cell.depths):
             if depth:
                 place = {"depth_from": i / N_DEPTHS, "depth_to": (i + 1) / N_DEPTHS}
-                name = {"variant": cell.variant, "task": cell.task, "length": row["length"]}
                 writer.writerow(name | place | _spelled(depth))
     return out.getvalue()
 
@@ -221,7 +221,7 @@ def as_json(evaluation: Evaluation) -> str:
         }
         for v in evaluation.variants
     ]
-    return json.dumps({"model": evaluation.model, "variants": variants, "results": cells}, indent=2)
+    return printable_json({"model": evaluation.model, "variants": variants, "results": cells}, indent=2)
 
 
 def _spelled(accuracy: Accuracy) -> dict[str, Any]:

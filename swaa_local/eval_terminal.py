@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
 from swaa_local.eval_watch import Cell, Watch
+from swaa_local.printable import printable
 from swaa_local.progress import TimeLeft
 from swaa_local.terminal import Console, TerminalReporter
 from swaa_local.units import format_duration
@@ -84,7 +85,9 @@ class TerminalWatch(Watch):
         if self._progress:
             size = "" if question.length is None else f" {question.length}"
             self._progress.update(
-                self._progress.task_ids[0], description=f"{variant} · {question.task}{size}", counts=self._counts()
+                self._progress.task_ids[0],
+                description=printable(f"{variant} · {question.task}{size}"),
+                counts=self._counts(),
             )
 
     def on_prefill(self, done: int, total: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from swaa_local.config import LayerMode, Schedule, SWAAError, compact_layers, full_cells, kv_bytes
 from swaa_local.gguf_file import GGUFFile
 from swaa_local.gguf_meta import ModelInfo, model_info_of, schedule_of
+from swaa_local.printable import printable
 from swaa_local.units import format_bytes, format_count
 
 LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "p", LayerMode.ALWAYS: "w"}
@@ -119,8 +120,9 @@ def report(inspection: Inspection) -> str:
     """The inspection as text for people."""
     model, schedule = inspection.model, inspection.schedule
     lines = [
-        f"file       {inspection.path} ({format_bytes(model.file_bytes)}, {model.file_type})",
-        f"model      {model.name or 'unnamed'}, {model.architecture}, {format_count(model.n_params)} parameters",
+        f"file       {printable(inspection.path)} ({format_bytes(model.file_bytes)}, {model.file_type})",
+        f"model      {printable(model.name or 'unnamed')}, {printable(model.architecture)}, "
+        f"{format_count(model.n_params)} parameters",
         f"layers     {model.n_layer}, {_heads(model)}",
         f"trained to {model.n_ctx_train if model.n_ctx_train is not None else 'an unknown number of'} tokens",
     ]
@@ -155,7 +157,7 @@ def _costs(inspection: Inspection, full: Cost) -> list[str]:
         ("decode: keys read for one token", "decode_keys", format_count),
     ):
         before, after = getattr(full, field), getattr(scheduled or full, field)
-        rows.append([label, show(before), show(after), f"{1 - after / before:.0%}"])
+        rows.append([label, show(before), show(after), f"{1 - after / before:.0%}" if before else "-"])
     if scheduled is None:
         rows = [row[:2] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

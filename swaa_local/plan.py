@@ -18,6 +18,7 @@ from swaa_local.gguf_file import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.gguf_meta import ModelInfo, has_schedule_keys, model_info_of, schedule_of
 from swaa_local.inspect import describe_schedule
 from swaa_local.output_file import check_output
+from swaa_local.printable import printable
 from swaa_local.quantize import OutType, parse_out_type, quantized_types
 from swaa_local.units import format_bytes
 from swaa_local.user_input import user_path
@@ -313,8 +314,8 @@ def describe_plan(plan: Plan) -> str:
     """The plan as text."""
     depth = f", {plan.n_layer} layers" if plan.n_layer is not None else ""
     lines = [
-        f"source    {plan.source} ({'GGUF' if plan.kind == 'gguf' else 'checkpoint'})",
-        f"model     {plan.architecture or 'known after the download'}{depth}",
+        f"source    {printable(plan.source)} ({'GGUF' if plan.kind == 'gguf' else 'checkpoint'})",
+        f"model     {printable(plan.architecture or 'known after the download')}{depth}",
     ]
     if plan.schedule is not None:
         first, *rest = describe_schedule(plan.schedule)
@@ -323,12 +324,12 @@ def describe_plan(plan: Plan) -> str:
         unknown = plan.architecture is None
         lines.append(f"schedule  {'known after the download' if unknown else 'none'}")
     if plan.download is not None:
-        target = hub.cache_folder(plan.download.listing.hub_id)
+        target = printable(hub.cache_folder(plan.download.listing.hub_id))
         n_files = len(plan.download.files)
         lines.append(f"download  {plan.download.told_size} in {n_files} file{'s' * (n_files > 1)} to {target}")
-    lines += [f"{'steps' if i == 0 else '':<10}{i + 1}. {step}" for i, step in enumerate(plan.steps)]
+    lines += [f"{'steps' if i == 0 else '':<10}{i + 1}. {printable(step)}" for i, step in enumerate(plan.steps)]
     exact = plan.out_type is None and plan.kind == "gguf" and plan.download is None
     size = f"{'' if exact else 'about '}{format_bytes(plan.output_bytes)}"
     extra = f", and about {format_bytes(plan.temporary_bytes)} beside it for a while" if plan.temporary_bytes else ""
-    lines.append(f"output    {plan.output} ({size}{extra})")
-    return "\n".join([*lines, *(f"note      {note}" for note in plan.notes)])
+    lines.append(f"output    {printable(plan.output)} ({size}{extra})")
+    return "\n".join([*lines, *(f"note      {printable(note)}" for note in plan.notes)])

@@ -24,6 +24,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from swaa_local.config import SWAAError
+from swaa_local.printable import printable_lines
 
 _POLL_S = 0.1
 _REQUEST_S = 5.0
@@ -190,7 +191,7 @@ class ServerProcess:
         for line in stream:
             text = line.decode(errors="replace").rstrip()
             if self._echo or self._ready:
-                print(text, file=sys.stderr, flush=True)
+                print(printable_lines(text), file=sys.stderr, flush=True)
             if text and not self._ready:
                 self._tail.append(text)
 
@@ -214,7 +215,7 @@ class ServerProcess:
                     break
         self._ready = True
         while self._tail and not self._echo:
-            print(self._tail.popleft(), file=sys.stderr, flush=True)
+            print(printable_lines(self._tail.popleft()), file=sys.stderr, flush=True)
         return True
 
     def _fail(self) -> None:
@@ -225,7 +226,7 @@ class ServerProcess:
         reason = next((line for line in said if _ERROR.match(line)), said[-1] if said else "")
         for line in said:
             if line != reason and not self._echo:
-                print(line, file=sys.stderr)
+                print(printable_lines(line), file=sys.stderr)
         code = self._process.returncode
         how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
         why = _ERROR.sub("", reason) if reason else "it gave no reason; -v shows its log"

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from swaa_local.printable import printable
 from swaa_local.progress import Reporter
 
 
@@ -51,7 +52,7 @@ class TerminalReporter(Reporter):
         self._console = Console()
 
     def note(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, soft_wrap=True)
+        self._console.print(printable(text), style="dim", markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, label: str, total: int | None = None, *, is_bytes: bool = False) -> Iterator[Callable[..., None]]:
@@ -59,11 +60,11 @@ class TerminalReporter(Reporter):
             self.note(f"{label} ...")
             yield lambda done, total=None: None
             return
-        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         columns += [DownloadColumn(), TransferSpeedColumn()] if is_bytes else [_Count()]
         columns += [TimeElapsedColumn() if total is None else TimeRemainingColumn()]
         with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(label, total=total)
+            task = progress.add_task(printable(label), total=total)
 
             def update(done: int, total: int | None = None) -> None:
                 progress.update(task, completed=done)
