@@ -1,4 +1,4 @@
-"""How long a context is where the user does not say: the model's own length, or what the memory holds.
+"""How long a context is: as the user says, if there is memory for it, and else as the model says or the memory allows.
 
 Works on llama.cpp's parameter structs. Sizes are in `memory`; `llama` knows the moment, between model and context.
 """
@@ -12,33 +12,60 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local import memory
 from swaa_local.config import Schedule
+from swaa_local.gguf_meta import read_model_info
 
 
 class ContextFitWarning(UserWarning):
     """The model's own context does not fit the memory, so a shorter one was made."""
 
 
-def wanted_gpu_layers(model_params: Any) -> int:
-    """Layers that go to the GPU, as far as there are so many; 0 for a build without one."""
-    wanted: int = model_params.n_gpu_layers if _c.llama_supports_gpu_offload() else 0
-    return (1 << 30) if wanted < 0 else wanted
+class TrainedLengthWarning(UserWarning):
+    """The context is longer than what the model was trained on; beyond that, answers get worse or meaningless."""
 
 
-def fitting_n_ctx(
-    model: Any, schedule: Schedule | None, params: Any, model_params: Any, *, n_ubatch: int, logits_all: bool
+def beyond_training(n_tokens: int, n_ctx_train: int | None) -> str | None:
+    """What to tell a user who asks for more tokens than the model was trained on; None if it was trained on as many."""
+    if not n_ctx_train or n_tokens <= n_ctx_train:
+        return None
+    return f"{n_tokens} tokens are more than the {n_ctx_train} that the model was trained on"
+
+
+def gpu_layers(n_gpu_layers: int) -> int:
+    """Layers that go to the GPU of those wanted, as far as there are so many; 0 for a build or machine without one."""
+    if not _c.llama_supports_gpu_offload():
+        return 0
+    return (1 << 30) if n_gpu_layers < 0 else n_gpu_layers
+
+
+def choose_n_ctx(
+    model: Any,
+    n_ctx: int,
+    schedule: Schedule | None,
+    params: Any,
+    model_params: Any,
+    *,
+    logits_all: bool,
 ) -> int:
-    """The model's own context in tokens, or with a `ContextFitWarning` the longest that the free memory holds.
+    """Tokens of the context to be made: n_ctx, or for 0 the model's own, or the longest that the free memory holds.
 
-    model: llama_cpp's `LlamaModel`. To be called from the setter that upstream's constructor calls: the warning names
-    the line that made the `Llama`.
+    model: llama_cpp's `LlamaModel`. params: the `llama_context_params` to be, but for n_ctx. Warns with
+    `ContextFitWarning` of a shorter context than the model's, and with `TrainedLengthWarning` of a longer one. Raises
+    `ContextTooLarge`. To be called from the setter that upstream's constructor calls: the warnings name the line that
+    made the `Llama`.
     """
     n_ctx_train: int = model.n_ctx_train()
+    if n_ctx:
+        check_memory(model, n_ctx, schedule, params, model_params)
+        scaled = params.rope_freq_base or params.rope_freq_scale or params.rope_scaling_type > 0
+        if not scaled and (said := beyond_training(n_ctx, n_ctx_train)):
+            warnings.warn(said, TrainedLengthWarning, stacklevel=5)
+        return n_ctx
     n_ctx = memory.longest_n_ctx(
         model.model,
         schedule,
         params,
-        n_ubatch=n_ubatch,
-        n_gpu_layers=wanted_gpu_layers(model_params),
+        n_ubatch=params.n_ubatch,
+        n_gpu_layers=gpu_layers(model_params.n_gpu_layers),
         logits_all=logits_all,
         mapped=model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE,
     )
@@ -50,3 +77,23 @@ def fitting_n_ctx(
             stacklevel=5,
         )
     return n_ctx
+
+
+def check_memory(model: Any, n_ctx: int, schedule: Schedule | None, params: Any, model_params: Any) -> None:
+    """Raise `ContextTooLarge` for a context that the host's memory cannot hold. Arguments as in `choose_n_ctx`."""
+    most = memory.most_host_bytes()
+    on_gpu = gpu_layers(model_params.n_gpu_layers) if params.offload_kqv else 0
+    cost = memory.context_cost(
+        model.model, schedule, params, n_ubatch=params.n_ubatch, n_gpu_layers=on_gpu, logits_all=False
+    )
+    # The header tells more of the model's cache than the engine does, but takes a moment to read.
+    if most is not None and cost.host_kv(n_ctx) > most:
+        memory.check_fits(
+            read_model_info(model.path_model),
+            schedule,
+            n_ctx,
+            n_ubatch=params.n_ubatch,
+            type_k=cost.type_k,
+            type_v=cost.type_v,
+            n_gpu_layers=on_gpu,
+        )

@@ -6,12 +6,31 @@ Those of files and schedules are in `config` and `gguf_meta`.
 from __future__ import annotations
 
 from swaa_local.config import CELL_PADDING, SWAAError
+from swaa_local.units import format_bytes
 
 _ROOM_TO_ANSWER = 512  # tokens
 
 
 class ModelLoadError(SWAAError, ValueError):
     """llama.cpp refused the model or the context; the message is its own reason."""
+
+
+class ContextTooLarge(ModelLoadError):
+    """A context that was asked for needs more memory than this machine can give. Nothing was allocated for it.
+
+    needed_bytes: of the host, for the KV cache alone. free_bytes: what can be had. n_ctx_fits: tokens that would fit.
+    """
+
+    def __init__(self, n_ctx: int, needed_bytes: int, free_bytes: int, n_ctx_fits: int) -> None:
+        self.n_ctx, self.needed_bytes, self.free_bytes, self.n_ctx_fits = n_ctx, needed_bytes, free_bytes, n_ctx_fits
+        super().__init__(n_ctx, needed_bytes, free_bytes, n_ctx_fits)
+
+    def __str__(self) -> str:
+        less = f"ask for at most {self.n_ctx_fits} tokens" if self.n_ctx_fits else "free some memory"
+        return (
+            f"a context of {self.n_ctx} tokens needs a KV cache of {format_bytes(self.needed_bytes)}, and at most "
+            f"{format_bytes(self.free_bytes)} of memory can be had; {less}, or take a smaller cache type, such as q8_0"
+        )
 
 
 class PromptTooLong(SWAAError, ValueError):
@@ -63,3 +82,32 @@ class TextTooLong(SWAAError, ValueError):
             f"text is {n_tokens} tokens but a batch is {n_batch}; pass n_batch={n_tokens} and n_ubatch={n_tokens}, or "
             "truncate=True to embed its beginning"
         )
+
+
+class ClosedError(SWAAError, RuntimeError):
+    """The engine is needed, and `close()` has freed it."""
+
+    def __init__(self) -> None:
+        super().__init__("this Llama is closed")
+
+
+class BusyError(SWAAError, RuntimeError):
+    """Another thread's call runs, or a callback inside a call would change what the call works on."""
+
+
+class ContextChanged(SWAAError, RuntimeError):
+    """A generator cannot go on: since its last token, another call has changed what the context holds."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "since this generator's last token, another call has changed what the context holds; "
+            "finish or close a generator before you use its Llama otherwise"
+        )
+
+
+class OutOfRange(SWAAError, ValueError):
+    """A number that the engine does not take."""
+
+
+class GrammarError(SWAAError, ValueError):
+    """A grammar that llama.cpp cannot read."""

@@ -1,7 +1,8 @@
 """How much context fits: what a loaded model's context costs, and what the machine has free.
 
 Knows llama.cpp's models and devices and the operating system's accounts; nothing of tokens. All sizes are in bytes
-unless named otherwise. Estimates err on the safe side: an explicit `n_ctx` overrides them.
+unless named otherwise. Estimates err on the safe side: an explicit `n_ctx` overrides them, unless the machine cannot
+have what its KV cache alone takes (`most_host_bytes`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.config import CELL_PADDING, KV_TYPES, LayerMode, Schedule, SWAAError, kv_bytes
+from swaa_local.errors import ContextTooLarge
+from swaa_local.gguf_meta import ModelInfo
 
 MIN_N_CTX = 4096
 """Tokens that `n_ctx` is never lowered below: less cannot hold a document and an answer."""
@@ -27,6 +30,9 @@ _OVERHEAD = 256 * _MIB
 _HEADROOM = 0.1
 
 KV_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
+
+# What llama.cpp keeps for each cell beside K and V: its position, its sequences (llama-kv-cells.h).
+_CELL_BYTES = 52
 
 _GPU, _IGPU = 1, 2  # ggml_backend_dev_type
 
@@ -59,9 +65,13 @@ class ContextCost:
     n_scores: int = 0
 
     def host(self, n_ctx: int) -> int:
-        split = self.schedule.n_layer - self.n_gpu_layers
-        on_host = self.kv(n_ctx, range(split)) + n_ctx * 4 * (1 + self.n_scores)
+        on_host = self.host_kv(n_ctx) + n_ctx * 4 * (1 + self.n_scores)
         return on_host + (0 if self.n_gpu_layers else self._graph(n_ctx))
+
+    def host_kv(self, n_ctx: int) -> int:
+        """What is filled when the context is made, however little is read into it."""
+        split = self.schedule.n_layer - self.n_gpu_layers
+        return self.kv(n_ctx, range(split)) + _CELL_BYTES * max(self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch))
 
     def gpu(self, n_ctx: int) -> int:
         split = self.schedule.n_layer - self.n_gpu_layers
@@ -77,7 +87,7 @@ class ContextCost:
         """The part of the compute buffer that grows with the context: the mask (f32 and f16), and without flash
         attention the scores of all heads."""
         widest = n_ctx if any(m is not LayerMode.ALWAYS for m in self.schedule.layer_modes) else 0
-        return widest * self.n_ubatch * (6 + (0 if self.flash_attn else 4 * self.n_head))
+        return widest * self.n_ubatch * (6 if self.flash_attn else 8 + 4 * self.n_head)
 
 
 def longest_n_ctx(
@@ -134,21 +144,64 @@ def fit_n_ctx(cost: ContextCost, n_ctx_train: int, *, free_host: int | None, fre
 
     free_host, free_gpu: None where the machine does not tell; then it does not limit.
     """
+    fits = largest_n_ctx(cost, n_ctx_train, free_host=free_host, free_gpu=free_gpu)
+    return max(fits, min(MIN_N_CTX, n_ctx_train))
 
-    def fits(n_ctx: int) -> bool:
-        return _within(cost.host(n_ctx), free_host) and (not cost.n_gpu_layers or _within(cost.gpu(n_ctx), free_gpu))
 
-    if fits(n_ctx_train):
-        return n_ctx_train
-    low, high = 0, n_ctx_train // CELL_PADDING  # in padded steps: `low` fits or is the floor, `high` does not
+def largest_n_ctx(cost: ContextCost, n_ctx: int, *, free_host: int | None, free_gpu: int | None) -> int:
+    """The largest context in tokens, at most n_ctx, that fits; 0 if none does. Arguments as in `fit_n_ctx`."""
+
+    def fits(tokens: int) -> bool:
+        return _within(cost.host(tokens), free_host) and (not cost.n_gpu_layers or _within(cost.gpu(tokens), free_gpu))
+
+    if n_ctx and fits(n_ctx):
+        return n_ctx
+    low, high = 0, n_ctx // CELL_PADDING  # in padded steps: `low` fits or is none, `high` does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle * CELL_PADDING) else (low, middle)
-    return max(low * CELL_PADDING, min(MIN_N_CTX, n_ctx_train))
+    return low * CELL_PADDING
 
 
 def _within(cost: int, free: int | None) -> bool:
     return free is None or cost + _OVERHEAD <= free * (1 - _HEADROOM)
+
+
+def check_fits(
+    info: ModelInfo,
+    schedule: Schedule | None,
+    n_ctx: int,
+    *,
+    n_ubatch: int,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    n_gpu_layers: int = 0,
+) -> None:
+    """Raise `ContextTooLarge` for a context whose KV cache the host cannot have, whatever it swaps out.
+
+    The host fills it when the context is made, and the kernel kills who fills more than there is. GPUs refuse by
+    themselves. Caches that are not plain ones, and take less, are let through. Arguments as in `longest_n_ctx`.
+    """
+    most = most_host_bytes()
+    if most is None or info.unsupported is not None:
+        return
+    schedule = schedule or Schedule.full(info.n_layer)
+    cost = ContextCost(
+        schedule=schedule,
+        n_embd_k=min(info.n_embd_k),  # of layers that differ, the least
+        n_embd_v=min(info.n_embd_v),
+        type_k=type_k,
+        type_v=type_v,
+        n_head=max(info.n_head),
+        n_ubatch=n_ubatch,
+        flash_attn=True,
+        n_gpu_layers=max(0, min(n_gpu_layers - 1, schedule.n_layer)),
+    )
+    needed = cost.host_kv(n_ctx)
+    if needed > most:
+        free = free_host_bytes()
+        fits = largest_n_ctx(cost, n_ctx, free_host=most if free is None else min(most, free), free_gpu=None)
+        raise ContextTooLarge(n_ctx, needed, most, fits)
 
 
 def free_host_bytes(*, mapped: int = 0) -> int | None:
@@ -195,13 +248,39 @@ def _gpus() -> list[int]:
     return [device for device in devices if lib.ggml_backend_dev_type(device) in (_GPU, _IGPU)]
 
 
+def most_host_bytes() -> int | None:
+    """Memory that this process could get at the very most, swap included; None if the system does not tell.
+
+    Errs on the large side: whoever asks for more than this would not get it.
+    """
+    total, available, swap = (_meminfo_of(key) for key in ("MemTotal:", "MemAvailable:", "SwapFree:"))
+    if total is None or available is None:
+        return _total()
+    # The system's estimate of what is available leaves out some of the caches, among them all of ZFS's.
+    most = available + (swap or 0) + _zfs_cache() + total // 20
+    group = _cgroup()
+    return most if group is None else min(most, group + (swap or 0) + total // 20)
+
+
 def _meminfo() -> int | None:
     """Linux: free memory and what the kernel can reclaim."""
+    return _meminfo_of("MemAvailable:")
+
+
+def _meminfo_of(key: str) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def _zfs_cache() -> int:
+    try:
+        lines = Path("/proc/spl/kstat/zfs/arcstats").read_text().splitlines()
+        return next(int(line.split()[2]) for line in lines if line.startswith("size "))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
 
 
 def _cgroup() -> int | None:
@@ -224,8 +303,14 @@ def _cgroup() -> int | None:
 
 def _physical() -> int | None:
     """Where nothing better is known (macOS): three quarters of the machine's memory."""
+    total = _total()
+    return None if total is None else total * 3 // 4
+
+
+def _total() -> int | None:
+    """The machine's memory."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
 
