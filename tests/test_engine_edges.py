@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("engine")
 N_LAYER = 2
 EXACT = 1e-3
 TOKENS = random_tokens(700)
+LAST_POS = (1 << 31) - 1  # of a llama_pos
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
@@ -128,3 +130,41 @@ def test_a_saved_model_keeps_its_schedule(tiny_model_factory, tmp_path):
         save(model.ptr, str(out).encode())
     with EngineModel(out) as saved:
         assert saved.get_schedule() == schedule
+
+
+@pytest.mark.parametrize("n", [20, 40], ids=["one mask", "a mask that tokens share"])
+def test_the_last_positions_of_all_see_what_they_should(new_context, n):
+    """RoPE turns by the position as a float, which cannot tell the last 64 apart, nor the 126 before them: there the
+    same tokens give the same logits. (Upstream's own full attention overflows in the last 32.)"""
+    windowed = new_context(Sched(64, 4, (PREFILL, PREFILL)), n_ubatch=64)
+    full = new_context(None, n_ubatch=64)
+    first = LAST_POS - n + 1
+    want = full.feed(TOKENS[:n], pos=LAST_POS - 180)
+    assert_close(windowed.feed(TOKENS[:n], pos=first), want, EXACT)
+    assert windowed.rm(0, first, -1)
+
+
+def test_a_ring_that_ends_at_the_last_position_of_all(new_context):
+    """It still refuses a hole in its window, and gives the rest to others. No text gets there, but a state file can."""
+    n, window = 64, 16
+    kwargs = {"n_seq_max": 2, "unified": True, "n_ctx": 1024, "n_ubatch": 8}
+    source, ring = (new_context(Sched(window, 0, (ALWAYS, ALWAYS)), **kwargs) for _ in range(2))
+    source.feed(TOKENS[:n])
+    held = range(n - window, n)  # a sequence's state leaves out what its last token does not see
+    cells = b"".join(struct.pack("<iIi", pos, 1, 0) for pos in held)
+    moved = b"".join(struct.pack("<iIi", pos + LAST_POS - n + 1, 1, 0) for pos in held)
+    state = source.state(seq=0)
+    assert state.count(cells) == 1
+    ring.load_state(state.replace(cells, moved), seq=0)
+    assert ring.pos_max(0) == LAST_POS
+    assert not ring.rm(0, LAST_POS - window + 2, LAST_POS - 3)
+    assert ring.rm(0, LAST_POS - window + 1, LAST_POS - window + 2)
+    assert (ring.pos_min(0), ring.pos_max(0)) == (LAST_POS - window + 2, LAST_POS)
+    reference = NumpyModel(Sched(window, 0, (ALWAYS, ALWAYS)))
+    assert_close(ring.feed(TOKENS[:600], seq=1), reference.feed(TOKENS[:600]), EXACT)
+
+
+def test_a_window_and_sinks_that_together_pass_the_last_position(new_context):
+    largest = 1 << 30
+    schedule = Sched(largest, largest, (PREFILL, FULL))
+    assert_close(new_context(schedule).feed(TOKENS[:100]), NumpyModel(schedule).feed(TOKENS[:100]), EXACT)
