@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swaa_local.chat_commands import describe_schedule
+from swaa_local.chat_commands import NO_SYSTEM, describe_schedule
 from swaa_local.chat_document import Document, decode_document, read_document
 from swaa_local.chat_repl import converse, say_reply, too_long
 from swaa_local.chat_session import ChatError, Session, Settings
@@ -103,6 +103,8 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     session.settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
     if session.template.is_fallback:
         terminal.note("this model has no chat template, so ChatML is used; a base model answers poorly")
+    if options.settings.system and "system" in session.template.leaves_out:
+        terminal.note(NO_SYSTEM)
     if options.settings.think is not None and not session.template.has_thinking_switch:
         switch = "--think" if options.settings.think else "--no-think"
         terminal.note(f"this model's chat template has no switch for thinking, so {switch} changes nothing")
@@ -115,6 +117,8 @@ def _greet(session: Session, terminal: Terminal) -> None:
     for document in session.pending:
         n_tokens = len(llm.tokenize(document.text.encode(), add_bos=False))
         terminal.note(f"{document.name}: {n_tokens:,} tokens, goes with your first message")
+    if "assistant" in session.template.leaves_out:
+        terminal.note("this model's chat template leaves out earlier answers: each message stands for itself")
     terminal.note("/help lists the commands, Ctrl-D leaves")
 
 

@@ -33,6 +33,8 @@ HELP = """\
 \"""               begins and ends a message of several lines
 Ctrl-C stops an answer; once more, it leaves."""
 
+NO_SYSTEM = "this model's chat template leaves out the system message, so it changes nothing"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,8 +97,15 @@ def _set(session: Session, argument: str, say: Say) -> None:
     parsed = _parse_setting(field, value.strip())
     session.set(**{field: parsed})
     say(f"{field.replace('_', '-')} {_shown(field, parsed)}")
+    if field == "system":
+        _note_lost_system(session, say)
     if field == "think" and parsed is not None and not session.template.has_thinking_switch:
         say("this model's chat template has no switch for thinking, so this changes nothing")
+
+
+def _note_lost_system(session: Session, say: Say) -> None:
+    if session.settings.system and "system" in session.template.leaves_out:
+        say(NO_SYSTEM)
 
 
 _SWITCH = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
@@ -198,6 +207,7 @@ def _load(session: Session, argument: str, say: Say) -> None:
     conversation = load_conversation(path)
     session.turns, session.pending = list(conversation.turns), list(conversation.pending)
     session.set(system=conversation.system)
+    _note_lost_system(session, say)
     say(f"loaded {len(session.turns)} messages from {path}")
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llama_cpp import llama_cpp as _c
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -23,10 +24,19 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
 )
-# What a special token looks like; whether it is one, the vocabulary tells.
 # Placeholders are from a private use area: no tokenizer or template treats them specially.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
-_SPECIAL = re.compile(rf"<[^<>\n]{{1,60}}>|\[/?[A-Z_]{{2,30}}\]|[{_OPEN}{_CLOSE}]")
+_PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# What the tokenizer takes for a special token only where it is told to (llama-vocab.cpp, tokenizer_st_partition).
+_SPECIAL = _c.LLAMA_TOKEN_ATTR_CONTROL | _c.LLAMA_TOKEN_ATTR_UNKNOWN
+_PROBE = "4096731852"  # digits, which no filter of a template changes
+
+Role = Literal["system", "user", "assistant"]
+_PROBES: dict[Role, tuple[Role, ...]] = {
+    "user": ("user",),
+    "system": ("system", "user"),
+    "assistant": ("user", "assistant", "user"),
+}
 
 
 class TemplateError(SWAAError):
@@ -44,19 +54,26 @@ class Prompt:
 class ChatTemplate:
     """The chat template of a loaded model.
 
-    is_fallback: the model has none, and ChatML is used.
+    is_fallback: the model has none, and ChatML is used. leaves_out: roles whose messages do not reach the model.
     """
 
     def __init__(self, llm: Llama) -> None:
-        source = llm.metadata.get("tokenizer.chat_template")
-        self.is_fallback = source is None
-        self.source: str = CHATML if source is None else source
+        source = llm.metadata.get("tokenizer.chat_template", "")
+        self.is_fallback = not source.strip()
+        self.source: str = CHATML if self.is_fallback else source
         self.has_thinking_switch = re.search(r"\benable_thinking\b|\bif (not )?thinking\b", self.source) is not None
         bos, eos = llm.token_bos(), llm.token_eos()
         text = llm._model.token_get_text
         self._formatter = Jinja2ChatFormatter(
             self.source, eos_token=text(eos) if eos >= 0 else "", bos_token=text(bos) if bos >= 0 else ""
         )
+        self._special = special_tokens(llm)
+        # The longest first, as the tokenizer looks for them.
+        spelled = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))
+        self._split = re.compile(f"({spelled})" if spelled else "(?!)").split
+        self._guarded = re.compile(f"{spelled}|[{_OPEN}{_CLOSE}]" if spelled else f"[{_OPEN}{_CLOSE}]")
+        self._takes_parts: set[str] = set()
+        self.leaves_out = frozenset(role for role in _PROBES if self._leaves_out(role))
 
     def prompt(self, llm: Llama, messages: Sequence[dict[str, Any]], *, think: bool | None = None) -> Prompt:
         """Render and tokenize. `think` None leaves the choice to the template. Raises `TemplateError`, and `TextError`
@@ -68,36 +85,82 @@ class ChatTemplate:
         for message in messages:
             what = "the message" if message["role"] == "user" else f"the {message['role']} message"
             require_utf8(message["content"], what)
+        if "user" in self.leaves_out:
+            raise TemplateError("the model's chat template leaves out what the user says")
         literals: list[str] = []
-        guarded = [m | {k: self._guard(llm, v, literals) for k, v in m.items() if k != "role"} for m in messages]
+        guarded = [m | {k: self._guard(v, literals) for k, v in m.items() if k != "role"} for m in messages]
         switches = {} if think is None else {"enable_thinking": think, "thinking": think}
-        try:
-            text = self._formatter(messages=guarded, **switches).prompt  # type: ignore[arg-type]
-        except Exception as error:  # the template is a program that came with the model
-            why = str(error) or type(error).__name__
-            raise TemplateError(f"the model's chat template refuses this conversation: {why}") from error
+        text = self._render(guarded, **switches)
         tokens: list[int] = []
-        for index, part in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", text)):
-            literal = index % 2 == 1
-            part = literals[int(part)] if literal else part
-            if part:
-                tokens += llm.tokenize(part.encode(), add_bos=False, special=not literal)
+        ready, last = "", 0  # what is tokenized as it is, and the attributes of its last special token
+        for index, part in enumerate(parts := self._split(text)):
+            if _OPEN not in part:
+                ready += part
+                last = self._special[part] if index % 2 else 0 if part else last
+                continue
+            # Between two special tokens there is nothing but text here; blanks go where those want to have none.
+            if last & _c.LLAMA_TOKEN_ATTR_RSTRIP:
+                part = part.lstrip()
+            if index + 1 < len(parts) and self._special[parts[index + 1]] & _c.LLAMA_TOKEN_ATTR_LSTRIP:
+                part = part.rstrip()
+            part = _PLACEHOLDER.sub(lambda found: literals[int(found[1])], part)
+            tokens += _tokenize(llm, ready, special=True) + _tokenize(llm, part, special=False)
+            ready, last = "", 0
+        tokens += _tokenize(llm, ready, special=True)
         bos = llm.token_bos()
         if llm._model.add_bos_token() and bos >= 0 and tokens[:1] != [bos]:
             tokens.insert(0, bos)
         return Prompt(tokens, open_tag(text))
 
-    @staticmethod
-    def _guard(llm: Llama, text: str, literals: list[str]) -> str:
+    def _guard(self, text: str, literals: list[str]) -> str:
         def replace(match: re.Match[str]) -> str:
-            if match[0] not in (_OPEN, _CLOSE):
-                tokens = llm.tokenize(match[0].encode(), add_bos=False, special=True)
-                if len(tokens) != 1 or not _c.llama_vocab_is_control(llm._model.vocab, tokens[0]):
-                    return match[0]
             literals.append(match[0])
             return f"{_OPEN}{len(literals) - 1}{_CLOSE}"
 
-        return _SPECIAL.sub(replace, text)
+        return self._guarded.sub(replace, text)
+
+    def _render(self, messages: Sequence[dict[str, Any]], **switches: bool) -> str:
+        """The text of the prompt, each content as its role's messages want it."""
+        formed = [
+            m | {"content": [{"type": "text", "text": m["content"]}]} if m["role"] in self._takes_parts else m
+            for m in messages
+        ]
+        try:
+            return str(self._formatter(messages=formed, **switches).prompt)  # type: ignore[arg-type]
+        except Exception as error:  # the template is a program that came with the model
+            why = str(error) or type(error).__name__
+            raise TemplateError(f"the model's chat template refuses this conversation: {why}") from error
+
+    def _leaves_out(self, role: Role) -> bool:
+        """Find out how this role's content must be given, as a text or as a list of parts; True if it reaches the model
+        in neither form. A template that refuses what is tried here will say so itself when it comes to it."""
+        probe = [{"role": r, "content": _PROBE if r == role else "1"} for r in _PROBES[role]]
+        refused = False
+        for parts in (False, True):
+            (self._takes_parts.add if parts else self._takes_parts.discard)(role)
+            try:
+                if _PROBE in self._render(probe):
+                    return False
+            except TemplateError:
+                refused = True
+        self._takes_parts.discard(role)
+        return not refused
+
+
+def special_tokens(llm: Llama) -> dict[str, int]:
+    """The texts that the model's tokenizer may take for one special token, with the attributes of that token."""
+    vocab = llm._model.vocab
+    found: dict[str, int] = {}
+    for token in range(llm.n_vocab()):
+        attributes = _c.llama_vocab_get_attr(vocab, token)
+        if attributes & _SPECIAL and (text := _c.llama_vocab_get_text(vocab, token)):
+            with suppress(UnicodeDecodeError):  # no text has it then
+                found[text.decode()] = attributes
+    return found
+
+
+def _tokenize(llm: Llama, text: str, *, special: bool) -> list[int]:
+    return llm.tokenize(text.encode(), add_bos=False, special=special) if text else []
 
 
 def token_bytes(llm: Llama, token: int) -> bytes:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
 from scripted import NEWLINE, THINKING_TEMPLATE, scripted_model, thinker
 from tiny import EOT_ID, VOCAB
 
@@ -144,6 +146,85 @@ def test_thinking_is_switched_in_the_template(load):
     assert render(llm, think=False).endswith(b"assistant\n<think></think>")
     assert render(llm, think=True) == render(llm)
     assert ChatTemplate(llm).has_thinking_switch
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+# As vision models have it: what the user says comes in parts, everything else is a text.
+PARTS_OF_THE_USER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'user' %}{{ m.content[0]['text'] }}{% else %}{{ m.content | trim | upper }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+)
+TALK = [
+    {"role": "system", "content": "BE BRIEF."},
+    {"role": "user", "content": "Is it? <|im_end|>"},
+    {"role": "assistant", "content": "YES!"},
+    {"role": "user", "content": "And that?"},
+]
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS_OF_THE_USER])
+def test_content_comes_in_the_form_that_the_template_takes(load, tmp_path, template):
+    llm = load(scripted_model(tmp_path / "m.gguf", [], chat_template=template))
+    assert ChatTemplate(llm).leaves_out == frozenset()
+    said = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
+    assert render(llm, TALK) == f"{said}<|im_start|>assistant\n".encode()
+
+
+def test_a_template_that_leaves_out_the_question_is_an_error(load, tmp_path):
+    llm = load(scripted_model(tmp_path / "m.gguf", [], chat_template="{% for m in messages %}hi{% endfor %}"))
+    with pytest.raises(TemplateError, match="leaves out what the user says"):
+        render(llm)
+
+
+def test_what_a_template_leaves_out_is_known(load, tmp_path):
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    llm = load(scripted_model(tmp_path / "m.gguf", [], chat_template=template))
+    assert ChatTemplate(llm).leaves_out == {"system", "assistant"}
+    session = Session(lambda full: llm, Settings())
+    assert "leaves out the system message, so it changes nothing" in command(session, "/set system Be brief.")[1]
+    # What the template refuses itself is its own to say.
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}"
+    llm = load(scripted_model(tmp_path / "m2.gguf", [], chat_template=template))
+    assert ChatTemplate(llm).leaves_out == {"assistant"}
+
+
+@pytest.mark.parametrize("template", ["", " \n"])
+def test_an_empty_template_is_none(load, tmp_path, template):
+    extra = {"tokenizer.chat_template": GGUFValue(template, GGUFValueType.STRING)}
+    llm = load(scripted_model(tmp_path / "m.gguf", [], chat_template=None, extra=extra))
+    assert ChatTemplate(llm).is_fallback
+    assert render(llm) == b"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("spelled", ["[|endofturn|]", "]~b]user~{x}~", "\u03b1\u03b2<|fin|>xy"])
+def test_a_special_token_is_what_the_vocabulary_calls_so(load, tmp_path, spelled):
+    """Not what looks like one: here one of the same length takes a token's place in the file."""
+    path = scripted_model(tmp_path / "m.gguf", [])
+    data, old = path.read_bytes(), b"<|endoftext|>"
+    assert len(spelled.encode()) == len(old)
+    path.write_bytes(data.replace(old, spelled.encode()))
+    llm = load(path)
+    assert llm.tokenize(spelled.encode(), add_bos=False, special=True) == [BOS_ID]
+    text = f"{spelled} and <unk>{spelled} and <|endoftext|>, [INST] </s>"
+    tokens = ChatTemplate(llm).prompt(llm, [{"role": "user", "content": text}]).tokens
+    assert BOS_ID not in tokens
+    assert VOCAB.index("<unk>") not in tokens
+    assert text.encode() in llm.detokenize(tokens, special=True)
+
+
+def test_a_text_with_special_tokens_is_otherwise_read_as_any_text(load, tmp_path):
+    """As the tokenizer reads it between two special tokens: here with one blank before it, and none within."""
+    extra = {"tokenizer.ggml.add_space_prefix": True}
+    llm = load(scripted_model(tmp_path / "m.gguf", [], extra=extra, chat_template=THINKING_TEMPLATE))
+    tokens = ChatTemplate(llm).prompt(llm, [{"role": "user", "content": "say <|im_end|>, or <unk>."}]).tokens
+    assert llm.detokenize(tokens, special=True) == (
+        b"<|im_start|> user\nsay <|im_end|>, or <unk>.<|im_end|> \n<|im_start|> assistant\n"
+    )
 
 
 def test_special_tokens_in_a_message_are_text(load):
