@@ -195,15 +195,18 @@ def _deep_table(deep: Sequence[DeepDecode]) -> str:
 def _notes(found: Comparison) -> list[str]:
     n = len(found.series[0].stock_s)
     rates = Spread.of([rate for s in found.series for rate in s.copy_bytes_per_s])
+    low, high = rates.bounds
     clock = "CPU time of the processes" if found.cpu_time else "wall clock"
     lines = [
         f"{Path(found.model).name} ({found.patched.description}), {format_bytes(found.patched.size_bytes)}, of which a "
         f"token reads {format_bytes(found.weight_bytes)}; {found.patched.cpu}; {found.n_threads} thread"
         f"{'s' * (found.n_threads > 1)}; n_ubatch {found.n_ubatch}.",
-        f"Medians of {n} interleaved repetition{'s' * (n > 1)}, {clock}; in brackets the least and the greatest ratio "
-        "within a repetition.",
+        f"Medians of {n} interleaved repetitions, {clock}; in brackets the least and the greatest ratio within a "
+        "repetition."
+        if n > 1
+        else f"One repetition of each, {clock}, so nothing tells how much the figures vary; -r 5 does.",
         f"A copy of {format_bytes(found.copy_bytes)} moves {rates.median / 1e9:.2f} GB/s "
-        f"({rates.low / 1e9:.2f}-{rates.high / 1e9:.2f}) if its bytes count once, and twice that if both what is read "
+        f"({low / 1e9:.2f}-{high / 1e9:.2f}) if its bytes count once, and twice that if both what is read "
         "and what is written count. The floor is the bytes of keys, values and weights over that.",
     ]
     if not found.patched.patched:
@@ -233,4 +236,5 @@ def _short(value: float) -> str:
 
 def _spread(spread: Spread, digits: int) -> str:
     middle = f"{spread.median:.{digits}f}"
-    return middle if spread.low == spread.high else f"{middle} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+    low, high = spread.bounds
+    return middle if low == high else f"{middle} ({low:.{digits}f}-{high:.{digits}f})"

@@ -23,6 +23,7 @@ from swaa_local.bench_plan import (
     Sample,
     Setting,
     Size,
+    limit_prompt,
     make_settings,
     make_sizes,
 )
@@ -30,14 +31,13 @@ from swaa_local.bench_watch import SILENT, Visit, Watch
 from swaa_local.config import Schedule, SWAAError
 from swaa_local.engine_options import EngineOptions
 from swaa_local.gguf_meta import ModelInfo, read_model_info, read_schedule
-from swaa_local.variants import Variant, in_words, parse_variants
+from swaa_local.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
 
 PROBE_TOKENS = 4096
 """Tokens of the prompt with which full attention's better setting is found, at most."""
 _MIN_PROBE_TOKENS, _PROBE_GEN = 128, 8
 _CLEAR_GAIN = 1.05  # of decode, for measuring both ways
 _SHARE_TO_KEEP = 0.7  # of the free memory
-DEFAULT_WITHOUT_SCHEDULE = "full,half,streaming"
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
     sizes = make_sizes(request.prompts, request.gens, request.depths, request.pairs)
     choices = _choices(request)
     longest = max(size.n_tokens for size in sizes)
+    if note := whole_in_window(variants, longest):
+        watch.note(note)
     if info.n_ctx_train and longest > info.n_ctx_train:
         watch.note(f"{longest} tokens are more than the {info.n_ctx_train} that the model was trained on")
     for variant in variants:
@@ -183,14 +185,9 @@ def _variants(request: BenchRequest, info: ModelInfo, of_file: Schedule | None, 
         return [full] if request.schedule.is_full else [full, Variant(in_words(request.schedule), request.schedule)]
     if of_file is not None and not of_file.is_full:
         return [full, Variant("file", of_file)]
-    if info.unsupported:
-        watch.note(f"measuring full attention alone: {info.unsupported}")
-        return [full]
-    watch.note(
-        f"{request.model.name} has no schedule; comparing {DEFAULT_WITHOUT_SCHEDULE} (choose with --variants, or give "
-        "one with --window)"
-    )
-    return parse_variants(DEFAULT_WITHOUT_SCHEDULE, n_layer, of_file)
+    names, why = without_schedule(info.unsupported)
+    watch.note(f"{request.model.name} has no schedule; {why}")
+    return parse_variants(names, n_layer, of_file)
 
 
 def _choices(request: BenchRequest) -> Choices:
@@ -229,8 +226,7 @@ class _Run:
 
     def measure(self) -> None:
         """Do all of it. Raises what the engine raises; samples that are complete stay."""
-        limit = self._request.limit and any(size.n_prompt for size in self._sizes)
-        limit = limit and any(not variant.is_full for variant in self._variants)
+        limit = self._request.limit and self._has_limit()
         left_open = self._left_open(limit)
         # Memory does not depend on what is left open, and an error should come before the first work.
         for setting, size in self._plan(limit, dict.fromkeys(left_open, (True,))):
@@ -263,6 +259,15 @@ class _Run:
                     self._samples[visit.setting, visit.size].append(sample)
                     self._watch.visited(visit, sample)
         self._watch.end()
+
+    def _has_limit(self) -> bool:
+        """Whether any prompt is long enough for the limit of any window; says where it is left out."""
+        needed = {limit_prompt(v.schedule.window, v.schedule.sinks) for v in self._variants if not v.is_full}
+        prompts = [size.n_prompt for size in self._sizes if size.n_prompt]
+        if needed and prompts and min(prompts) < max(needed):
+            told = ", ".join(map(str, sorted(needed)))
+            self._watch.note(f"no limit for prompts below 2(W+k) tokens ({told}): there it says nothing")
+        return any(n_prompt >= length for n_prompt in prompts for length in needed)
 
     def _plan(
         self, limit: bool, best_of_full: Mapping[tuple[str, str], tuple[bool, ...]]

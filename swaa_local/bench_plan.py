@@ -47,6 +47,11 @@ class Size:
         return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
 
 
+def limit_prompt(window: int, sinks: int) -> int:
+    """Tokens of the prompts whose queries see W+k keys on average under full attention."""
+    return 2 * (window + sinks)
+
+
 @dataclass(frozen=True)
 class Setting:
     """A variant as it is run. flash_attn: None leaves it to llama.cpp. kind `limit`: full attention on
@@ -73,7 +78,7 @@ class Setting:
         tokens, each 2(W+k) long so that its queries see W+k keys on average."""
         assert self.window is not None
         assert self.sinks is not None
-        length = min(n_prompt, 2 * (self.window + self.sinks))
+        length = limit_prompt(self.window, self.sinks)
         return -(-n_prompt // length), length
 
     def n_ctx(self, size: Size) -> int:
@@ -83,8 +88,11 @@ class Setting:
         return -(-max(needed, 2) // CELL_PADDING) * CELL_PADDING
 
     def applies(self, size: Size) -> bool:
-        """The limit is one of prefill."""
-        return self.kind != "limit" or size.n_prompt > 0
+        """The limit is one of prefill, and of prompts that are longer than those it reads: the queries of shorter ones
+        see less than W+k keys on average with the schedule, too."""
+        if self.kind != "limit" or self.window is None or self.sinks is None:
+            return True
+        return size.n_prompt >= limit_prompt(self.window, self.sinks)
 
     def work(self, size: Size, n_params: int, n_embd: int, *, filled: bool = False) -> int:
         """About the multiplications that a visit takes, for telling how long it will; decode is bound by memory and

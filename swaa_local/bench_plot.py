@@ -46,7 +46,7 @@ def plot(bench: Bench, path: Path) -> list[Path]:
             line = ax.errorbar(
                 xs,
                 ys,
-                yerr=[[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]],
+                yerr=[[s.median - s.bounds[0] for _, s in points], [s.bounds[1] - s.median for _, s in points]],
                 marker=None if limit else MARKERS[number % len(MARKERS)],
                 color="0.5" if limit else f"C{number % 10}",
                 linestyle="--" if limit else "-",
@@ -56,7 +56,9 @@ def plot(bench: Bench, path: Path) -> list[Path]:
         ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None), xlim=(0, None))
         ax.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{as_title(Path(bench.model.path).name)}; medians, bars from least to greatest", fontsize=11)
+    single = all(row.repetitions == 1 for row in rows)
+    told = "one repetition, so there are no bars" if single else "medians, bars from least to greatest"
+    figure.suptitle(f"{as_title(Path(bench.model.path).name)}; {told}", fontsize=11)
     save_figure(figure, path)
     return [path]
 
@@ -65,7 +67,8 @@ def _spread(row: RowFigures, name: str) -> Spread | None:
     """The limit has no first token: its time is that of reading as many tokens."""
     if name == "ttft_s" and row.setting.kind == "limit" and row.prefill:
         n = row.size.n_prompt
-        return Spread(n / row.prefill.median, n / row.prefill.high, n / row.prefill.low)
+        low, high = row.prefill.low, row.prefill.high
+        return Spread(n / row.prefill.median, high and n / high, low and n / low)
     spread: Spread | None = getattr(row, name)
     return spread
 

@@ -93,18 +93,19 @@ def _notes(bench: Bench) -> list[str]:
     model, machine = bench.model, bench.machine
     counts = sorted({len(row.samples) for row in bench.rows})
     n = " to ".join(str(count) for count in {counts[0]: None, counts[-1]: None})
-    spread = "; in brackets the least and the greatest" if counts[-1] > 1 else ""
+    measured = f"Medians of {n} interleaved repetitions; in brackets the least and the greatest."
+    if counts[-1] == 1:
+        measured = "One repetition of each, so nothing tells how much the figures vary; -r 3 does."
     where = ", ".join(machine.gpus) if machine.gpus and bench.n_gpu_layers else machine.cpu
     threads = f"{bench.n_threads} thread{'s' * (bench.n_threads > 1)}"
     threads += f" ({bench.n_threads_batch} to prefill)" if bench.n_threads_batch != bench.n_threads else ""
     batches = ", ".join(str(b) for b in dict.fromkeys(row.setting.n_ubatch for row in bench.rows))
-    plural = "s" * (counts[-1] > 1)
     caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
     lines = [
         f"{printable(Path(model.path).name)} ({printable(model.description)}), {format_bytes(model.size_bytes)}, "
         f"{format_count(model.n_params)} parameters; {where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, "
         f"n_ubatch {batches}; KV cache {caches}; llama-cpp-python {machine.engine}.",
-        f"Medians of {n} interleaved repetition{plural}{spread}. Ratios are taken within each "
+        f"{measured} Ratios are taken within each "
         + ("repetition." if bench.complete else "repetition; the run was stopped, so some are missing."),
     ]
     fulls = {row.setting for row in bench.rows if row.setting.kind == "full"}
@@ -113,7 +114,7 @@ def _notes(bench: Bench) -> list[str]:
     if any(row.setting.kind == "limit" for row in bench.rows):
         lines.append(
             "limit: full attention on prompts of 2(W+k) tokens, which have the same average attention span, until as "
-            "many tokens have passed: the speed that no schedule with this window can beat."
+            "many tokens have passed: the speed that no schedule with this window can beat. Shorter prompts have none."
         )
     lines += [f"{text[0].upper()}{text[1:]}." for text in (describe_probe(probe) for probe in bench.probes)]
     if all(sample.host_bytes is None for row in bench.rows for sample in row.samples):
@@ -134,9 +135,8 @@ def _rate(spread: Spread | None) -> str:
 def _ratio(spread: Spread | None) -> str:
     if spread is None:
         return "-"
-    if spread.low == spread.high:
-        return f"{spread.median:.2f}"
-    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+    low, high = spread.bounds
+    return f"{spread.median:.2f}" + ("" if low == high else f" ({low:.2f}-{high:.2f})")
 
 
 def _seconds(spread: Spread | None) -> str:

@@ -23,7 +23,7 @@ from swaa_local.scoring import MISS, Metric, Score, score
 from swaa_local.tasks import Question, Task, make_tasks, needs_haystack
 from swaa_local.tasks.datasets import Dataset, read_dataset
 from swaa_local.tasks.essay import read_essay
-from swaa_local.variants import Variant, default_variants, parse_variants
+from swaa_local.variants import FILE, FULL, NAIVE, Variant, parse_variants, whole_in_window, without_schedule
 
 _WARM_UP_TOKENS = 64
 
@@ -94,12 +94,18 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
     """Ask what the results file lacks, and return all of it. Raises `SWAAError`; what was answered is in the file."""
     info = read_model_info(request.model)
     of_file = read_schedule(request.model)
-    variants = parse_variants(request.variants or default_variants(of_file), info.n_layer, of_file)
+    names = request.variants or f"{FULL},{NAIVE},{FILE}"
+    if request.variants is None and (of_file is None or of_file.is_full):
+        names, why = without_schedule(info.unsupported)
+        watch.note(f"{request.model.name} has no schedule; {why}")
+    variants = parse_variants(names, info.n_layer, of_file)
     if any(not variant.is_full for variant in variants) and info.unsupported:
         raise EvalError(info.unsupported)
     source = _Source(request, [variant.think for variant in variants], info.n_ctx_train, watch)
     with closing(source), EvalLog(request.results, source.config()) as log:
         batches = list(source.batches())
+        if note := whole_in_window(variants, max(q.prompt_tokens for batch in batches for q in batch.questions)):
+            watch.note(note)
         for variant in variants:
             log.add_variant(variant)
         for batch in batches:

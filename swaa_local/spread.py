@@ -9,16 +9,24 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and greatest of the repetitions."""
+    """Median, least and greatest of the repetitions. A single one has no spread: low and high are None."""
 
     median: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
-        return cls(median(values), min(values), max(values))
+        return cls(values[0]) if len(values) == 1 else cls(median(values), min(values), max(values))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest; of a single one both are itself."""
+        return (
+            self.median if self.low is None else self.low,
+            self.median if self.high is None else self.high,
+        )
 
     @classmethod
     def of_ratios(cls, over: Sequence[float], under: Sequence[float]) -> Spread:

@@ -18,6 +18,7 @@ Pure: knows the rules of schedules; nothing of files, of the engine or of the co
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,9 +104,22 @@ def in_words(schedule: Schedule) -> str:
     return " ".join(words)
 
 
-def default_variants(of_file: Schedule | None) -> str:
-    """What to compare where the user does not say."""
-    return FULL if of_file is None else f"{FULL},{NAIVE},{FILE}"
+def without_schedule(unsupported: str | None) -> tuple[str, str]:
+    """What to compare where neither the user nor the file names a schedule, and what to say of it. unsupported: why
+    none can apply, if so."""
+    if unsupported:
+        return FULL, f"full attention alone is measured: {unsupported}"
+    names = f"{FULL},half,streaming"
+    return names, f"comparing {names} (choose with --variants)"
+
+
+def whole_in_window(variants: Sequence[Variant], n_tokens: int) -> str | None:
+    """What to say where nothing that is measured is longer than a variant's window, which then changes nothing."""
+    names = [variant.name for variant in variants if variant.window is not None and variant.window >= n_tokens]
+    if not names:
+        return None
+    whole = f"at most {n_tokens} tokens are measured, which the window of {' and of '.join(names)} holds whole"
+    return f"{whole}: longer ones tell what it changes"
 
 
 def _parse(name: str, n_layer: int, of_file: Schedule | None, words: str) -> Variant:

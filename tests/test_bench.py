@@ -229,6 +229,25 @@ def test_without_a_schedule_known_ones_are_compared(tiny_model):
     assert [json.loads(line)["variant"] for line in done.stdout.splitlines()][:3] == ["full", "half", "streaming"]
 
 
+def test_the_limit_is_left_out_where_it_means_nothing(model, tmp_path):
+    done = run("bench", model, *split("-p 100,150 -n 0 -r 1 -t 1 -fa on"))
+    assert "no limit for prompts below 2(W+k) tokens (136)" in done.stderr
+    rows = [line.split("|")[1:] for line in done.stdout.splitlines() if "| pp" in line.replace("  ", "")]
+    assert [(row[0].strip(), row[1].strip()) for row in rows] == [
+        *(("full", "pp100"), ("file", "pp100")),
+        *(("full", "pp150"), ("file", "pp150"), ("limit w64 k4", "pp150")),
+    ]
+    alone = run("bench", model, *split("-p 100 -n 0 -r 1 -t 1 -fa on"))
+    assert "vs limit" not in alone.stdout
+    assert "limit:" not in alone.stdout
+
+
+def test_a_prompt_within_the_window_is_no_comparison(model):
+    note = "at most 60 tokens are measured, which the window of file holds whole"
+    assert note in run("bench", model, *split("-p 60 -n 0 -r 1 -t 1 -fa on")).stderr
+    assert "holds whole" not in run("bench", model, *split("-p 65 -n 0 -r 1 -t 1 -fa on")).stderr
+
+
 def test_no_swaa_measures_full_attention_alone(model):
     document = bench(model, "-p 64 -n 0 -r 1 --no-swaa -ctk q8_0 -ctv q8_0")
     [row] = document["results"]
@@ -261,11 +280,11 @@ def test_tables_have_a_row_for_each_variant_and_size(model):
 
 
 def test_progress_tells_what_is_left_and_goes_to_stderr(model):
-    done = run("bench", model, *split("-p 64 -n 2 -r 2 -t 1 -fa on -o csv"))
+    done = run("bench", model, *split("-p 150 -n 2 -r 2 -t 1 -fa on -o csv"))
     assert done.stdout.startswith("model_filename,")
     shown = [line for line in done.stderr.splitlines() if " runs" in line]
     assert len(shown) == 6
-    assert shown[0].startswith("1/2 · full (fa on, ub 512) · pp64+tg2: ")
+    assert shown[0].startswith("1/2 · full (fa on, ub 512) · pp150+tg2: ")
     assert "1/6 runs · " in shown[0]
     assert shown[-1].endswith("6/6 runs · 0 s left")
     # Each repetition begins with another setting.
@@ -285,7 +304,7 @@ def test_a_plot_is_drawn(model, tmp_path):
 
 def test_ctrl_c_shows_the_figures_so_far(model):
     process = subprocess.Popen(
-        [sys.executable, "-m", "swaa_local", "bench", str(model), *split("-p 128 -n 2 -r 100000 -t 1 -fa on -o json")],
+        [sys.executable, "-m", "swaa_local", "bench", str(model), *split("-p 150 -n 2 -r 100000 -t 1 -fa on -o json")],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -326,7 +345,7 @@ def test_a_failure_in_the_middle_loses_no_figures(model, monkeypatch):
     monkeypatch.setattr(BenchModel, "context", context)
     engine = EngineOptions(n_threads=1, flash_attn=True)
     with pytest.raises(BenchFailed, match="out of memory") as failed:
-        bench(BenchRequest(model, prompts=(64,), gens=(1,), repetitions=2, engine=engine))
+        bench(BenchRequest(model, prompts=(150,), gens=(1,), repetitions=2, engine=engine))
     assert failed.value.bench.complete is False
     assert {(row.setting.variant, len(row.samples)) for row in failed.value.bench.rows} == {
         *(("full", 1), ("file", 2), ("limit w64 k4", 1)),

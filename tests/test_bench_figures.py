@@ -13,7 +13,7 @@ from swaa_local.bench import Bench, ModelFacts
 from swaa_local.bench_figures import figures, growth
 from swaa_local.bench_machine import Machine
 from swaa_local.bench_plan import BenchError, Choices, Row, Sample, Setting, Size, make_settings, make_sizes
-from swaa_local.bench_table import markdown
+from swaa_local.bench_table import flat, markdown
 from swaa_local.bench_terminal import TerminalWatch
 from swaa_local.bench_watch import Visit
 from swaa_local.config import Schedule
@@ -54,12 +54,18 @@ def test_sizes_are_all_prompts_with_all_generations_at_all_depths():
         make_sizes([0], [0], [128], [])
 
 
-@pytest.mark.parametrize(("n_prompt", "prompts"), [(1000, (8, 136)), (136, (1, 136)), (137, (2, 136)), (50, (1, 50))])
+@pytest.mark.parametrize(("n_prompt", "prompts"), [(1000, (8, 136)), (136, (1, 136)), (137, (2, 136))])
 def test_the_limit_reads_prompts_with_the_same_attention_span(n_prompt, prompts):
     n, length = prompts
     assert LIMIT.limit_prompts(n_prompt) == (n, length)
-    if n_prompt >= 136:  # each query sees W + k keys on average, half a key more for itself
-        assert sum(range(1, length + 1)) / length == 64 + 4 + 0.5
+    # Each query sees W + k keys on average, half a key more for itself.
+    assert sum(range(1, length + 1)) / length == 64 + 4 + 0.5
+
+
+def test_shorter_prompts_have_no_limit():
+    """With the schedule itself their queries see fewer keys than those of the limit."""
+    assert [LIMIT.applies(Size(0, n, 0)) for n in (0, 50, 135, 136, 137)] == [False, False, False, True, True]
+    assert FILE.applies(Size(0, 50, 0))
 
 
 def test_work_grows_with_what_is_attended_to():
@@ -140,15 +146,15 @@ def test_full_attention_is_taken_at_its_best_for_each_figure():
         Row(FILE, SIZE, (sample(1.0, 2.0),)),
     )
     file = figures(a_bench(*rows))[2]
-    assert file.prefill_vs_full == Spread(2, 2, 2)
-    assert file.decode_vs_full == Spread(0.5, 0.5, 0.5)
+    assert file.prefill_vs_full == Spread(2)
+    assert file.decode_vs_full == Spread(0.5)
 
 
 def test_what_a_stopped_run_measured_once_too_often_has_no_partner():
     rows = (Row(FULL, SIZE, (sample(2.0),)), Row(FILE, SIZE, (sample(1.0), sample(0.1))))
     bench = a_bench(*rows, complete=False)
     file = figures(bench)[1]
-    assert (file.repetitions, file.prefill_vs_full) == (2, Spread(2, 2, 2))
+    assert (file.repetitions, file.prefill_vs_full) == (2, Spread(2))
     assert "the run was stopped" in markdown(bench)
 
 
@@ -158,16 +164,20 @@ def test_growth_compares_the_largest_size_with_the_smallest():
         for n, seconds in ((1000, 1.0), (2000, 3.0), (4000, 16.0))
     ]
     found = {g.phase: g for g in growth(a_bench(*rows))}
-    assert found["prefill"].ratio == Spread(0.25, 0.25, 0.25)
+    assert found["prefill"].ratio == Spread(0.25)
     assert (found["decode"].small, found["decode"].large) == (Size(0, 1000, 10), Size(0, 4000, 10))
     assert growth(a_bench(rows[0])) == []
 
 
 def test_one_repetition_has_no_spread():
-    table = markdown(a_bench(Row(FULL, SIZE, (sample(2.0),)), Row(FILE, SIZE, (sample(1.0),))))
+    bench = a_bench(Row(FULL, SIZE, (sample(2.0),)), Row(FILE, SIZE, (sample(1.0),)))
+    table = markdown(bench)
     rows = table.split("\n\n")[0]
     assert " 2.00 |" in rows
     assert "(" not in rows
+    assert "One repetition of each, so nothing tells how much the figures vary; -r 3 does." in table
+    for line in flat(bench):
+        assert {value for name, value in line.items() if name.endswith(("_low", "_high"))} == {None}
 
 
 # Progress

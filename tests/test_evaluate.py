@@ -23,6 +23,7 @@ from tiny import ALWAYS, FULL, PREFILL, ScheduleKeys
 pytestmark = pytest.mark.usefixtures("engine")
 
 ONE_THREAD = ("-t", "1")
+FULL_ALONE = (*ONE_THREAD, "--variants", "full")
 RAMBLING = [chr(c) for c in range(0x22, 0x7F) if chr(c) not in "Yes!<>/"]
 SCHEDULE = ScheduleKeys(window=64, sinks=4, layer_modes=[FULL, PREFILL, ALWAYS, PREFILL])
 
@@ -70,11 +71,25 @@ def test_the_same_questions_go_to_every_variant(model, tmp_path):
     assert table.count("| w32 k2 1") == 8  # and in a table by depth
 
 
+def test_without_a_schedule_known_ones_are_compared(tiny_model, tmp_path):
+    done = run("eval", tiny_model, *split("-n 1 --length 600 -t 1 -o json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "has no schedule; comparing full,half,streaming (choose with --variants)" in done.stderr
+    assert "which the window of half and of streaming holds whole" in done.stderr
+    assert {cell["variant"] for cell in json.loads(done.stdout)["results"]} == {"full", "half", "streaming"}
+
+
+def test_where_no_schedule_can_apply_it_says_why(tiny_model_factory, tmp_path):
+    model = tiny_model_factory(extra={"qwen3.nextn_predict_layers": 1})
+    done = run("eval", model, *split("-n 1 --length 600 -t 1 -o json"), cwd=tmp_path)
+    assert "has no schedule; full attention alone is measured: architecture 'qwen3' has 1 layers" in done.stderr
+
+
 def test_accuracy_is_counted_from_the_answers(tmp_path):
     model = thinker(tmp_path / "m.gguf")
     data = dataset(tmp_path / "d.jsonl", "yes!", "no", "YES", n=9)
     results = tmp_path / "r.jsonl"
-    done = run("eval", model, "--dataset", data, "--results", results, "-o", "json", *ONE_THREAD)
+    done = run("eval", model, *FULL_ALONE, "--dataset", data, "--results", results, "-o", "json")
     assert done.returncode == 0, done.stderr
     [cell] = json.loads(done.stdout)["results"]
     assert (cell["variant"], cell["task"], cell["length"], cell["metric"]) == ("full", "d", None, "contains")
@@ -118,7 +133,7 @@ def test_think_off_is_an_answer_without_a_thought(tmp_path):
     data = dataset(tmp_path / "d.jsonl", "yes")
     for i, (think, thought) in enumerate((("on", "hm"), ("off", ""), ("auto", "hm"))):
         results = tmp_path / f"{i}.jsonl"
-        succeeds("eval", model, "--dataset", data, "--think", think, "--results", results, *ONE_THREAD)
+        succeeds("eval", model, *FULL_ALONE, "--dataset", data, "--think", think, "--results", results)
         [answer] = rows(results, "answer")
         assert (answer["thinking"], answer["answer"], answer["correct"]) == (thought, "Yes!", True)
 
@@ -140,7 +155,7 @@ def test_a_thought_without_end_is_a_miss_and_no_error(tmp_path):
     data = dataset(tmp_path / "d.jsonl", "yes")
     for i, (limit, n_tokens) in enumerate(((2048, len(RAMBLING) + 6), (5, 6), (40, 41))):
         results = tmp_path / f"{i}.jsonl"
-        arguments = ("--dataset", data, "--max-tokens", 8, "--think-tokens", limit, "--results", results, *ONE_THREAD)
+        arguments = ("--dataset", data, "--max-tokens", 8, "--think-tokens", limit, "--results", results, *FULL_ALONE)
         table = succeeds("eval", model, *arguments)
         [answer] = rows(results, "answer")
         assert answer["thinking"].startswith("Yes!")
@@ -157,7 +172,7 @@ def test_an_answer_prefix_begins_the_answer_unless_there_is_a_thought(tmp_path):
     for i, (think, thought, answer) in enumerate((("off", "", "es!"), ("on", "hm", "Yes!"))):
         results = tmp_path / f"{i}.jsonl"
         succeeds(
-            "eval", model, "--dataset", tmp_path / "niah.jsonl", "--think", think, "--results", results, *ONE_THREAD
+            "eval", model, *FULL_ALONE, "--dataset", tmp_path / "niah.jsonl", "--think", think, "--results", results
         )
         [got] = rows(results, "answer")
         assert (got["thinking"], got["answer"], got["correct"]) == (thought, answer, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swaa_local.config import LayerMode, Schedule, ScheduleError
-from swaa_local.variants import Variant, default_variants, in_words, parse_variants
+from swaa_local.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
 
 F, P, A = LayerMode
 STORED = Schedule(256, 16, (F, P, F, P))
@@ -90,9 +90,26 @@ def test_baselines_are_known_by_what_they_are():
     assert [variant.is_naive for variant in variants] == [False, False, True, True, False, False]
 
 
-def test_what_is_compared_by_default():
-    assert default_variants(STORED) == "full,naive,file"
-    assert default_variants(None) == "full"
+def test_what_is_compared_without_a_schedule():
+    """At least two known schedules with full attention, unless none can apply."""
+    names, said = without_schedule(None)
+    variants = parse_variants(names, 4, None)
+    assert variants[0].is_full
+    assert [variant.is_full for variant in variants[1:]] == [False, False]
+    assert names in said
+    assert "--variants" in said
+    names, said = without_schedule("architecture 'x' has recurrent layers")
+    assert [variant.is_full for variant in parse_variants(names, 4, None)] == [True]
+    assert said.endswith(": architecture 'x' has recurrent layers")
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "named"), [(9, []), (8, ["w8", "w8 k1 fadec 1"]), (16, []), (3, ["w8", "w8 k1 fadec 1"])]
+)
+def test_a_window_that_holds_all_is_named(n_tokens, named):
+    note = whole_in_window(parse("full,w8,w8 k1 fadec 1"), n_tokens)
+    assert (note is None) == (named == [])
+    assert all(name in (note or "") for name in named)
 
 
 @pytest.mark.parametrize(
