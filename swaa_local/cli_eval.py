@@ -36,7 +36,9 @@ def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
     help="Lengths of prompt and answer [4096].",
 )
 @click.option("-n", "--samples", type=_COUNT, help="Questions of each task and length [50].")
-@click.option("--variants", metavar="LIST", help="Schedules to compare; see above [full,naive,file; or full,half,streaming].")
+@click.option(
+    "--variants", metavar="LIST", help="Schedules to compare; see above [full,naive,file; or full,half,streaming]."
+)
 @click.option("--dataset", type=FILE, metavar="FILE", help="Questions of a .jsonl or .parquet file instead of tasks.")
 @click.option("--haystack", type=FILE, metavar="FILE", help="The text that the essay tasks hide their needles in.")
 @click.option(
