@@ -198,7 +198,7 @@ def _notes(found: Comparison) -> list[str]:
     low, high = rates.bounds
     clock = "CPU time of the processes" if found.cpu_time else "wall clock"
     lines = [
-        f"{Path(found.model).name} ({found.patched.description}), {format_bytes(found.patched.size_bytes)}, of which a "
+        f"{Path(found.model).name}, {format_bytes(found.patched.size_bytes)}, of which a "
         f"token reads {format_bytes(found.weight_bytes)}; {found.patched.cpu}; {found.n_threads} thread"
         f"{'s' * (found.n_threads > 1)}; n_ubatch {found.n_ubatch}.",
         f"Medians of {n} interleaved repetitions, {clock}; in brackets the least and the greatest ratio within a "

@@ -40,13 +40,12 @@ class BuildError(SWAAError):
 @dataclass(frozen=True)
 class BuildInfo:
     """libraries: their folder. patched: it knows the attention schedule. system_info: llama.cpp's line on the features
-    that it was built with. cpu: its model's name. description, size_bytes: of the loaded model, and of its weights."""
+    that it was built with. cpu: its model's name. size_bytes: of the model's weights."""
 
     libraries: str
     patched: bool
     system_info: str
     cpu: str
-    description: str
     size_bytes: int
 
 
@@ -195,14 +194,11 @@ class _Engine:
         if not self._model:
             raise BuildError(f"cannot load {path}")
         self._n_vocab = int(c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model)))
-        buffer = ctypes.create_string_buffer(256)
-        c.llama_model_desc(self._model, buffer, len(buffer))
         return BuildInfo(
             libraries=str(Path(c._lib._name).resolve().parent),
             patched=hasattr(c._lib, "llama_model_swaa_set"),
             system_info=c.llama_print_system_info().decode(errors="replace").strip(),
             cpu=cpu_name(),
-            description=buffer.value.decode(errors="replace"),
             size_bytes=int(c.llama_model_size(self._model)),
         )
 

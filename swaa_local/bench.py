@@ -30,7 +30,7 @@ from swaa_local.bench_plan import (
 from swaa_local.bench_watch import SILENT, Visit, Watch
 from swaa_local.config import Schedule, SWAAError
 from swaa_local.engine_options import EngineOptions
-from swaa_local.gguf_meta import ModelInfo, read_model_info, read_schedule
+from swaa_local.gguf_meta import ModelInfo, describe_model, read_model_info, read_schedule
 from swaa_local.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
 
 PROBE_TOKENS = 4096
@@ -83,12 +83,18 @@ class Probe:
 
 @dataclass(frozen=True)
 class ModelFacts:
+    """size_bytes: of the weights."""
+
     path: str
-    description: str
+    architecture: str
     size_bytes: int
     n_params: int
     n_layer: int
     file_type: str
+
+    @property
+    def description(self) -> str:
+        return describe_model(self.architecture, self.n_params, self.file_type)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
         run = _Run(request, model, variants, sizes, choices, watch)
         facts = ModelFacts(
             path=str(request.model),
-            description=model.description,
+            architecture=info.architecture,
             size_bytes=model.size_bytes,
             n_params=model.n_params,
             n_layer=model.n_layer,

@@ -6,7 +6,6 @@ Drives llama.cpp's C interface directly, in batches of n_batch tokens as llama-b
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -72,13 +71,6 @@ class BenchModel:
     def __exit__(self, *_exc: object) -> None:
         with engine_log.captured(self._verbose):
             _c.llama_model_free(self.model)
-
-    @property
-    def description(self) -> str:
-        """llama.cpp's, such as `qwen3 0.6B Q8_0`."""
-        buffer = ctypes.create_string_buffer(256)
-        _c.llama_model_desc(self.model, buffer, len(buffer))
-        return buffer.value.decode(errors="replace")
 
     def _params(self, setting: Setting, n_ctx: int) -> Any:
         params = _c.llama_context_default_params()

@@ -16,7 +16,7 @@ from swaa_local.bench_plan import Row, Setting
 from swaa_local.printable import printable, printable_json
 from swaa_local.spread import Spread
 from swaa_local.tables import markdown_table
-from swaa_local.units import format_bytes, format_count
+from swaa_local.units import format_bytes
 
 _FLASH_ATTN = {None: "auto", True: "on", False: "off"}
 _SPREADS = ("prefill", "ttft_s", "decode", "request_s")
@@ -102,9 +102,9 @@ def _notes(bench: Bench) -> list[str]:
     batches = ", ".join(str(b) for b in dict.fromkeys(row.setting.n_ubatch for row in bench.rows))
     caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
     lines = [
-        f"{printable(Path(model.path).name)} ({printable(model.description)}), {format_bytes(model.size_bytes)}, "
-        f"{format_count(model.n_params)} parameters; {where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, "
-        f"n_ubatch {batches}; KV cache {caches}; llama-cpp-python {machine.engine}.",
+        f"{printable(Path(model.path).name)} ({printable(model.description)}), {format_bytes(model.size_bytes)} of weights; "
+        f"{where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache {caches}; "
+        f"llama-cpp-python {machine.engine}.",
         f"{measured} Ratios are taken within each "
         + ("repetition." if bench.complete else "repetition; the run was stopped, so some are missing."),
     ]

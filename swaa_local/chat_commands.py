@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llama_cpp import llama_cpp as _c
+
 from swaa_local.chat_document import DocumentError, read_document
 from swaa_local.chat_session import SETTING_NAMES, ChatError, Session
 from swaa_local.chat_store import Conversation, load_conversation, save_conversation
 from swaa_local.chat_thinking import Piece
 from swaa_local.config import LayerMode, Schedule, format_layers
+from swaa_local.gguf_meta import describe_model, file_type_name, read_model_info
 from swaa_local.units import format_bytes
 from swaa_local.user_input import pasted_path, require_utf8
 
@@ -151,7 +154,12 @@ def _shown(name: str, value: Any) -> str:
 def _info(session: Session, argument: str, say: Say) -> None:
     _no_argument("/info", argument)
     llm = session.llm
-    say(f"model      {llm.model_path} ({llm._model.desc()})")
+    model = describe_model(
+        llm.metadata["general.architecture"],
+        _c.llama_model_n_params(llm._model.model),
+        file_type_name(llm.metadata.get("general.file_type")),
+    )
+    say(f"model      {llm.model_path} ({model})")
     say(f"schedule   {describe_schedule(llm.schedule)}")
     say(f"context    {llm.n_tokens:,} of {llm.n_ctx():,} tokens, KV {format_bytes(llm.kv_bytes)}")
     say(f"batches    n_batch {llm.n_batch}, n_ubatch {llm.context_params.n_ubatch}, flash attention {_flash(llm)}")
@@ -185,7 +193,12 @@ def _swaa(session: Session, argument: str, say: Say) -> None:
         raise ChatError("write /swaa on or /swaa off")
     session.switch(full=argument.lower() == "off")
     if not session.full and session.llm.schedule is None:
-        raise ChatError("this model has no schedule; start with --window or --preset to give it one")
+        reason = read_model_info(session.llm.model_path).unsupported
+        raise ChatError(
+            f"no schedule can apply: {reason}"
+            if reason
+            else "this model has no schedule; start with --window or --preset to give it one"
+        )
     say(describe_schedule(session.llm.schedule))
 
 

@@ -131,7 +131,8 @@ def run_demo(
     view = view or View()
     info, of_file = read_model_info(model), read_schedule(model)
     if of_file is None:
-        raise DemoError(f"{model} has no schedule to show; swaa-local convert adds one")
+        why = f"none can apply: {info.unsupported}" if info.unsupported else "swaa-local convert adds one"
+        raise DemoError(f"{model} has no schedule to show; {why}")
     length = length or min(MAX_LENGTH, (info.n_ctx_train or MAX_LENGTH) - _CHAT_ROOM)
     variants = parse_variants(",".join(words for _, words in _ROWS), info.n_layer, of_file)
     rows = [Row(title, variant) for (title, _), variant in zip(_ROWS, variants, strict=True)]

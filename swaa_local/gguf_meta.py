@@ -22,6 +22,7 @@ from swaa_local.config import (
     Schedule,
 )
 from swaa_local.gguf_file import GGUFError, GGUFFile, KeyValue, ValueType, encode_i32_array, encode_u32
+from swaa_local.units import format_count
 
 # Architectures whose loader in llama.cpp (src/models/*.cpp) turns `attention.sliding_window` into a window of the
 # model's own. Others ignore the key: files of Phi-3 carry one, and upstream runs Phi-3 with full attention.
@@ -196,7 +197,7 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
         head_dim_v=head_dim if head_dim_v is None else head_dim_v,
         n_params=sum(tensor.n_elements for tensor in file.tensors),
         file_bytes=file.size,
-        file_type=_file_type(file),
+        file_type=file_type_name(file.get("general.file_type")),
         has_chat_template="tokenizer.chat_template" in file.keys,
         n_split=file.get("split.count", 1) or 1,
         unsupported=unsupported_reason(architecture, file.keys, file.get),
@@ -281,13 +282,18 @@ def _describe(file: GGUFFile, entry: KeyValue) -> str:
     return f"{value!r} ({entry.type.name.lower()})"
 
 
-def _file_type(file: GGUFFile) -> str:
-    number = file.get("general.file_type")
+def describe_model(architecture: str, n_params: int, file_type: str) -> str:
+    """One line, from the model's own figures: llama.cpp's description guesses a size from the shape."""
+    return f"{architecture}, {format_count(n_params)} parameters, {file_type}"
+
+
+def file_type_name(number: int | str | None) -> str:
+    """llama.cpp's name for a `general.file_type`, such as Q4_K_M, or `unknown`."""
     if number is None:
         return "unknown"
     from gguf import LlamaFileType
 
     try:
-        return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except ValueError:
+        return LlamaFileType(int(number)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (ValueError, TypeError):
         return f"unknown ({number})"

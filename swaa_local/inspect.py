@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from swaa_local.config import LayerMode, Schedule, SWAAError, compact_layers, full_cells, kv_bytes
 from swaa_local.gguf_file import GGUFFile
-from swaa_local.gguf_meta import ModelInfo, model_info_of, schedule_of
+from swaa_local.gguf_meta import ModelInfo, describe_model, model_info_of, schedule_of
 from swaa_local.printable import printable
 from swaa_local.units import format_bytes, format_count
 
@@ -120,9 +120,9 @@ def report(inspection: Inspection) -> str:
     """The inspection as text for people."""
     model, schedule = inspection.model, inspection.schedule
     lines = [
-        f"file       {printable(inspection.path)} ({format_bytes(model.file_bytes)}, {model.file_type})",
-        f"model      {printable(model.name or 'unnamed')}, {printable(model.architecture)}, "
-        f"{format_count(model.n_params)} parameters",
+        f"file       {printable(inspection.path)} ({format_bytes(model.file_bytes)})",
+        f"model      {printable(model.name or 'unnamed')}, "
+        + printable(describe_model(model.architecture, model.n_params, model.file_type)),
         f"layers     {model.n_layer}, {_heads(model)}",
         f"trained to {model.n_ctx_train if model.n_ctx_train is not None else 'an unknown number of'} tokens",
     ]
@@ -130,7 +130,8 @@ def report(inspection: Inspection) -> str:
         lines.append(f"split      one of {model.n_split} files; figures are for this file's metadata")
     lines.append("")
     if schedule is None:
-        lines.append("schedule   none: full attention everywhere; swaa-local convert adds one")
+        can = "" if model.unsupported else ": full attention everywhere; swaa-local convert adds one"
+        lines.append(f"schedule   none{can}")
     else:
         first, *rest = describe_schedule(schedule)
         lines += [f"schedule   {first}", *rest]

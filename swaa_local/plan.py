@@ -251,7 +251,7 @@ def _notes(schedule: Schedule | None, choice: ScheduleChoice, had_one: bool, mod
     elif had_one:
         notes.append("the source's schedule is replaced" if schedule else "the source's schedule is taken away")
     if schedule is None and choice is None:
-        notes.append(_NO_SCHEDULE)
+        notes.append(f"no schedule can apply: {model.unsupported}" if model.unsupported else _NO_SCHEDULE)
     if schedule and model.n_ctx_train and schedule.window + schedule.sinks >= model.n_ctx_train:
         notes.append(
             f"window and sinks ({schedule.window + schedule.sinks} tokens) cover the model's whole context of "

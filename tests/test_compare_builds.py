@@ -150,7 +150,7 @@ def test_the_table_says_what_was_measured_and_what_is_not_alike():
     from engine_build import BuildInfo
 
     def info(patched: bool, features: str) -> BuildInfo:
-        return BuildInfo("lib", patched, features, "a CPU", "tiny", 2_000_000)
+        return BuildInfo("lib", patched, features, "a CPU", 2_000_000)
 
     comparison = Comparison(
         model="folder/tiny.gguf",

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from shlex import split
 
 import pytest
 from gguf_edit import SWAA, i32s, u32, write_header_model
 from program import ROOT, fails, run, succeeds
+from tiny import TinyShape, tiny_weights
 
+from swaa_local import Llama
+from swaa_local.chat_commands import run_command
+from swaa_local.chat_session import Session, Settings
 from swaa_local.config import LayerMode
 from swaa_local.inspect import compact_layers, layer_strip
 
@@ -29,6 +35,36 @@ QWEN3_4B = {
 
 def write_qwen3_4b(path, modes):
     return write_header_model(path, QWEN3_4B | {"swaa.layer_modes": i32s(list(modes))}, n_layer=36)
+
+
+def test_a_model_has_one_size_everywhere(tiny_model_factory):
+    """llama.cpp's own description guesses it from the shape: 256M for one of 135 million, `?B` for a tiny one."""
+    model = tiny_model_factory()
+    n_params = json.loads(succeeds("inspect", model, "--json"))["model"]["n_params"]
+    assert n_params == sum(array.size for array in tiny_weights(TinyShape()).values())
+    told = f"qwen3, {n_params / 1000:.2f} k parameters, F32"
+    assert told in succeeds("inspect", model)
+    arguments = split("-p 16 -n 0 -r 1 -t 1 -fa on --no-swaa")
+    assert f"({told})" in succeeds("bench", model, *arguments)
+    [line] = succeeds("bench", model, *arguments, "-o", "jsonl").splitlines()
+    assert (json.loads(line)["model_type"], json.loads(line)["model_n_params"]) == (told, n_params)
+    session = Session(lambda full: Llama(str(model), n_ctx=256), Settings())
+    with closing(session):
+        said: list[str] = []
+        run_command(session, "/info", said.append)
+    assert f"({told})" in said[0]
+
+
+@pytest.mark.parametrize("extra", [{"qwen3.ssm.state_size": 4}, {"qwen3.nextn_predict_layers": 1}])
+def test_nothing_is_promised_where_no_schedule_can_apply(tiny_model_factory, extra, tmp_path):
+    model = tiny_model_factory(extra=extra)
+    text = succeeds("inspect", model)
+    assert "schedule   none\n" in text
+    assert "adds one" not in text
+    assert "No schedule can apply here: architecture 'qwen3'" in text
+    assert "no schedule to show; none can apply: architecture 'qwen3'" in fails("demo", "-m", model)
+    done = run("convert", model, "-o", tmp_path / "o.gguf", "--outtype", "q8_0", "--dry-run")
+    assert "note      no schedule can apply: architecture 'qwen3'" in done.stdout
 
 
 def test_published_schedule_of_qwen3_4b(tmp_path):
