@@ -28,7 +28,8 @@ from swaa_local.bench_plan import (
     make_sizes,
 )
 from swaa_local.bench_watch import SILENT, Visit, Watch
-from swaa_local.config import Schedule, SWAAError
+from swaa_local.config import DEFAULT_N_BATCH, Schedule, SWAAError
+from swaa_local.context_length import beyond_training, gpu_layers
 from swaa_local.engine_options import EngineOptions
 from swaa_local.gguf_meta import ModelInfo, describe_model, read_model_info, read_schedule
 from swaa_local.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
@@ -45,8 +46,8 @@ class BenchRequest:
     """What to measure.
 
     variants: see `variants`; None compares full attention with `schedule` or, without one, with the file's. prompts,
-    gens, depths, pairs: see `bench_plan.make_sizes`. n_ubatch: every variant is measured with each. limit: measure the
-    speed that no schedule can beat, too.
+    gens, depths, pairs: see `bench_plan.make_sizes`. n_ubatch: every variant is measured with each; if there are none,
+    with what `Llama` would choose. limit: measure the speed that no schedule can beat, too.
     """
 
     model: Path
@@ -57,7 +58,7 @@ class BenchRequest:
     depths: Sequence[int] = ()
     pairs: Sequence[tuple[int, int]] = ()
     repetitions: int = 3
-    n_ubatch: Sequence[int] = (512,)
+    n_ubatch: Sequence[int] = ()
     limit: bool = True
     engine: EngineOptions = field(default_factory=EngineOptions)
 
@@ -140,8 +141,8 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
     longest = max(size.n_tokens for size in sizes)
     if note := whole_in_window(variants, longest):
         watch.note(note)
-    if info.n_ctx_train and longest > info.n_ctx_train:
-        watch.note(f"{longest} tokens are more than the {info.n_ctx_train} that the model was trained on")
+    if said := beyond_training(longest, info.n_ctx_train):
+        watch.note(said)
     for variant in variants:
         choices.said_flash_attn(variant)  # raises for what excludes itself, before the weights are loaded
     with watch.loading(request.model.name):
@@ -199,10 +200,11 @@ def _variants(request: BenchRequest, info: ModelInfo, of_file: Schedule | None, 
 def _choices(request: BenchRequest) -> Choices:
     engine = request.engine
     n_ubatch = tuple(dict.fromkeys(request.n_ubatch))
-    n_batch = engine.n_batch or max(2048, *n_ubatch)
-    if max(n_ubatch) > n_batch:
+    n_batch = engine.n_batch or max((DEFAULT_N_BATCH, *n_ubatch))
+    if max(n_ubatch, default=0) > n_batch:
         raise BenchError(f"-ub {max(n_ubatch)} is more than -b {n_batch}; a part of a batch is not larger than it")
-    return Choices(n_batch, n_ubatch, engine.flash_attn, engine.type_k or "f16", engine.type_v or "f16")
+    gpu = gpu_layers(engine.n_gpu_layers) > 0
+    return Choices(n_batch, n_ubatch, engine.flash_attn, engine.type_k or "f16", engine.type_v or "f16", gpu)
 
 
 class _Run:
@@ -358,8 +360,8 @@ class _Run:
 
     def _probe(self, type_k: str, type_v: str) -> Probe:
         n_prompt = max(_MIN_PROBE_TOKENS, min(PROBE_TOKENS, max(size.decode_depth for size in self._sizes)))
-        size, n_ubatch = Size(0, n_prompt, _PROBE_GEN), self._choices.n_ubatch[0]
         full = Schedule.full(self._model.n_layer)
+        size, n_ubatch = Size(0, n_prompt, _PROBE_GEN), self._choices.n_ubatches(full)[0]
         best = {True: (0.0, 0.0), False: (0.0, 0.0)}
         order = [True, False, False, True]
         with self._watch.probing(n_prompt, len(order)) as update:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local import engine_log, memory, native
 from swaa_local.bench_plan import BenchError, Setting, Size
+from swaa_local.engine_limits import check_numbers
 from swaa_local.engine_options import EngineOptions
 from swaa_local.engine_schedule import apply_schedule, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
@@ -39,6 +41,7 @@ class BenchModel:
     """
 
     def __init__(self, path: Path, engine: EngineOptions) -> None:
+        check_numbers(asdict(engine))
         self.path = path
         self._verbose = engine.verbose
         n_cpus = os.cpu_count() or 1

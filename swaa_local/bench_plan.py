@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swaa_local.config import CELL_PADDING, Schedule, SWAAError
+from swaa_local.config import CELL_PADDING, MAX_TOKENS, Schedule, SWAAError, default_n_ubatch
 from swaa_local.variants import Variant
 
 Kind = Literal["full", "scheduled", "limit"]
@@ -151,18 +151,27 @@ def make_sizes(
     sizes = [size for size in dict.fromkeys(sizes) if size.n_prompt + size.n_gen]
     if not sizes:
         raise BenchError("nothing to measure: -p 0 and -n 0 leave no tokens; give one of them a number")
+    for size in sizes:
+        if size.n_tokens > MAX_TOKENS:
+            raise BenchError(f"{size} is {size.n_tokens} tokens; a context holds {MAX_TOKENS} at most")
     return sorted(sizes, key=lambda size: (size.n_tokens, size.depth))
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user said of the engine, for all variants. flash_attn: None where they left it open."""
+    """What the user said of the engine, for all variants. flash_attn: None where they left it open; n_ubatch: empty
+    then, and gpu: whether the engine chooses it for a GPU."""
 
     n_batch: int
     n_ubatch: tuple[int, ...]
     flash_attn: bool | None
     type_k: str
     type_v: str
+    gpu: bool = False
+
+    def n_ubatches(self, schedule: Schedule) -> tuple[int, ...]:
+        """With which this schedule is measured: those that were said, or what `Llama` would choose."""
+        return self.n_ubatch or (min(self.n_batch, default_n_ubatch(schedule, gpu=self.gpu)),)
 
     def cache_types(self, variant: Variant | None = None) -> tuple[str, str]:
         named = variant.cache_type if variant is not None else None
@@ -198,7 +207,7 @@ def make_settings(
     first, and decode's too if that is another one. A schedule is left to llama.cpp there, as by `Llama`.
     """
     settings = []
-    windows: dict[tuple[int, int], None] = {}
+    windows: dict[tuple[int, int], Schedule] = {}
     for variant in variants:
         type_k, type_v = choices.cache_types(variant)
         said = choices.said_flash_attn(variant)
@@ -206,8 +215,8 @@ def make_settings(
         if said is None and variant.is_full:
             ways = best_of_full[type_k, type_v]
         if not variant.is_full:
-            windows[variant.schedule.window, variant.schedule.sinks] = None
-        for n_ubatch in choices.n_ubatch:
+            windows.setdefault((variant.schedule.window, variant.schedule.sinks), variant.schedule)
+        for n_ubatch in choices.n_ubatches(variant.schedule):
             for flash_attn in ways:
                 settings.append(
                     Setting(
@@ -227,8 +236,8 @@ def make_settings(
         return settings
     type_k, type_v = choices.cache_types()
     said = choices.said_flash_attn()
-    for window, sinks in windows:
-        for n_ubatch in choices.n_ubatch:
+    for (window, sinks), schedule in windows.items():
+        for n_ubatch in choices.n_ubatches(schedule):
             settings.append(
                 Setting(
                     variant=f"limit w{window} k{sinks}",

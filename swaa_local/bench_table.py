@@ -102,8 +102,8 @@ def _notes(bench: Bench) -> list[str]:
     batches = ", ".join(str(b) for b in dict.fromkeys(row.setting.n_ubatch for row in bench.rows))
     caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
     lines = [
-        f"{printable(Path(model.path).name)} ({printable(model.description)}), {format_bytes(model.size_bytes)} of weights; "
-        f"{where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache {caches}; "
+        f"{printable(Path(model.path).name)} ({printable(model.description)}), "
+        f"{format_bytes(model.size_bytes)} of weights; {where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache {caches}; "
         f"llama-cpp-python {machine.engine}.",
         f"{measured} Ratios are taken within each "
         + ("repetition." if bench.complete else "repetition; the run was stopped, so some are missing."),

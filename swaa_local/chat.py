@@ -93,7 +93,7 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
 
     def open_llm(full: bool) -> Llama:
         with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
             llm = Llama(str(path), swaa=False if full else swaa, n_ctx=options.n_ctx, **options.engine.arguments())
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", "pass -c"))

@@ -20,10 +20,10 @@ from swaa_local import __version__, streams
 from swaa_local.cli_bench import bench_command
 from swaa_local.cli_eval import demo_command, eval_command
 from swaa_local.cli_serve import serve_command
-from swaa_local.click_types import PATH
+from swaa_local.click_types import PATH, Number, tokens
 from swaa_local.config import KV_TYPES, SWAAError
 from swaa_local.engine_options import EngineOptions, engine_options
-from swaa_local.options import ScheduleOptions, Tokens, schedule_options
+from swaa_local.options import ScheduleOptions, schedule_options
 from swaa_local.presets import PRESETS
 from swaa_local.printable import printable, printable_json, printable_lines
 
@@ -126,8 +126,10 @@ def main() -> None:
 
 @main.command("inspect", short_help="Show a schedule, and what it costs and saves.")
 @click.argument("file", type=PATH)
-@click.option("-c", "--ctx-size", "n_ctx", type=Tokens(1), help="Context in tokens [the model's, at most 32768].")
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=Tokens(1), default=512, show_default=True)
+@click.option("-c", "--ctx-size", "n_ctx", type=tokens(1), help="Context in tokens [the model's, at most 32768].")
+@click.option(
+    "-ub", "--ubatch-size", "n_ubatch", type=tokens(1), help="Tokens of a part of a batch [as the engine chooses here]."
+)
 @click.option(
     "-ctk", "--cache-type-k", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True
 )
@@ -136,7 +138,7 @@ def main() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect_command(
-    file: Path, n_ctx: int | None, n_ubatch: int, cache_type_k: str, cache_type_v: str, as_json: bool
+    file: Path, n_ctx: int | None, n_ubatch: int | None, cache_type_k: str, cache_type_v: str, as_json: bool
 ) -> None:
     """Show a GGUF's schedule, layer by layer, and what it costs and saves.
 
@@ -257,14 +259,14 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
     help="Tokens of an answer, thinking included [no limit; the bundled model: 256].",
 )
 @click.option("--temp", type=click.FloatRange(0), help="Temperature; 0 is greedy [0.8].")
-@click.option("--top-k", type=click.IntRange(0), help="Sample from the k likeliest tokens; 0 from all [40].")
+@click.option(
+    "--top-k", type=Number("tokens", 0, (1 << 31) - 1), help="Sample from the k likeliest tokens; 0 from all [40]."
+)
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Sample from the likeliest that sum to p [0.95].")
 @click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest [0.05].")
 @click.option("--repeat-penalty", type=click.FloatRange(0), help="Penalty for repeated tokens [1.0, none].")
 @click.option("--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
-@click.option(
-    "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), help="Context in tokens [the model's, or what fits]."
-)
+@click.option("-c", "--ctx-size", "n_ctx", type=tokens(0), help="Context in tokens [the model's, or what fits].")
 @engine_options
 @schedule_options
 def chat_command(

@@ -53,7 +53,7 @@ class _Pair(click.ParamType):
     "n_ubatch",
     type=_FROM_1,
     metavar="TOKENS",
-    help="Tokens of a part of a batch; several are all measured [512].",
+    help="Tokens of a part of a batch; several are all measured [512; 1024 for windows on a GPU].",
 )
 @click.option(
     "-o",
@@ -142,7 +142,7 @@ def bench_command(
         depths=depths or [],
         pairs=pairs,
         repetitions=repetitions,
-        n_ubatch=n_ubatch or [512],
+        n_ubatch=n_ubatch or [],
         limit=limit,
         engine=engine,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from swaa_local import streams
-from swaa_local.click_types import FILE, Numbers
+from swaa_local.click_types import FILE, Numbers, tokens
 from swaa_local.engine_options import EngineOptions, engine_options
 
 _COUNT = click.IntRange(1)
@@ -47,10 +47,12 @@ def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
     default="auto",
     help="Think first; auto leaves it to the template.",
 )
-@click.option("--think-tokens", type=_COUNT, default=2048, show_default=True, help="Tokens of a thought at most.")
-@click.option("--max-tokens", type=_COUNT, help="Tokens of an answer, thoughts aside [the task's].")
+@click.option("--think-tokens", type=tokens(1), default=2048, show_default=True, help="Tokens of a thought at most.")
+@click.option("--max-tokens", type=tokens(1), help="Tokens of an answer, thoughts aside [the task's].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the questions; answers are greedy.")
-@click.option("-c", "--ctx-size", "n_ctx", type=_COUNT, help="With --dataset: tokens of context at most [the model's].")
+@click.option(
+    "-c", "--ctx-size", "n_ctx", type=tokens(1), help="With --dataset: tokens of context at most [the model's]."
+)
 @click.option("--skip-long", is_flag=True, help="With --dataset: leave out questions that do not fit.")
 @click.option("--results", type=FILE, metavar="FILE", help="Every prompt, answer and score [MODEL.eval.jsonl].")
 @click.option(
@@ -143,7 +145,9 @@ def eval_command(
 @click.command("demo", short_help="See what schedules do, on the bundled model, offline.")
 @click.option("-n", "--questions", "n_questions", type=_COUNT, default=20, show_default=True, help="Questions to ask.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the document and the questions.")
-@click.option("--length", type=_COUNT, metavar="TOKENS", help="Of the document with a question and its answer [7680].")
+@click.option(
+    "--length", type=tokens(1), metavar="TOKENS", help="Of the document with a question and its answer [7680]."
+)
 @click.option("-m", "--model", metavar="MODEL", help="Another GGUF with a schedule, made for such questions.")
 @click.option("--chat/--no-chat", "may_chat", default=True, help="Offer to talk about the document afterwards.")
 @engine_options

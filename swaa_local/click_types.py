@@ -1,4 +1,4 @@
-"""Kinds of values on the command line that several commands take. Knows click and paths."""
+"""Kinds of values on the command line that several commands take. Knows click, paths and the engine's bounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from swaa_local.config import MAX_TOKENS
 from swaa_local.user_input import user_path
 
 
@@ -22,8 +23,30 @@ PATH = _UserPath(path_type=Path)
 FILE = _UserPath(path_type=Path, dir_okay=False)
 
 
+class Number(click.ParamType):
+    """A whole number from `least` to `most`. name: of what is counted. (click.IntRange prints bounds into the help.)"""
+
+    def __init__(self, name: str, least: int, most: int) -> None:
+        self.name = name
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of {self.name}", param, ctx)
+        if not self._least <= number <= self._most:
+            self.fail(f"{number} is not between {self._least} and {self._most}", param, ctx)
+        return number
+
+
+def tokens(least: int) -> Number:
+    """A number of tokens."""
+    return Number("tokens", least, MAX_TOKENS)
+
+
 class Numbers(click.ParamType):
-    """A list of numbers, `least` or more each: 4096,16384. kind: what the error calls them."""
+    """A list of numbers of tokens, `least` or more each: 4096,16384. kind: what the error calls them."""
 
     name = "numbers"
 
@@ -39,4 +62,6 @@ class Numbers(click.ParamType):
             numbers = []
         if not numbers or min(numbers) < self._least:
             self.fail(f"{value!r} is not a list of {self._kind} such as 4096,16384", param, ctx)
+        if max(numbers) > MAX_TOKENS:
+            self.fail(f"{max(numbers)} is more than {MAX_TOKENS}", param, ctx)
         return numbers

@@ -22,6 +22,9 @@ SCHEDULE_VERSION = 1
 # The engine's own limit (llama-swaa.cpp): sums of positions, windows and sinks must fit a 32-bit position.
 MAX_TOKENS = 1 << 30
 
+DEFAULT_N_BATCH = 2048
+"""Tokens of a `llama_decode` call where the user does not say, as of llama.cpp's own tools."""
+
 # llama.cpp pads contexts and rings to this number of cells.
 CELL_PADDING = 256
 

@@ -30,6 +30,14 @@ def beyond_training(n_tokens: int, n_ctx_train: int | None) -> str | None:
     return f"{n_tokens} tokens are more than the {n_ctx_train} that the model was trained on"
 
 
+def shortened(n_ctx: int, n_ctx_train: int, option: str) -> str:
+    """What to tell a user whose memory holds less than the model's own context. option: that chooses another."""
+    return (
+        f"the model's context of {n_ctx_train} tokens does not fit the free memory; using {n_ctx} "
+        f"(pass {option} to choose)"
+    )
+
+
 def gpu_layers(n_gpu_layers: int) -> int:
     """Layers that go to the GPU of those wanted, as far as there are so many; 0 for a build or machine without one."""
     if not _c.llama_supports_gpu_offload():
@@ -70,30 +78,24 @@ def choose_n_ctx(
         mapped=model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE,
     )
     if n_ctx < n_ctx_train:
-        warnings.warn(
-            f"the model's context of {n_ctx_train} tokens does not fit the free memory; using {n_ctx} "
-            "(pass n_ctx to choose)",
-            ContextFitWarning,
-            stacklevel=5,
-        )
+        warnings.warn(shortened(n_ctx, n_ctx_train, "n_ctx"), ContextFitWarning, stacklevel=5)
     return n_ctx
 
 
 def check_memory(model: Any, n_ctx: int, schedule: Schedule | None, params: Any, model_params: Any) -> None:
-    """Raise `ContextTooLarge` for a context that the host's memory cannot hold. Arguments as in `choose_n_ctx`."""
+    """Raise `ContextTooLarge` for a context that the host's memory cannot hold. Arguments as in `choose_n_ctx`.
+
+    Caches that are not plain ones, and take less than it seems, are let through.
+    """
     most = memory.most_host_bytes()
     on_gpu = gpu_layers(model_params.n_gpu_layers) if params.offload_kqv else 0
     cost = memory.context_cost(
         model.model, schedule, params, n_ubatch=params.n_ubatch, n_gpu_layers=on_gpu, logits_all=False
     )
-    # The header tells more of the model's cache than the engine does, but takes a moment to read.
-    if most is not None and cost.host_kv(n_ctx) > most:
-        memory.check_fits(
-            read_model_info(model.path_model),
-            schedule,
-            n_ctx,
-            n_ubatch=params.n_ubatch,
-            type_k=cost.type_k,
-            type_v=cost.type_v,
-            n_gpu_layers=on_gpu,
-        )
+    if most is None or cost.host_kv(n_ctx) <= most:
+        return
+    # The header tells more of the cache than the engine does, but takes a moment to read.
+    info = read_model_info(model.path_model)
+    if info.unsupported is None:
+        known = {"n_ubatch": params.n_ubatch, "n_gpu_layers": on_gpu}
+        memory.check_fits(memory.header_cost(info, schedule, type_k=cost.type_k, type_v=cost.type_v, **known), n_ctx)

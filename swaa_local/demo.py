@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,9 @@ class View:
     def begin(self, model: str, rows: Sequence[Row], n_questions: int) -> None:
         """The contestants are known."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
     def document(self, document: facts.Document, n_tokens: int, window: int) -> None:
         """A document was written; n_tokens is its length."""
 
@@ -126,6 +130,7 @@ def run_demo(
     Raises `DemoError` for a model without a schedule or a length that holds no document.
     """
     from swaa_local.answering import Answerer
+    from swaa_local.context_length import TrainedLengthWarning, beyond_training
     from swaa_local.llama import Llama
 
     view = view or View()
@@ -134,12 +139,16 @@ def run_demo(
         why = f"none can apply: {info.unsupported}" if info.unsupported else "swaa-local convert adds one"
         raise DemoError(f"{model} has no schedule to show; {why}")
     length = length or min(MAX_LENGTH, (info.n_ctx_train or MAX_LENGTH) - _CHAT_ROOM)
+    if said := beyond_training(length, info.n_ctx_train):
+        view.note(said)
     variants = parse_variants(",".join(words for _, words in _ROWS), info.n_layer, of_file)
     rows = [Row(title, variant) for (title, _), variant in zip(_ROWS, variants, strict=True)]
     with ExitStack() as stack:
         answerers = []
         for row in rows:
-            llm = Llama(str(model), swaa=row.variant.schedule, n_ctx=length, **_calm(engine).arguments())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TrainedLengthWarning)  # the view has said so
+                llm = Llama(str(model), swaa=row.variant.schedule, n_ctx=length, **_calm(engine).arguments())
             stack.callback(llm.close)
             answerers.append(Answerer(llm, think=row.variant.think, think_tokens=_THINK_TOKENS))
             row.kv_bytes = llm.kv_bytes

@@ -45,6 +45,9 @@ class TerminalView(View):
             self._live = Live(console=self.console, transient=True, refresh_per_second=8)
             self._live.start()
 
+    def note(self, text: str) -> None:
+        self._say(text)
+
     def document(self, document: facts.Document, n_tokens: int, window: int) -> None:
         words, n_facts = len(document.text.split()), len(document.facts)
         self._say(

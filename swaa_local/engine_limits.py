@@ -10,6 +10,9 @@ from swaa_local.errors import OutOfRange
 
 _INT32 = (1 << 31) - 1
 
+MAX_LAYERS = _INT32
+"""That can be asked for on a GPU."""
+
 MAX_THREADS = max(512, os.cpu_count() or 1)
 """GGML_MAX_N_THREADS of ggml.h; where there are more CPUs, as many."""
 

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 import click
 
+from swaa_local.click_types import Number, tokens
 from swaa_local.config import KV_TYPES
+from swaa_local.engine_limits import MAX_LAYERS, MAX_THREADS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
-_COUNT = click.IntRange(1)
+_THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,20 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
     """Add the engine's options; the command gets them as `engine: EngineOptions`. without: fields to leave out."""
     options = {
         "n_gpu_layers": click.option(
-            "-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1), default=-1, help="Layers on the GPU [all]."
+            "-ngl", "--gpu-layers", "n_gpu_layers", type=_LAYERS, default=-1, help="Layers on the GPU [all]."
         ),
         "n_threads": click.option(
-            "-t", "--threads", "n_threads", type=_COUNT, help="Threads [half the CPUs; all to read]."
+            "-t", "--threads", "n_threads", type=_THREADS, help="Threads [half the CPUs; all to read]."
         ),
         "n_threads_batch": click.option(
-            "-tb", "--threads-batch", "n_threads_batch", type=_COUNT, help="Threads to read the prompt [-t]."
+            "-tb", "--threads-batch", "n_threads_batch", type=_THREADS, help="Threads to read the prompt [-t]."
         ),
-        "n_batch": click.option("-b", "--batch-size", "n_batch", type=_COUNT, help="Tokens of a batch [2048]."),
+        "n_batch": click.option("-b", "--batch-size", "n_batch", type=tokens(1), help="Tokens of a batch [2048]."),
         "n_ubatch": click.option(
             "-ub",
             "--ubatch-size",
             "n_ubatch",
-            type=_COUNT,
+            type=tokens(1),
             help="Tokens of a part of a batch [512; 1024 for windows on a GPU].",
         ),
         "flash_attn": click.option(

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swaa_local.config import SWAAError
+from swaa_local.config import SWAAError, default_n_ubatch
 from swaa_local.engine_options import EngineOptions
 from swaa_local.eval_log import AnswerRecord, EvalLog, QuestionRecord
 from swaa_local.eval_watch import SILENT, Cell, Watch
-from swaa_local.gguf_meta import read_model_info, read_schedule
+from swaa_local.gguf_meta import ModelInfo, read_model_info, read_schedule
 from swaa_local.scoring import MISS, Metric, Score, score
 from swaa_local.tasks import Question, Task, make_tasks, needs_haystack
 from swaa_local.tasks.datasets import Dataset, read_dataset
@@ -101,6 +102,7 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
     variants = parse_variants(names, info.n_layer, of_file)
     if any(not variant.is_full for variant in variants) and info.unsupported:
         raise EvalError(info.unsupported)
+    _check_memory(request, info, variants)
     source = _Source(request, [variant.think for variant in variants], info.n_ctx_train, watch)
     with closing(source), EvalLog(request.results, source.config()) as log:
         batches = list(source.batches())
@@ -128,6 +130,26 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
             questions={id: question for id, question in log.questions.items() if id in asked},
             answers={key: log.answers[key] for cell in cells for key in cell.keys},
         )
+
+
+def _check_memory(request: EvalRequest, info: ModelInfo, variants: Sequence[Variant]) -> None:
+    """Before questions of that length are made, which takes memory too. Raises `ContextTooLarge`."""
+    from swaa_local.context_length import gpu_layers
+    from swaa_local.memory import check_fits, header_cost
+
+    engine = request.engine
+    if request.dataset is not None or info.unsupported is not None:
+        return
+    for variant in variants:
+        cost = header_cost(
+            info,
+            variant.schedule,
+            n_ubatch=engine.n_ubatch or default_n_ubatch(variant.schedule, gpu=False),
+            type_k=engine.type_k or "f16",
+            type_v=engine.type_v or "f16",
+            n_gpu_layers=gpu_layers(engine.n_gpu_layers),
+        )
+        check_fits(cost, max(request.lengths))
 
 
 class _Source:
@@ -196,10 +218,7 @@ class _Source:
             yield self._from_dataset(self.dataset)
             return
         lengths = sorted(set(self._request.lengths))
-        if lengths[-1] > self._n_ctx_train:
-            self._watch.note(
-                f"{lengths[-1]} tokens are more than the {self._n_ctx_train} that the model was trained on"
-            )
+        self._note_length(lengths[-1])
         for length in lengths:
             for task in self.tasks:
                 with self._watch.making(task.name, length, self._request.samples) as made:
@@ -212,6 +231,7 @@ class _Source:
 
     def _from_dataset(self, dataset: Dataset) -> _Batch:
         limit = self._request.n_ctx or self._n_ctx_train
+        self._note_length(limit)
         chosen: list[tuple[int, Question]] = []
         n_long = 0
         wanted = dataset.questions[: None if self._request.skip_long else self._request.samples]
@@ -237,6 +257,12 @@ class _Source:
         if dataset.metric == "contains":
             self._watch.note(f"{dataset.name}: an answer is right if it contains the reference; no judge reads it")
         return self._batch(dataset.name, None, chosen)
+
+    def _note_length(self, n_tokens: int) -> None:
+        from swaa_local.context_length import beyond_training
+
+        if said := beyond_training(n_tokens, self._n_ctx_train):
+            self._watch.note(said)
 
     def _limit(self, question: Question) -> int:
         return self._request.max_tokens or question.max_tokens
@@ -276,6 +302,7 @@ def _run_batch(
     request: EvalRequest, source: _Source, batch: _Batch, variants: Sequence[Variant], log: EvalLog, watch: Watch
 ) -> None:
     from swaa_local.answering import Answerer
+    from swaa_local.context_length import TrainedLengthWarning
     from swaa_local.llama import Llama
 
     todo = {
@@ -284,9 +311,11 @@ def _run_batch(
     }
     if not any(todo.values()):
         return
-    llm = Llama(
-        str(request.model), n_ctx=source.n_ctx(batch), on_prefill=watch.on_prefill, **request.engine.arguments()
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainedLengthWarning)  # the watch has said so
+        llm = Llama(
+            str(request.model), n_ctx=source.n_ctx(batch), on_prefill=watch.on_prefill, **request.engine.arguments()
+        )
     with closing(llm):
         for variant in variants:
             if not (indices := todo[variant.name]):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swaa_local.config import LayerMode, Schedule, SWAAError, compact_layers, full_cells, kv_bytes
+from swaa_local.config import LayerMode, Schedule, SWAAError, compact_layers, default_n_ubatch, full_cells, kv_bytes
 from swaa_local.gguf_file import GGUFFile
 from swaa_local.gguf_meta import ModelInfo, describe_model, model_info_of, schedule_of
 from swaa_local.printable import printable
@@ -57,14 +57,15 @@ def inspect_gguf(
     path: str | os.PathLike[str],
     *,
     n_ctx: int | None = None,
-    n_ubatch: int = 512,
+    n_ubatch: int | None = None,
     type_k: str = "f16",
     type_v: str = "f16",
 ) -> Inspection:
     """Read a file's header and work out the cost of one sequence.
 
-    `n_ctx` defaults to the model's training context, at most `DEFAULT_N_CTX`. Raises `GGUFError` for a bad file or
-    schedule, `SWAAError` for a KV type that does not fit the model.
+    `n_ctx` defaults to the model's training context, at most `DEFAULT_N_CTX`, `n_ubatch` to what `Llama` would choose
+    on this machine. Raises `GGUFError` for a bad file or schedule, `SWAAError` for a KV type that does not fit the
+    model.
     """
     with GGUFFile.open(path) as file:
         model, schedule = model_info_of(file), schedule_of(file)
@@ -72,6 +73,9 @@ def inspect_gguf(
         n_ctx = min(model.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
     if n_ctx < 1:
         raise SWAAError(f"a context has at least 1 token, not {n_ctx}")
+    if n_ubatch is None:
+        windowed = schedule is not None and not schedule.is_full
+        n_ubatch = default_n_ubatch(schedule or Schedule.full(model.n_layer), gpu=windowed and _has_gpu())
     full = scheduled = None
     if model.unsupported is None:
         everything = Schedule.full(model.n_layer)
@@ -79,6 +83,15 @@ def inspect_gguf(
         if schedule is not None:
             scheduled = _cost(model, schedule, n_ctx, n_ubatch, type_k, type_v)
     return Inspection(os.fspath(path), model, schedule, n_ctx, n_ubatch, type_k, type_v, full, scheduled)
+
+
+def _has_gpu() -> bool:
+    """Whether the engine would put layers on a GPU. A machine without an engine has none for it."""
+    try:
+        from swaa_local.context_length import gpu_layers
+    except ImportError:
+        return False
+    return gpu_layers(-1) > 0
 
 
 def _cost(model: ModelInfo, schedule: Schedule, n_ctx: int, n_ubatch: int, type_k: str, type_v: str) -> Cost:

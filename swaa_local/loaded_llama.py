@@ -20,7 +20,7 @@ from llama_cpp._internals import LlamaContext
 
 from swaa_local import engine_log, memory, native
 from swaa_local.callbacks import Callbacks
-from swaa_local.config import Schedule, SWAAConfig, SWAAError, default_n_ubatch
+from swaa_local.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, SWAAError, default_n_ubatch
 from swaa_local.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine_limits import check_number, check_numbers
 from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, get_schedule
@@ -29,7 +29,6 @@ from swaa_local.guard import Guard, GuardedTokenizer, reads
 from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
 
-DEFAULT_N_BATCH = 2048
 _VOCAB_N_CTX = 512  # a vocabulary has no context of its own, but upstream makes one of it
 
 Self = TypeVar("Self", bound="LoadedLlama")

@@ -16,7 +16,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.config import CELL_PADDING, KV_TYPES, LayerMode, Schedule, SWAAError, kv_bytes
+from swaa_local.config import CELL_PADDING, KV_TYPES, Schedule, SWAAError, kv_bytes
 from swaa_local.errors import ContextTooLarge
 from swaa_local.gguf_meta import ModelInfo
 
@@ -84,9 +84,9 @@ class ContextCost:
         return one_cell * sum(cells if layers is None else (cells[i] for i in layers))
 
     def _graph(self, n_ctx: int) -> int:
-        """The part of the compute buffer that grows with the context: the mask (f32 and f16), and without flash
-        attention the scores of all heads."""
-        widest = n_ctx if any(m is not LayerMode.ALWAYS for m in self.schedule.layer_modes) else 0
+        """The part of the compute buffer that grows with the widest layer's cache, which a ring may be: the mask (f32
+        and f16), and without flash attention the scores of all heads."""
+        widest = max(self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch))
         return widest * self.n_ubatch * (6 if self.flash_attn else 8 + 4 * self.n_head)
 
 
@@ -139,6 +139,30 @@ def context_cost(
     )
 
 
+def header_cost(
+    info: ModelInfo,
+    schedule: Schedule | None,
+    *,
+    n_ubatch: int,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    n_gpu_layers: int = 0,
+) -> ContextCost:
+    """What a context costs of a model whose cache is a plain one, by its header. Arguments as in `longest_n_ctx`."""
+    schedule = schedule or Schedule.full(info.n_layer)
+    return ContextCost(
+        schedule=schedule,
+        n_embd_k=min(info.n_embd_k),  # of layers that differ, the least
+        n_embd_v=min(info.n_embd_v),
+        type_k=type_k,
+        type_v=type_v,
+        n_head=max(info.n_head),
+        n_ubatch=n_ubatch,
+        flash_attn=True,
+        n_gpu_layers=max(0, min(n_gpu_layers - 1, schedule.n_layer)),
+    )
+
+
 def fit_n_ctx(cost: ContextCost, n_ctx_train: int, *, free_host: int | None, free_gpu: int | None) -> int:
     """The largest context in tokens, at most the model's own, that fits; `MIN_N_CTX` (or the model's own) if none does.
 
@@ -167,38 +191,14 @@ def _within(cost: int, free: int | None) -> bool:
     return free is None or cost + _OVERHEAD <= free * (1 - _HEADROOM)
 
 
-def check_fits(
-    info: ModelInfo,
-    schedule: Schedule | None,
-    n_ctx: int,
-    *,
-    n_ubatch: int,
-    type_k: str = "f16",
-    type_v: str = "f16",
-    n_gpu_layers: int = 0,
-) -> None:
+def check_fits(cost: ContextCost, n_ctx: int) -> None:
     """Raise `ContextTooLarge` for a context whose KV cache the host cannot have, whatever it swaps out.
 
     The host fills it when the context is made, and the kernel kills who fills more than there is. GPUs refuse by
-    themselves. Caches that are not plain ones, and take less, are let through. Arguments as in `longest_n_ctx`.
+    themselves.
     """
-    most = most_host_bytes()
-    if most is None or info.unsupported is not None:
-        return
-    schedule = schedule or Schedule.full(info.n_layer)
-    cost = ContextCost(
-        schedule=schedule,
-        n_embd_k=min(info.n_embd_k),  # of layers that differ, the least
-        n_embd_v=min(info.n_embd_v),
-        type_k=type_k,
-        type_v=type_v,
-        n_head=max(info.n_head),
-        n_ubatch=n_ubatch,
-        flash_attn=True,
-        n_gpu_layers=max(0, min(n_gpu_layers - 1, schedule.n_layer)),
-    )
-    needed = cost.host_kv(n_ctx)
-    if needed > most:
+    most, needed = most_host_bytes(), cost.host_kv(n_ctx)
+    if most is not None and needed > most:
         free = free_host_bytes()
         fits = largest_n_ctx(cost, n_ctx, free_host=most if free is None else min(most, free), free_gpu=None)
         raise ContextTooLarge(n_ctx, needed, most, fits)

@@ -13,30 +13,13 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from swaa_local.config import MAX_TOKENS, SWAAConfig, parse_layers
+from swaa_local.click_types import tokens
+from swaa_local.config import SWAAConfig, parse_layers
 from swaa_local.presets import PRESETS, Preset, get_preset
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _NAMES = ("preset", "window", "sinks", "full_layers", "fa_decode", "fa_decode_layers", "clip_layers", "no_swaa")
-
-
-class Tokens(click.ParamType):
-    """A number of tokens. (click.IntRange would print its bounds into every help.)"""
-
-    name = "tokens"
-
-    def __init__(self, least: int) -> None:
-        self._least = least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number of tokens", param, ctx)
-        if not self._least <= number <= MAX_TOKENS:
-            self.fail(f"{number} is not between {self._least} and {MAX_TOKENS}", param, ctx)
-        return number
 
 
 @dataclass(frozen=True)
@@ -99,10 +82,10 @@ def schedule_options(command: Command) -> Command:
         click.option("--preset", metavar="NAME", callback=_preset, help="A published schedule; see --list-presets."),
         click.option(
             "--window",
-            type=Tokens(1),
+            type=tokens(1),
             help="Sliding window W, the token itself included.",
         ),
-        click.option("--sinks", type=Tokens(0), help="First tokens that stay visible to everyone [0]."),
+        click.option("--sinks", type=tokens(0), help="First tokens that stay visible to everyone [0]."),
         click.option(
             "--full-layers",
             metavar="LAYERS",

@@ -23,6 +23,7 @@ from swaa_local.gguf_meta import read_model_info, read_schedule
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
 from swaa_local.progress import SILENT, Reporter
+from swaa_local.serve_limits import context_arguments
 from swaa_local.server_process import Address, ServerProcess
 from swaa_local.user_input import user_path
 
@@ -99,6 +100,9 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)
     extra = options.extra
+    arguments += context_arguments(
+        read_model_info(path), schedule, lambda names: value_of(names, extra, os.environ), reporter
+    )
     arguments += default_arguments(schedule, extra, os.environ, gpu=_c.llama_supports_gpu_offload())
     if value_of(_ALIAS, extra, os.environ) is None:
         arguments += ["--alias", path.stem if path == user_path(options.model) else options.model]
