@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from foreign import FOREIGN
 from gguf import GGUFValueType as T
 from gguf.gguf_writer import GGUFValue
 from masks import Sched
+from program import environment
 from reference_numpy import forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens, write_tiny_gguf
 
@@ -77,6 +81,56 @@ def test_huge_window_and_sinks_are_full_attention(tiny_model):
         with EngineModel(tiny_model, schedule) as model:
             assert model.get_schedule() == schedule
             assert_close(logits(model), forward(TOKENS), EXACT, schedule)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell what was reserved")
+def test_a_huge_window_reserves_no_more_than_the_cache(tiny_model_factory):
+    path = tiny_model_factory(schedule=Sched(2**30, 4, (ALWAYS,) * 4))
+    code = (
+        "import resource, sys\n"
+        "from swaa_local import Llama\n"
+        "llm = Llama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)\n"
+        "llm.eval(llm.tokenize(b'hello'))\n"
+        "llm.eval([5], decode=True)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], env=environment(), check=True)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"qwen3.block_count": 2**31}, "hparams.n_layer_all > 0 && hparams.n_layer_all <= LLAMA_MAX_LAYERS"),
+        ({"qwen3.nextn_predict_layers": 2**32 - 1}, "hparams.n_layer_nextn <= hparams.n_layer_all"),
+        ({"qwen3.expert_count": 2**32 - 1}, "hparams.n_expert <= LLAMA_MAX_EXPERTS"),
+        ({"qwen3.rope.scaling.type": "junk"}, "rope_scaling_type_train != LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED"),
+    ],
+)
+def test_what_a_file_makes_the_loader_assert_is_an_error(tmp_path, extra, said):
+    """By the engine alone, past the reader that refuses these before; the next model loads as if nothing had been."""
+    path = write_tiny_gguf(tmp_path / "bad.gguf", extra=extra)
+    with pytest.raises(
+        EngineError, match=rf"error loading model.*llama-model.cpp:\d+: GGML_ASSERT\(.*{re.escape(said)}"
+    ):
+        EngineModel(path)
+    with EngineModel(write_tiny_gguf(tmp_path / "good.gguf")) as model:
+        assert_close(logits(model), forward(TOKENS), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"extra": {"qwen3.rope.dimension_count": 16}}, r"qwen3\.cpp:\d+: GGML_ASSERT\(n_embd_head == n_rot\)"),
+        # in C, below libllama
+        ({"n_head": 4, "n_head_kv": 3}, r"ggml\.c:\d+: GGML_ASSERT\(ggml_can_mul_mat\("),
+    ],
+)
+def test_what_a_file_makes_a_graph_assert_is_an_error(tmp_path, model, said):
+    with EngineModel(write_tiny_gguf(tmp_path / "bad.gguf", **model)) as bad:
+        for _ in range(2):
+            with pytest.raises(EngineError, match=f"failed to initialize the context: {said}"):
+                bad.context()
 
 
 def test_n_swa_tells_where_rings_exist(tiny_model):
