@@ -103,7 +103,8 @@ def _notes(bench: Bench) -> list[str]:
     caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
     lines = [
         f"{printable(Path(model.path).name)} ({printable(model.description)}), "
-        f"{format_bytes(model.size_bytes)} of weights; {where}; {threads}; n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache {caches}; "
+        f"{format_bytes(model.size_bytes)} of weights; {where}; {threads}; "
+        f"n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache {caches}; "
         f"llama-cpp-python {machine.engine}.",
         f"{measured} Ratios are taken within each "
         + ("repetition." if bench.complete else "repetition; the run was stopped, so some are missing."),

@@ -22,6 +22,7 @@ from swaa_local.chat_terminal import Terminal
 from swaa_local.engine_options import EngineOptions
 from swaa_local.errors import PromptTooLong
 from swaa_local.gguf_meta import read_model_info
+from swaa_local.input_file import read_input
 from swaa_local.llama import Llama
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
@@ -60,7 +61,7 @@ def chat(options: ChatOptions) -> int:
     if not interactive and message is None:
         if "-" in options.files:
             raise ChatError("standard input is the document, so the question must come with -p")
-        data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        data = b"" if sys.stdin is None else read_input(sys.stdin.buffer, "standard input")
         if not data.strip():
             raise ChatError("no question: standard input is empty; ask with -p TEXT")
         message = decode_document("standard input", data).text.strip()
@@ -136,5 +137,5 @@ def _piped_document(terminal: Terminal) -> list[Document]:
             return []
     elif not stat.S_ISREG(mode):
         return []
-    data = sys.stdin.buffer.read()
+    data = read_input(sys.stdin.buffer, "standard input")
     return [decode_document("stdin", data)] if data.strip() else []

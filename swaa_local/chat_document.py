@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swaa_local.config import SWAAError
-from swaa_local.user_input import printable, read_file, user_path
+from swaa_local.input_file import read_input
+from swaa_local.printable import printable
+from swaa_local.user_input import user_path
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -39,10 +41,10 @@ def read_document(path: str) -> Document:
     if path == "-":
         if sys.stdin is None:
             raise DocumentError("standard input is closed")
-        return decode_document("stdin", sys.stdin.buffer.read())
+        return decode_document("stdin", read_input(sys.stdin.buffer, "standard input"))
     file = user_path(path)
     try:
-        data = read_file(file)
+        data = read_input(file, path)
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror or error}") from None
     return decode_document(printable(file.name), data)

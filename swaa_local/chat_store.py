@@ -17,8 +17,9 @@ from typing import Any
 from swaa_local.chat_document import Document
 from swaa_local.chat_session import Turn
 from swaa_local.config import SWAAError
+from swaa_local.input_file import read_input
 from swaa_local.output_file import place
-from swaa_local.user_input import read_file, require_utf8, user_path
+from swaa_local.user_input import require_utf8, user_path
 
 _FORMAT, _VERSION = "swaa-local-chat", 1
 
@@ -73,7 +74,7 @@ def save_conversation(path: str, conversation: Conversation, *, overwrite: bool 
 def load_conversation(path: str) -> Conversation:
     """Read a file that `save_conversation` wrote. Raises `StoreError`."""
     try:
-        data = json.loads(read_file(user_path(path)))
+        data = json.loads(read_input(user_path(path), path))
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.config import SWAAError
-from swaa_local.user_input import printable
+from swaa_local.printable import printable
 
 MARKERS = "osD^vP*X<>"
 FORMATS = (".png", ".svg", ".pdf")

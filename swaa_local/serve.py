@@ -20,6 +20,7 @@ from swaa_local import native
 from swaa_local.bundled import bundled_template, is_bundled
 from swaa_local.config import LayerMode, Schedule, SWAAError, default_n_ubatch
 from swaa_local.gguf_meta import read_model_info, read_schedule
+from swaa_local.input_file import read_input
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
 from swaa_local.progress import SILENT, Reporter
@@ -30,6 +31,7 @@ from swaa_local.user_input import user_path
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
+_MAX_KEYS_BYTES = 1 << 20
 _WARNINGS = "2"  # of llama-server's --verbosity
 
 # What our own defaults depend on, as llama-server spells it: options, then the environment.
@@ -164,7 +166,8 @@ def find_key(options: ServeOptions, env: Mapping[str, str]) -> str | None:
         raise ServeError("LLAMA_API_KEY is set and empty; put a key into it, or unset it to serve without one")
     if options.api_key_file is not None:
         try:
-            lines = options.api_key_file.read_text("utf-8").splitlines()
+            data = read_input(options.api_key_file, str(options.api_key_file), most=_MAX_KEYS_BYTES)
+            lines = data.decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ServeError(f"the API keys in {options.api_key_file} cannot be read: {reason}") from None

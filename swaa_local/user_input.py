@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
-import stat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -40,18 +38,6 @@ def pasted_path(text: str) -> str:
     return words[0] if len(words) == 1 else text
 
 
-def read_file(path: Path) -> bytes:
-    """All of a file, or of a pipe such as the shell's <(...). Raises OSError, also for a device, which may not end."""
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
-                raise OSError(errno.EINVAL, "it is a device, not a file")
-            return file.read()
-    except ValueError as error:  # a zero byte in the path
-        raise OSError(errno.EINVAL, str(error)) from None
-
-
 def require_utf8(text: str, what: str) -> str:
     """The text. Raises `TextError` if it has what Python makes of bytes that are no UTF-8 (a surrogate)."""
     try:
@@ -66,8 +52,3 @@ def require_utf8(text: str, what: str) -> str:
             "a text that is cut must be cut between two characters"
         ) from None
     return text
-
-
-def printable(name: str) -> str:
-    """A file's name as text: bytes that are no UTF-8 become U+FFFD."""
-    return os.fsencode(name).decode(errors="replace")

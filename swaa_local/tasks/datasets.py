@@ -37,7 +37,7 @@ class Dataset:
 def read_dataset(path: Path) -> Dataset:
     """Read a dataset by the fields of its rows. Raises `TaskError`, naming the line, for what is neither form."""
     if not path.is_file():
-        raise TaskError(f"{path}: no such file")
+        raise TaskError(f"{path} is not a regular file" if path.exists() else f"{path}: no such file")
     parquet = path.suffix.lower() in (".parquet", ".pq")
     name = _name(path)
     questions = []
@@ -67,6 +67,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     row = json.loads(line.rstrip("\r\n"))
                 except json.JSONDecodeError as error:
                     raise TaskError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+                except RecursionError:
+                    raise TaskError(f"{where} nests JSON too deeply") from None
                 if not isinstance(row, dict):
                     raise TaskError(f"{where} is not a JSON object")
                 yield where, row

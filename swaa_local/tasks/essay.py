@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swaa_local.facts import Filler
+from swaa_local.input_file import read_input
 from swaa_local.tasks.base import TaskError
-from swaa_local.user_input import read_file
 
 _SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]\u2019\u201d]*\s+(?=["'(\[\u2018\u201c]*[A-Z0-9])""")
 
@@ -32,7 +32,7 @@ class Essay:
 def read_essay(path: Path) -> Essay:
     """The text of a file. Raises `TaskError` for what is no text in UTF-8."""
     try:
-        data = read_file(path)
+        data = read_input(path, str(path))
         words = tuple(data.decode("utf-8-sig").split())
     except OSError as error:
         raise TaskError(f"{path}: {error.strerror}") from None
