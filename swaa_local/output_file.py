@@ -1,10 +1,12 @@
 """A large output that appears under its name when it is complete and not before.
 
-Until then it is in a hidden folder beside its place, which goes away whatever happens. Knows files and signals only.
+Until then it is in a hidden folder beside its place, which goes away whatever happens: at once, or with the next
+output if the program was killed. Knows files and signals only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.config import SWAAError
+
+_PREFIX, _NEW = ".swaa-local-", ".swaa-new-"
 
 
 class OutputError(SWAAError):
@@ -72,17 +76,60 @@ def place(result: Path, output: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def workplace(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, gone at the end. Raises `OutputError` for what the system refuses."""
+    """A hidden folder beside the output, gone at the end. Raises `OutputError` for what the system refuses.
+
+    A program that is killed leaves its folder; the next one removes it. A lock that ends with the process tells which
+    one nobody uses any more.
+    """
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".swaa-local-", dir=output.parent))
+        folder, lock = _make_locked(output.parent)
     except OSError as error:
         raise OutputError(f"cannot write to {output.parent.resolve()}: {error.strerror}") from None
     try:
+        if lock is not None:
+            _remove_left_behind(folder)
         yield folder
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_locked(parent: Path) -> tuple[Path, int | None]:
+    """A new folder, and the lock on it; None where the system or the disk has no locks."""
+    made = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
+    lock = _lock(made)
+    # Under its name it is locked from the start: nobody must take it for one that was left behind.
+    folder = made.with_name(_PREFIX + made.name.removeprefix(_NEW))
+    made.rename(folder)
+    return folder, lock
+
+
+def _remove_left_behind(own: Path) -> None:
+    for other in own.parent.glob(f"{_PREFIX}*"):
+        if other == own or other.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # it is gone meanwhile, or somebody else's
+            if other.stat().st_uid == os.getuid() and (lock := _lock(other)) is not None:
+                shutil.rmtree(other, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder, until it is closed or the process ends; None if another process has it, or nobody can."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 @contextmanager
