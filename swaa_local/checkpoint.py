@@ -11,7 +11,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from swaa_local.progress import Reporter
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 EXTRA = "pip install 'swaa-local[convert]'"
 _LAYER_KEYS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")  # as in upstream's TextModel
+WEIGHTS = (".safetensors", ".bin")
+_SETTINGS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
+_TOKENIZER = re.compile(r"tokenizer\.json|tekken\.json|vocab\..*|merges\.txt|.*\.model|.*\.tiktoken|rwkv_vocab.*\.txt")
+_SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.safetensors|\.bin)")
 _NEEDED = ("torch", "transformers", "sentencepiece", "safetensors")
 
 
@@ -50,16 +54,11 @@ class Checkpoint:
 
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Read config.json and the headers of the weight files; `CheckpointError` if something is missing."""
-    path = directory / "config.json"
-    try:
-        config = parse_config(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise CheckpointError(_not_a_checkpoint(directory)) from None
-    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    if not weights:
-        raise CheckpointError(
-            f"{directory} has a config.json but no weights (*.safetensors or pytorch_model*.bin); download them too"
-        )
+    files, problem = checkpoint_files([entry.name for entry in directory.iterdir() if entry.is_file()])
+    if problem is not None:
+        raise CheckpointError(f"{directory} cannot be converted: {problem}")
+    config = parse_config((directory / "config.json").read_bytes(), str(directory / "config.json"))
+    weights = _indexed_weights(directory, [directory / name for name in files if name.endswith(WEIGHTS)])
     architecture, n_layer = architecture_of(config, str(directory)), n_layer_of(config)
     counts = [_safetensors_params(file) for file in weights if file.suffix == ".safetensors"]
     return Checkpoint(
@@ -135,13 +134,23 @@ def _product(dims: list[int]) -> int:
     return n
 
 
-def _not_a_checkpoint(directory: Path) -> str:
-    ggufs = sorted(file.name for file in directory.glob("*.gguf"))
-    if ggufs:
-        return f"{directory} is no checkpoint but holds GGUF files; name one of them: {', '.join(ggufs)}"
-    if (directory / "adapter_config.json").exists():
-        return f"{directory} is a LoRA adapter; merge it into its base model first (merge_and_unload in peft)"
-    return f"{directory} is not a Hugging Face checkpoint: it has no config.json"
+def _indexed_weights(directory: Path, weights: list[Path]) -> list[Path]:
+    """The files that the checkpoint's index names, where it has one, else `weights`."""
+    kind = "model.safetensors" if weights[0].suffix == ".safetensors" else "pytorch_model.bin"
+    index = directory / f"{kind}.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except FileNotFoundError:
+        return weights
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{index} is damaged; download it again") from None
+    missing = [name for name in names if not isinstance(name, str) or not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} cannot be converted: {index.name} names {len(names)} files of weights, and "
+            f"{', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing; download what is missing"
+        )
+    return [directory / name for name in names]
 
 
 # Upstream's converter
@@ -297,10 +306,61 @@ class _Stage:
             self._update(self._target.stat().st_size)
 
 
-def iter_weight_names(names: list[str]) -> Iterator[str]:
-    """Of a repository's files, those that the converter reads: top-level weights of one format, and their settings."""
-    top = [name for name in names if "/" not in name]
-    weights = [n for n in top if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_"))]
-    weights = weights or [n for n in top if re.fullmatch(r"pytorch_model.*\.bin", n)]
-    yield from weights
-    yield from (n for n in top if n.endswith((".json", ".txt", ".model", ".jinja", ".md")))
+# What a folder or a repository holds, by its files' names
+
+
+def checkpoint_files(names: Iterable[str]) -> tuple[tuple[str, ...], str | None]:
+    """(the files that upstream's converter reads, why there is no checkpoint): one of them is empty.
+
+    names: with their paths in the repository; only those at its top count. What is hidden does not, nor does what macOS
+    writes beside a file on foreign disks (`._model.safetensors`).
+    """
+    top = [name for name in names if "/" not in name and not name.startswith(".")]
+    safetensors = [name for name in top if name.endswith(".safetensors")]
+    own = [name for name in safetensors if not name.startswith(("consolidated", "adapter_"))]
+    # With an index, the converter goes by the names in it.
+    weights = own if "model.safetensors.index.json" in top else [name for name in own if name.startswith("model")]
+    weights = weights or [name for name in top if re.fullmatch(r"pytorch_model.*\.bin", name)]
+    if problem := _why_no_checkpoint(top, weights):
+        return (), problem
+    return (*weights, *(name for name in top if name.endswith(_SETTINGS))), None
+
+
+def _why_no_checkpoint(top: list[str], weights: list[str]) -> str | None:
+    if not weights and ({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"} & set(top)):
+        return "it is a LoRA adapter; merge it into its base model first (merge_and_unload in peft)"
+    if "config.json" not in top:
+        ggufs = [name for name in top if name.endswith(".gguf")]
+        if ggufs:
+            return f"it is no checkpoint but holds GGUF files; name one of them: {', '.join(sorted(ggufs))}"
+        return "it has no config.json, so it is no Hugging Face checkpoint"
+    if not weights:
+        others = sorted(name for name in top if name.endswith(WEIGHTS))
+        if any(name.startswith("consolidated") for name in others):
+            return (
+                "its weights are in Mistral's own format alone (consolidated.safetensors); take the checkpoint in the "
+                "format of transformers"
+            )
+        if others:
+            return (
+                f"its weights have names that upstream's converter does not read ({', '.join(others)}); it reads "
+                "model*.safetensors and pytorch_model*.bin"
+            )
+        return "it has a config.json but no weights (model*.safetensors or pytorch_model*.bin); download them too"
+    if missing := _missing_shard(weights):
+        return f"{missing} is missing; download it too"
+    if not any(_TOKENIZER.fullmatch(name) for name in top):
+        return "it has no tokenizer (tokenizer.json, tokenizer.model or the like); download it too"
+    return None
+
+
+def _missing_shard(weights: list[str]) -> str | None:
+    """The name of the first part that is not there, of weights in numbered parts."""
+    for name in weights:
+        if match := _SHARD.fullmatch(name):
+            count, width = int(match["count"]), len(match["number"])
+            for number in range(1, min(count, 10_000) + 1):
+                part = f"{match['stem']}{number:0{width}d}-of-{match['count']}{match['suffix']}"
+                if part not in weights:
+                    return part
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from swaa_local import checkpoint as hf
 from swaa_local import hub
 from swaa_local.gguf_copy import copy_gguf
-from swaa_local.gguf_file import GGUFFile
+from swaa_local.gguf_split import open_gguf
 from swaa_local.output_file import publish, terminable, workplace
 from swaa_local.plan import ConvertError, Plan, Request, make_plan
 from swaa_local.progress import SILENT, Reporter
@@ -67,12 +67,12 @@ def _from_checkpoint(
 
 def _from_gguf(plan: Plan, source: Path, folder: Path, result: Path, request: Request, reporter: Reporter) -> None:
     if plan.quantize_to is not None:
-        quantized = folder / "quantized.gguf" if plan.rewrites_schedule else result
+        quantized = folder / "quantized.gguf" if plan.rewrites_header else result
         _quantize(source, quantized, plan.quantize_to, request, reporter)
         source = quantized
-    if not plan.rewrites_schedule:
+    if not plan.rewrites_header:
         return
-    with GGUFFile.open(source) as file:
+    with open_gguf(source) as file:
         with reporter.step(f"writing {plan.output.name}", file.data_size, is_bytes=True) as update:
             copy_gguf(
                 file,
@@ -89,11 +89,10 @@ def _quantize(source: Path, target: Path, out_type: OutType, request: Request, r
 
 
 def _require_engine(path: Path, plan: Plan, reporter: Reporter) -> None:
-    """A file with a schedule must be one that the engine runs; it knows architectures that metadata do not tell."""
-    if plan.schedule is None:
-        return
+    """What is written must be something that the engine runs: it knows what metadata do not tell."""
     refused, unchecked = engine_refusal(path)
     if refused is not None:
-        raise ConvertError(f"the engine would not run {plan.source} with this schedule: {refused}")
+        how = " with this schedule" if plan.schedule is not None else ""
+        raise ConvertError(f"the engine would not run {plan.source}{how}: {refused}")
     if unchecked is not None:
         reporter.note(f"not checked by the engine: {unchecked}")

@@ -22,6 +22,15 @@ _ERROR, _CONTINUED = 4, 5  # ggml_log_level of ggml.h
 _ECHOES = re.compile(r"^(failed to load model|failed to initialize the context: |error loading model( \w+)?: )+")
 
 
+# While llama.cpp loads a file, its assertions are errors: "qwen3.cpp:57: GGML_ASSERT(a == b) failed".
+_ASSERTED = re.compile(r"(?P<where>[\w.-]+\.\w+:\d+): (?:GGML_ASSERT\((?P<condition>.*)\) failed|(?P<reason>.*))")
+
+
+def _plainly(match: re.Match[str]) -> str:
+    what = match["reason"] or f"{match['condition']} does not hold"
+    return f"its values do not fit each other or this engine: {what} ({match['where']})"
+
+
 class EngineLog:
     """The last error lines of one `captured()` block."""
 
@@ -41,7 +50,7 @@ class EngineLog:
         The first line that explains wins: llama.cpp logs the cause first and then each caller's consequence.
         """
         lines = [re.sub(r"^\w+: ", "", line.strip()) for line in self._lines]
-        told = [text for line in lines if (text := _ECHOES.sub("", line).strip())]
+        told = [_ASSERTED.sub(_plainly, text, count=1) for line in lines if (text := _ECHOES.sub("", line).strip())]
         return told[0] if told else (lines[-1] if lines else None)
 
 

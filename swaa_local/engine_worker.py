@@ -67,7 +67,13 @@ def _check(emit: Callable[..., None], path: str) -> None:
         params.no_alloc = True  # the header alone: no tensor is read
         params.n_gpu_layers = 0
         params.load_mode = c.LLAMA_LOAD_MODE_NONE
-        if not c.llama_model_load_from_file(os.fsencode(path), params):
+        model = c.llama_model_load_from_file(os.fsencode(path), params)
+        if model:
+            # Graphs are made of the metadata here; what has no weights takes no memory either.
+            params = c.llama_context_default_params()
+            params.n_ctx, params.n_batch, params.n_ubatch = 256, 32, 32
+            params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_AUTO
+        if not (model and c.llama_init_from_model(model, params)):
             emit(refused=log.reason or "llama.cpp gave no reason")
 
 

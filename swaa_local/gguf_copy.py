@@ -1,4 +1,7 @@
-"""Copies a GGUF with another schedule, or none: every other byte of metadata and all tensor data stay as they are."""
+"""Copies a GGUF with another schedule, or none: every other byte of metadata and all tensor data stay as they are.
+
+What was split becomes one file.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 from swaa_local.config import KEY_PREFIX, Schedule
 from swaa_local.gguf_file import MAGIC, GGUFFile, iter_chunks
 from swaa_local.gguf_meta import encode_schedule
+from swaa_local.gguf_split import KEY_PREFIX as SPLIT_PREFIX
+from swaa_local.gguf_split import SplitGGUF
 
 
 def copy_gguf(
@@ -32,16 +37,20 @@ def copy_gguf(
         if on_header is not None:
             on_header()
         done = 0
-        for chunk in iter_chunks(source.path, source.data_offset, source.data_size):
-            file.write(chunk)
-            done += len(chunk)
-            if on_bytes is not None:
-                on_bytes(done)
+        for segment in source.segments:
+            for chunk in iter_chunks(segment.path, segment.offset, segment.length):
+                file.write(chunk)
+                done += len(chunk)
+                if on_bytes is not None:
+                    on_bytes(done)
+            file.write(bytes(segment.padding))
+            done += segment.padding
 
 
 def encode_header(source: GGUFFile, schedule: Schedule | None) -> bytes:
     """All that precedes the data section, padding included."""
-    entries = [source.raw(key) for key in source.keys if not key.startswith(KEY_PREFIX)]
+    left_out = (KEY_PREFIX, SPLIT_PREFIX) if isinstance(source, SplitGGUF) else (KEY_PREFIX,)
+    entries = [source.raw(key) for key in source.keys if not key.startswith(left_out)]
     if schedule is not None:
         entries += encode_schedule(schedule)
     counts = struct.pack("<IQQ", source.version, len(source.tensors), len(entries))

@@ -93,6 +93,16 @@ class TensorInfo:
         return n
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of tensor data: bytes of a file, and zeros behind them."""
+
+    path: Path
+    offset: int
+    length: int
+    padding: int = 0
+
+
 @dataclass
 class GGUFFile:
     """An open header; a context manager. Values are decoded on demand (`get`)."""
@@ -156,9 +166,14 @@ class GGUFFile:
         return self._bytes(start, end - start)
 
     @property
+    def segments(self) -> list[Segment]:
+        """All tensor data, in the order of the tensors' offsets."""
+        return [Segment(self.path, self.data_offset, max(0, self.size - self.data_offset))]
+
+    @property
     def data_size(self) -> int:
-        """Bytes from the start of the data section to the end of the file."""
-        return max(0, self.size - self.data_offset)
+        """Bytes of all tensor data, padding included."""
+        return sum(segment.length + segment.padding for segment in self.segments)
 
     # parsing
 
@@ -174,8 +189,12 @@ class GGUFFile:
         for _ in range(n_keys):
             offset = self._parse_key(offset)
         start = offset
+        names: set[str] = set()
         for _ in range(n_tensors):
             offset = self._parse_tensor_info(offset)
+            if (name := self.tensors[-1].name) in names:
+                raise self._error(f"tensor {name!r} occurs twice; the file is damaged")
+            names.add(name)
         self.tensor_info_span = (start, offset)
         self._parse_alignment()
         self.data_offset = -(-offset // self.alignment) * self.alignment
@@ -203,8 +222,7 @@ class GGUFFile:
             raise self._error(f"tensor {name!r} has {n_dims} dimensions; the file is damaged")
         dims = self._unpack(f"{n_dims}Q", offset + 4)
         tensor_type, data = self._unpack("IQ", offset + 4 + 8 * n_dims)
-        info = TensorInfo(name, dims, tensor_type, data, _tensor_bytes(dims, tensor_type))
-        self.tensors.append(info)
+        self.tensors.append(TensorInfo(name, dims, tensor_type, data, _tensor_bytes(dims, tensor_type)))
         return offset + 4 + 8 * n_dims + 12
 
     def _parse_alignment(self) -> None:
@@ -321,6 +339,12 @@ def encode_u32(key: str, value: int) -> bytes:
 def encode_i32_array(key: str, values: list[int]) -> bytes:
     head = struct.pack("<IQ", ValueType.I32, len(values))
     return encode_key(key, ValueType.ARRAY, head + struct.pack(f"<{len(values)}i", *values))
+
+
+def encode_tensor_info(info: TensorInfo) -> bytes:
+    """A tensor's entry in the header."""
+    n = len(info.dims)
+    return _encode_string(info.name) + struct.pack(f"<I{n}QIQ", n, *info.dims, info.type, info.offset)
 
 
 def _encode_string(text: str) -> bytes:

@@ -21,7 +21,10 @@ from swaa_local.config import (
     LayerMode,
     Schedule,
 )
+from swaa_local.gguf_check import bad_value, check_values, describe_value
 from swaa_local.gguf_file import GGUFError, GGUFFile, KeyValue, ValueType, encode_i32_array, encode_u32
+from swaa_local.gguf_split import KEY_COUNT, open_gguf
+from swaa_local.printable import printable
 from swaa_local.units import format_count
 
 # Architectures whose loader in llama.cpp (src/models/*.cpp) turns `attention.sliding_window` into a window of the
@@ -61,8 +64,9 @@ class ModelInfo:
     head_dim_k: int
     head_dim_v: int
     n_params: int
-    """Elements of this file's tensors."""
+    """Elements of all tensors."""
     file_bytes: int
+    """Bytes of the file, or of all files that the model is split into."""
     file_type: str
     """What the weights are stored as, by llama.cpp's names (`Q4_K_M`), or `unknown`."""
     has_chat_template: bool
@@ -88,13 +92,13 @@ def read_schedule(path: str | os.PathLike[str]) -> Schedule | None:
     Raises `GGUFError` naming key and value for an unknown version, a missing key, a wrong type, W = 0, a mode above 2
     or a number of modes that is not the model's number of layers.
     """
-    with GGUFFile.open(path) as file:
+    with open_gguf(path) as file:
         return schedule_of(file)
 
 
 def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
     """The model's facts; `GGUFError` if the file is not a model (an adapter, a vocabulary, a projector)."""
-    with GGUFFile.open(path) as file:
+    with open_gguf(path) as file:
         return model_info_of(file)
 
 
@@ -119,7 +123,7 @@ def schedule_of(file: GGUFFile) -> Schedule | None:
     def u32(key: str) -> int:
         found = entry(key)
         if found.type is not ValueType.U32:
-            raise fail(f"{key} is {_describe(file, found)}, expected a u32")
+            raise fail(f"{key} is {describe_value(file, found)}, expected a u32")
         return int(file.get(key))
 
     version = u32(KEY_VERSION)
@@ -136,7 +140,7 @@ def schedule_of(file: GGUFFile) -> Schedule | None:
 
     found = entry(KEY_LAYER_MODES)
     if found.type is not ValueType.ARRAY or found.item_type is not ValueType.I32:
-        raise fail(f"{KEY_LAYER_MODES} is {_describe(file, found)}, expected an array of i32")
+        raise fail(f"{KEY_LAYER_MODES} is {describe_value(file, found)}, expected an array of i32")
     n_layer = model_info_of(file).n_layer
     if found.n_items != n_layer:
         raise fail(f"{KEY_LAYER_MODES} has {found.n_items} entries, but the model has {n_layer} layers")
@@ -162,32 +166,33 @@ def encode_schedule(schedule: Schedule) -> list[bytes]:
 
 def model_info_of(file: GGUFFile) -> ModelInfo:
     """`read_model_info` for an open file."""
-    architecture = _get_typed(file, "general.architecture", str)
+    architecture = _text(file, "general.architecture")
     if architecture is None:
         raise GGUFError(f"{file.path}: key general.architecture is missing, so this is not a model")
-    kind = file.get("general.type", "model")
+    kind = _text(file, "general.type") or "model"
     if kind != "model" or architecture == "clip":
         raise GGUFError(
             f"{file.path}: is of type {kind if kind != 'model' else architecture!r} and not a language model; "
             "name the GGUF of the model itself"
         )
+    check_values(file)
 
     def number(name: str) -> int | None:
-        return _get_typed(file, f"{architecture}.{name}", int)
+        return _number(file, f"{architecture}.{name}")
 
     n_layer_all = number("block_count")
     if n_layer_all is None:
-        raise GGUFError(f"{file.path}: key {architecture}.block_count is missing, so this is not a complete model")
+        raise GGUFError(
+            f"{file.path}: key {printable(architecture)}.block_count is missing, so this is not a complete model"
+        )
     n_layer = n_layer_all - (number("nextn_predict_layers") or 0)
-    if n_layer < 1:
-        raise GGUFError(f"{file.path}: {architecture}.block_count is {n_layer_all}; a model has at least 1 layer")
     n_embd = number("embedding_length")
     n_head = _per_layer(file, f"{architecture}.attention.head_count", n_layer) or (0,) * n_layer
     head_dim = (n_embd or 0) // max(1, n_head[0])
     head_dim_k, head_dim_v = number("attention.key_length"), number("attention.value_length")
     return ModelInfo(
         architecture=architecture,
-        name=_get_typed(file, "general.name", str),
+        name=_text(file, "general.name"),
         n_layer=n_layer,
         n_ctx_train=number("context_length"),
         n_embd=n_embd,
@@ -199,7 +204,7 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
         file_bytes=file.size,
         file_type=file_type_name(file.get("general.file_type")),
         has_chat_template="tokenizer.chat_template" in file.keys,
-        n_split=file.get("split.count", 1) or 1,
+        n_split=max(1, _number(file, KEY_COUNT) or 1),
         unsupported=unsupported_reason(architecture, file.keys, file.get),
     )
 
@@ -250,13 +255,17 @@ def _own_window(architecture: str, value: Callable[[str], Any]) -> int:
     return max(window, default=0) if isinstance(window, list) else int(window)
 
 
-def _get_typed(file: GGUFFile, key: str, wanted: type) -> Any:
-    entry = file.keys.get(key)
-    if entry is None:
-        return None
-    value = file.get(key) if entry.type is not ValueType.ARRAY else None
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        raise GGUFError(f"{file.path}: {key} is {_describe(file, entry)}, expected {wanted.__name__}")
+def _number(file: GGUFFile, key: str) -> int | None:
+    value = file.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise bad_value(file, key, "a whole number")
+    return value
+
+
+def _text(file: GGUFFile, key: str) -> str | None:
+    value = file.get(key)
+    if value is not None and not isinstance(value, str):
+        raise bad_value(file, key, "a text")
     return value
 
 
@@ -269,17 +278,10 @@ def _per_layer(file: GGUFFile, key: str, n_layer: int) -> tuple[int, ...] | None
         return (value,) * n_layer
     if not isinstance(value, list) or len(value) < n_layer or not all(isinstance(item, int) for item in value):
         raise GGUFError(
-            f"{file.path}: {key} is {_describe(file, file.keys[key])}, expected a number or one for each of "
+            f"{file.path}: {key} is {describe_value(file, file.keys[key])}, expected a number or one for each of "
             f"{n_layer} layers"
         )
     return tuple(value[:n_layer])
-
-
-def _describe(file: GGUFFile, entry: KeyValue) -> str:
-    if entry.type is ValueType.ARRAY and entry.item_type is not None:
-        return f"an array of {entry.n_items} {entry.item_type.name.lower()}"
-    value = file.get(entry.key)
-    return f"{value!r} ({entry.type.name.lower()})"
 
 
 def describe_model(architecture: str, n_params: int, file_type: str) -> str:

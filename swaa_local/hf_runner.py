@@ -63,10 +63,33 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
     except ImportError as error:
         emit(error=str(error), missing=error.name or "")
         raise
+    except AssertionError as error:
+        traceback.print_exc()
+        emit(error=_what_was_asserted(error))
+        raise SystemExit(1) from None
     except Exception as error:
         traceback.print_exc()
         emit(error=f"upstream's converter stopped: {type(error).__name__}: {error}")
         raise SystemExit(1) from None
+
+
+def _what_was_asserted(error: AssertionError) -> str:
+    """Upstream's assertions have no words of their own."""
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    where, names = traceback.extract_tb(trace)[-1], trace.tb_frame.f_locals
+    condition = (where.line or "").removeprefix("assert ")
+    size, vocabulary = names.get("vocab_size"), getattr(names.get("tokenizer"), "vocab", None)
+    if "vocab_size" in condition and size is not None and vocabulary:
+        return (
+            f"the tokenizer has tokens up to number {max(vocabulary.values())}, but the model has {size} tokens "
+            "(vocab_size in config.json): take away what was added to the tokenizer (tokenizer.json, "
+            "added_tokens.json), or give the model room for it (resize_token_embeddings in transformers)"
+        )
+    told = f"{error}" or f"it wants {condition}"
+    return f"upstream's converter stopped: {told} ({Path(where.filename).name}, line {where.lineno})"
 
 
 def _judge_settings(directory: Path, emit: Callable[..., None]) -> None:

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from swaa_local.checkpoint import iter_weight_names
+from swaa_local.checkpoint import checkpoint_files
 from swaa_local.config import SWAAError
+from swaa_local.gguf_split import PartName, whole_models
+from swaa_local.printable import printable
 from swaa_local.units import format_bytes
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 _RESUMABLE_BYTES = 10_000_000
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class HubError(SWAAError):
@@ -54,10 +55,11 @@ class HubListing:
 
 @dataclass(frozen=True)
 class HubModel:
-    """What is to be fetched: one GGUF, or the files of a checkpoint."""
+    """What is to be fetched: a GGUF, which may have several files, or the files of a checkpoint."""
 
     listing: HubListing
     gguf: str | None
+    """The GGUF, or its first file; None for a checkpoint."""
     files: tuple[str, ...]
 
     @property
@@ -97,53 +99,64 @@ def list_repo(hub_id: HubId) -> HubListing:
             path.relative_to(snapshot).as_posix(): path.stat().st_size for path in snapshot.rglob("*") if path.is_file()
         }
         return HubListing(hub_id, sizes, cached_at=snapshot)
+    names = [file.rfilename for file in info.siblings or []]
+    if odd := next((name for name in names if name != printable(name)), None):
+        raise HubError(f"{hub_id} has a file with control characters in its name, {odd!r}, so none is downloaded")
     return HubListing(hub_id, {file.rfilename: file.size for file in info.siblings or []})
 
 
-def choose(listing: HubListing) -> HubModel:
+def choose(listing: HubListing, *, prefer_gguf: bool = False) -> HubModel:
     """Which files of a repository are meant. `HubError` lists the candidates where that is not clear.
 
-    Without a file: the checkpoint if there is one, else the only GGUF.
+    Without a file: the checkpoint if there is one, else the only GGUF. prefer_gguf: the other way round.
     """
     hub_id, names = listing.hub_id, list(listing.sizes)
-    # A projector for images goes with a model and is none: mmproj-F16.gguf, name.mmproj-Q8_0.gguf, name-MMPROJ.gguf.
-    ggufs = [name for name in names if name.endswith(".gguf") and "mmproj" not in PurePosixPath(name).name.lower()]
+    models = whole_models(name for name in names if name.endswith(".gguf") and not _is_projector(name))
     if hub_id.file is not None:
-        return HubModel(listing, *_one_gguf(hub_id, names, ggufs))
-    files = tuple(iter_weight_names(names))
-    if "config.json" in files and any(name.endswith((".safetensors", ".bin")) for name in files):
-        return HubModel(listing, None, files)
-    whole = [name for name in ggufs if not _SHARD.search(name)]
-    if len(whole) == 1 and len(ggufs) == 1:
-        return HubModel(listing, whole[0], (whole[0],))
-    if ggufs:
+        return _gguf(listing, *_one_gguf(hub_id, names, models))
+    problem = None
+    if not (prefer_gguf and models):
+        files, problem = checkpoint_files(names)
+        if files and problem is None:
+            return HubModel(listing, None, files)
+    if len(models) == 1:
+        return _gguf(listing, *next(iter(models.items())))
+    if models:
         raise HubError(
-            f"{hub_id} holds {len(ggufs)} GGUF files; name one, as in {hub_id.repo}:{(whole or ggufs)[0]} or by its "
-            f"type: {', '.join(ggufs)}"
+            f"{hub_id} holds {len(models)} GGUF models; name one, as in {hub_id.repo}:{next(iter(models))} or by its "
+            f"type: {', '.join(models)}"
         )
-    raise HubError(f"{hub_id} holds neither a checkpoint (config.json and weights) nor a GGUF file")
+    raise HubError(f"{hub_id} holds no GGUF file, and no checkpoint that can be converted: {problem}")
 
 
-def _one_gguf(hub_id: HubId, names: list[str], ggufs: list[str]) -> tuple[str, tuple[str, ...]]:
+def _is_projector(name: str) -> bool:
+    """True for the part of a model that sees or hears, which is no model by itself."""
+    return "mmproj" in PurePosixPath(name).name.lower()
+
+
+def _gguf(listing: HubListing, first: str, files: tuple[str, ...]) -> HubModel:
+    if missing := [name for name in files if name not in listing.sizes]:
+        where = "the cache" if listing.cached_at else "the repository"
+        raise HubError(f"{listing.hub_id.repo}: {first} has {len(files)} parts, and {where} lacks {', '.join(missing)}")
+    return HubModel(listing, first, files)
+
+
+def _one_gguf(hub_id: HubId, names: list[str], models: dict[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
     wanted = hub_id.file or ""
     by_type = re.compile(rf"(^|[-._/]){re.escape(wanted)}(\.gguf$|[-._])", re.IGNORECASE)
+    if part := PartName.parse(wanted):
+        wanted = part.all[0]  # any part names the model
     found = [name for name in names if name == wanted]
-    found = found or [name for name in ggufs if PurePosixPath(name).name == wanted]
-    found = found or [name for name in ggufs if by_type.search(name)]
-    shards = [name for name in found if _SHARD.search(name)]
-    if shards:
-        raise HubError(
-            f"{hub_id.repo}: {shards[0]} is part of a split model; download all parts and merge them with "
-            "llama-gguf-split --merge FIRST_PART OUT.gguf, then convert OUT.gguf"
-        )
+    found = found or [name for name in models if PurePosixPath(name).name == wanted]
+    found = found or [name for name in models if by_type.search(name)]
     if len(found) == 1 and found[0].endswith(".gguf"):
-        return found[0], (found[0],)
+        return found[0], models.get(found[0], (found[0],))
     if found and not found[0].endswith(".gguf"):
         raise HubError(f"{hub_id}: {found[0]} is not a GGUF file; leave it out to convert the checkpoint")
-    what = "matches several files" if found else "is not in the repository"
-    listed = found or ggufs
-    its = f"; its GGUF files are {', '.join(listed)}" if listed else "; it holds no GGUF files"
-    raise HubError(f"{hub_id.repo}: {wanted!r} {what}{its}")
+    what = "matches several models" if found else "is not in the repository"
+    listed = found or list(models)
+    its = f"; its GGUF models are {', '.join(listed)}" if listed else "; it holds no GGUF files"
+    raise HubError(f"{hub_id.repo}: {hub_id.file!r} {what}{its}")
 
 
 def fetch(model: HubModel) -> Path:
@@ -159,7 +172,8 @@ def fetch(model: HubModel) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     if model.gguf is not None:
-        return fetch_file(hub_id, model.listing, model.gguf)
+        paths = [fetch_file(hub_id, model.listing, name) for name in model.files]
+        return paths[0]
     if model.listing.cached_at is not None:
         return model.listing.cached_at
     with _hub_errors(hub_id):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swaa_local.config import LayerMode, Schedule, SWAAError, compact_layers, default_n_ubatch, full_cells, kv_bytes
-from swaa_local.gguf_file import GGUFFile
 from swaa_local.gguf_meta import ModelInfo, describe_model, model_info_of, schedule_of
+from swaa_local.gguf_split import open_gguf
 from swaa_local.printable import printable
 from swaa_local.units import format_bytes, format_count
 
@@ -67,7 +67,7 @@ def inspect_gguf(
     on this machine. Raises `GGUFError` for a bad file or schedule, `SWAAError` for a KV type that does not fit the
     model.
     """
-    with GGUFFile.open(path) as file:
+    with open_gguf(path) as file:
         model, schedule = model_info_of(file), schedule_of(file)
     if n_ctx is None:
         n_ctx = min(model.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
@@ -140,7 +140,7 @@ def report(inspection: Inspection) -> str:
         f"trained to {model.n_ctx_train if model.n_ctx_train is not None else 'an unknown number of'} tokens",
     ]
     if model.n_split > 1:
-        lines.append(f"split      one of {model.n_split} files; figures are for this file's metadata")
+        lines.append(f"split      into {model.n_split} files, of which this is the first; figures are of all")
     lines.append("")
     if schedule is None:
         can = "" if model.unsupported else ": full attention everywhere; swaa-local convert adds one"
@@ -244,6 +244,7 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
             "n_params": model.n_params,
             "file_bytes": model.file_bytes,
             "file_type": model.file_type,
+            "n_split": model.n_split,
             "unsupported": model.unsupported,
         },
         "schedule": config,

@@ -6,6 +6,7 @@ Knows how upstream's class builds its model and context; what is evaluated in th
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,9 +26,12 @@ from swaa_local.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine_limits import check_number, check_numbers
 from swaa_local.engine_schedule import Wanted, apply_schedule, check_wanted, get_schedule
 from swaa_local.errors import ModelLoadError
+from swaa_local.gguf_check import check_gguf
+from swaa_local.gguf_file import GGUFError
 from swaa_local.guard import Guard, GuardedTokenizer, reads
 from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
+from swaa_local.tokens import tokenize
 
 _VOCAB_N_CTX = 512  # a vocabulary has no context of its own, but upstream makes one of it
 
@@ -64,6 +68,10 @@ class LoadedLlama(llama_cpp.Llama):
     ) -> None:
         check_wanted(swaa)
         check_numbers({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **kwargs})
+        try:
+            check_gguf(model_path)
+        except GGUFError as error:
+            raise ModelLoadError(str(error)) from error
         for name in ("type_k", "type_v"):
             if kwargs.get(name) is not None and kwargs[name] not in memory.KV_TYPE_NAMES:
                 known = ", ".join(f"{number} ({kind})" for number, kind in memory.KV_TYPE_NAMES.items())
@@ -123,6 +131,7 @@ class LoadedLlama(llama_cpp.Llama):
     @_model.setter
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
+        model.tokenize = functools.partial(tokenize, model.vocab)
         params = self.context_params
         params.n_batch = self._said_n_batch
         if self.model_params.vocab_only:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from swaa_local import hub
 from swaa_local.config import SWAAError
+from swaa_local.gguf_split import whole_models
 from swaa_local.user_input import user_path
 
 
@@ -16,22 +17,35 @@ class ModelNotFound(SWAAError, ValueError):
 
 
 def find_gguf(model: str) -> Path:
-    """The file of `PATH`, `org/name` or `org/name:file.gguf`; downloads what is missing.
+    """The file of `PATH`, `org/name` or `org/name:file.gguf`, the first of a model in parts; downloads what is missing.
 
-    Raises `ModelNotFound` or `hub.HubError`, also for a checkpoint, which must be converted first.
+    A directory or a repository stands for the only GGUF in it. Raises `ModelNotFound` or `hub.HubError`, also for a
+    checkpoint, which must be converted first.
     """
     path = user_path(model)
     if path.is_file():
         return path
     if model and path.is_dir():
-        raise _needs_conversion(model, "a directory")
+        return _only_gguf(model, path)
+    if model and path.exists():
+        raise ModelNotFound(f"{model} is not a regular file")
     hub_id = hub.parse_hub_id(model)
     if hub_id is None or (model.endswith((".gguf", "/")) and ":" not in model):
         raise ModelNotFound(f"{model}: no such file, and not a hub id (org/name or org/name:file.gguf)")
-    found = hub.choose(hub.list_repo(hub_id))
+    found = hub.choose(hub.list_repo(hub_id), prefer_gguf=True)
     if found.gguf is None:
         raise _needs_conversion(model, "a checkpoint")
     return hub.fetch(found)
+
+
+def _only_gguf(model: str, directory: Path) -> Path:
+    """The one model in a directory, as the one in a repository."""
+    found = whole_models(sorted(file.name for file in directory.glob("[!.]*.gguf")))
+    if len(found) == 1:
+        return directory / next(iter(found))
+    if found:
+        raise ModelNotFound(f"{model} is a directory with {len(found)} models; name one of {', '.join(found)}")
+    raise _needs_conversion(model, "a directory")
 
 
 def _needs_conversion(model: str, what: str) -> ModelNotFound:

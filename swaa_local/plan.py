@@ -16,6 +16,7 @@ from swaa_local.config import Schedule, SWAAConfig, SWAAError
 from swaa_local.gguf_copy import encode_header
 from swaa_local.gguf_file import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.gguf_meta import ModelInfo, has_schedule_keys, model_info_of, schedule_of
+from swaa_local.gguf_split import open_gguf
 from swaa_local.inspect import describe_schedule
 from swaa_local.output_file import check_output
 from swaa_local.printable import printable
@@ -57,8 +58,8 @@ class Plan:
     """The source, where it is local."""
     converter_type: str | None = None
     """The type that upstream's converter writes a checkpoint in; `auto` is its 16-bit type."""
-    rewrites_schedule: bool = False
-    """A GGUF's schedule changes, so its header is written anew."""
+    rewrites_header: bool = False
+    """A GGUF's schedule changes, or several files become one."""
 
     @property
     def quantize_to(self) -> OutType | None:
@@ -108,13 +109,8 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
         raise ConvertError(f"{path} is one file of a checkpoint; name its directory instead")
     if request.pre_tokenizer is not None:
         raise ConvertError("--pre-tokenizer is for checkpoints; a GGUF already names its pre-tokenizer")
-    with GGUFFile.open(path) as file:
+    with open_gguf(path) as file:
         model = model_info_of(file)
-        if model.n_split > 1:
-            raise ConvertError(
-                f"{path} is one of {model.n_split} parts of a split model; merge them first: "
-                "llama-gguf-split --merge FIRST_PART OUT.gguf"
-            )
         choice = request.choice(model.n_layer)
         old = has_schedule_keys(file)
         schedule = schedule_of(file) if choice is None else _resolve(choice, model.n_layer, model.unsupported)
@@ -122,9 +118,10 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
             out_type = None
         if out_type is not None:
             _check_requantize(request, path, file, out_type)
-        if out_type is None and choice is None:
+        merges = model.n_split > 1 and out_type is None
+        if out_type is None and choice is None and not merges:
             raise _nothing_to_do(str(path))
-        if out_type is None and choice is False and not old:
+        if out_type is None and choice is False and not old and not merges:
             raise ConvertError(f"nothing to do: {path} has no schedule that --no-swaa could take away")
         header_bytes = len(encode_header(file, schedule))
         copied_bytes = header_bytes + file.data_size
@@ -134,9 +131,12 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
         steps.append(f"quantize {path.name} from {model.file_type} to {out_type.name.upper()}")
         if choice is not None:
             temporary = size
-    if choice is not None:
-        what = "copy all tensors byte for byte, " if out_type is None else ""
-        steps.append(what + ("write the schedule" if schedule else "leave the schedule out"))
+    if merges or choice is not None:
+        source = f" of {model.n_split} files into one" if merges else ""
+        what = [f"copy all tensors{source} byte for byte"] if out_type is None else []
+        if choice is not None:
+            what.append("write the schedule" if schedule else "leave the schedule out")
+        steps.append(", ".join(what))
     return Plan(
         source=str(path),
         kind="gguf",
@@ -150,7 +150,7 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
         temporary_bytes=temporary,
         notes=_notes(schedule, choice, old, model),
         path=path,
-        rewrites_schedule=choice is not None,
+        rewrites_header=merges or choice is not None,
     )
 
 
@@ -207,16 +207,18 @@ def _plan_hub(request: Request, out_type: OutType | None) -> Plan:
     if model.gguf is None:
         config_file = hub.fetch_small_file(hub_id, listing, "config.json")
         config = hf.parse_config(config_file.read_bytes(), f"{hub_id} config.json")
-        weights = sum(listing.sizes[n] or 0 for n in model.files if n.endswith((".safetensors", ".bin")))
+        weights = sum(listing.sizes[n] or 0 for n in model.files if n.endswith(hf.WEIGHTS))
         architecture, n_layer = hf.architecture_of(config, str(hub_id)), hf.n_layer_of(config)
         plan = _plan_checkpoint(request, Checkpoint(None, str(hub_id), architecture, n_layer, None, weights), out_type)
         if plan.schedule is not None and (reason := hf.unsupported_by_settings(config_file.parent)):
             raise ConvertError(f"no schedule can apply: {reason}")
     else:
-        if request.schedule is None and out_type is None:
+        n_files = len(model.files)
+        if request.schedule is None and out_type is None and n_files == 1:
             raise _nothing_to_do(str(hub_id))
-        size = listing.sizes[model.gguf] or 0
-        steps = [f"quantize to {out_type.name.upper()}"] if out_type else ["copy all tensors byte for byte"]
+        size = model.n_bytes or 0
+        source = f" of {n_files} files into one" if n_files > 1 else ""
+        steps = [f"quantize to {out_type.name.upper()}"] if out_type else [f"copy all tensors{source} byte for byte"]
         plan = Plan(
             source=f"{hub_id.repo}:{model.gguf}",
             kind="gguf",

@@ -6,13 +6,17 @@ empty and nested arrays.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+
+import gguf_faults
 
 T: Any = gguf.GGUFValueType
 
@@ -123,3 +127,31 @@ def patch_bytes(source: Path, target: Path, offset: int, data: bytes) -> Path:
 
 def set_version(source: Path, target: Path, version: int) -> Path:
     return patch_bytes(source, target, 4, struct.pack("<I", version))
+
+
+def write_split(source: Path, folder: Path, stem: str, n_parts: int, *, empty_first: bool = False) -> list[Path]:
+    """A model in parts, as llama.cpp's gguf-split writes it; empty_first: the first has the metadata alone."""
+    whole = gguf_faults.take_apart(source.read_bytes())
+    tensors = sorted(whole.tensors, key=lambda tensor: tensor.offset)
+    ends = [tensor.offset for tensor in tensors[1:]] + [len(whole.data)]
+    n_full = n_parts - empty_first
+    shares = [len(tensors) * i // n_full for i in range(n_full + 1)]
+    placed = list(zip(tensors, ends, strict=True))
+    groups = [placed[begin:end] for begin, end in itertools.pairwise(shares)]
+    if empty_first:
+        groups.insert(0, [])
+    paths = []
+    for number, group in enumerate(groups):
+        start = group[0][0].offset if group else 0
+        part = gguf_faults.Parts(
+            whole.architecture,
+            list(whole.keys) if number == 0 else [],
+            [replace(tensor, offset=tensor.offset - start) for tensor, _ in group],
+            whole.data[start : group[-1][1]] if group else b"",
+        )
+        for name, value in (("no", number), ("count", n_parts)):
+            part.set(f"split.{name}", gguf_faults.U16, struct.pack("<H", value))
+        part.set("split.tensors.count", gguf_faults.I32, struct.pack("<i", len(tensors)))
+        paths.append(folder / f"{stem}-{number + 1:05d}-of-{n_parts:05d}.gguf")
+        paths[-1].write_bytes(part.encode())
+    return paths

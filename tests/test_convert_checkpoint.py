@@ -40,6 +40,7 @@ def outline(tmp_path) -> Path:
     directory = tmp_path / "outline"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "tokenizer.json").write_text("{}")
     write_safetensors(directory / "model.safetensors")
     return directory
 
@@ -86,6 +87,61 @@ def test_missing_and_damaged_weights(tmp_path, outline):
     assert "is one file of a checkpoint; name its directory" in fails("convert", weights, "-o", out, *OPTIONS)
     weights.unlink()
     assert "has a config.json but no weights" in fails("convert", outline, "-o", out)
+
+
+@pytest.mark.parametrize(
+    ("files", "gone", "message"),
+    [
+        (
+            ("adapter_config.json", "adapter_model.safetensors"),
+            ("model.safetensors",),
+            "it is a LoRA adapter; merge",
+        ),
+        (("adapter_model.safetensors",), ("model.safetensors", "config.json"), "it is a LoRA adapter; merge"),
+        (
+            ("unet.safetensors",),
+            ("model.safetensors",),
+            "does not read (unet.safetensors); it reads model*",
+        ),
+        (("consolidated.safetensors",), ("model.safetensors",), "in Mistral's own format alone"),
+        (("._model.safetensors",), ("model.safetensors",), "a config.json but no weights"),
+        (("model-00002-of-00003.safetensors",), (), "model-00001-of-00003.safetensors is missing; download it too"),
+        (("pytorch_model-00001-of-00002.bin",), ("model.safetensors",), "pytorch_model-00002-of-00002.bin is missing"),
+        (("tokenizer_config.json",), ("tokenizer.json",), "it has no tokenizer (tokenizer.json, tokenizer.model or"),
+        (("model.gguf",), ("model.safetensors", "config.json"), "holds GGUF files; name one of them: model.gguf"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), OPTIONS])
+def test_a_folder_that_lacks_something_says_what_it_is(tmp_path, outline, files, gone, message, options):
+    for name in files:
+        write_safetensors(outline / name)
+    for name in gone:
+        (outline / name).unlink()
+    good = tmp_path / "good.gguf"
+    good.write_bytes(b"precious")
+    assert message in fails("convert", outline, "-o", good, "--force", *options)
+    assert good.read_bytes() == b"precious"
+
+
+def test_an_index_tells_what_is_missing(tmp_path, outline):
+    index, out = outline / "model.safetensors.index.json", tmp_path / "o.gguf"
+    index.write_text(json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}))
+    write_safetensors(outline / "second.safetensors")
+    message = fails("convert", outline, "-o", out)
+    assert "model.safetensors.index.json names 2 files of weights, and first.safetensors is missing" in message
+    index.write_text("[]")
+    assert "model.safetensors.index.json is damaged; download it again" in fails("convert", outline, "-o", out)
+
+
+def test_what_lies_beside_the_weights_counts_for_nothing(tmp_path, outline):
+    """macOS writes ._ files to foreign disks; Mistral ships the weights a second time."""
+    (outline / "._model.safetensors").write_bytes(b"\0\5\26\7 Mac OS X")
+    (outline / "._config.json").write_bytes(b"\0\5\26\7 Mac OS X")
+    write_safetensors(outline / "consolidated.safetensors", (800, 800))
+    write_safetensors(outline / "adapter_model.safetensors", (80, 80))
+    found = checkpoint.read_checkpoint(outline)
+    assert found.n_params == 64
+    assert found.weight_bytes == (outline / "model.safetensors").stat().st_size
 
 
 def test_without_pytorch_the_error_says_what_to_install_and_that_a_gguf_needs_none(tmp_path, outline):
@@ -210,6 +266,44 @@ def test_what_upstreams_converter_cannot_do_is_one_line(tmp_path, checkpoints):
     message = fails("convert", directory, "-o", tmp_path / "o.gguf", *OPTIONS)
     assert "upstream's converter stopped: ValueError: Can not map tensor 'w'" in message
     assert nothing_left(tmp_path, "broken")
+
+
+def linked(source: Path, target: Path, *, without: str) -> Path:
+    """A checkpoint's folder of links to another's files, all but one."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.name != without:
+            (target / file.name).symlink_to(file)
+    return target
+
+
+@pytest.mark.parametrize("options", [(), OPTIONS])
+def test_what_was_written_must_run_before_it_replaces_anything(tmp_path, checkpoints, options):
+    """The converter writes what it is given: here, a model without its last layer."""
+    from safetensors.numpy import load_file, save_file
+
+    directory = linked(checkpoints / "qwen3", tmp_path / "lacking", without="model.safetensors")
+    weights = load_file(checkpoints / "qwen3" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.3." not in name}
+    save_file(kept, directory / "model.safetensors")
+    good = tmp_path / "good.gguf"
+    good.write_bytes(b"precious")
+    message = fails("convert", directory, "-o", good, "--force", *options)
+    assert "the engine would not run" in message
+    assert "blk.3" in message
+    assert good.read_bytes() == b"precious"
+    assert nothing_left(tmp_path, "good.gguf", "lacking")
+
+
+def test_a_vocabulary_larger_than_the_model_s_is_said_in_numbers(tmp_path, checkpoints):
+    directory = linked(checkpoints / "olmo2", tmp_path / "larger", without="config.json")
+    config = json.loads((checkpoints / "olmo2" / "config.json").read_text())
+    n_vocab = config["vocab_size"]
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": n_vocab - 3}))
+    message = fails("convert", directory, "-o", tmp_path / "o.gguf", "--pre-tokenizer", "qwen2")
+    assert f"the tokenizer has tokens up to number {n_vocab - 1}, but the model has {n_vocab - 3} tokens" in message
+    assert "resize_token_embeddings" in message
+    assert nothing_left(tmp_path, "larger")
 
 
 def test_dry_run_shows_the_plan(tmp_path, checkpoints):

@@ -21,6 +21,7 @@ from tiny import ScheduleKeys, write_tiny_gguf
 from swaa_local import gguf_meta, plan
 from swaa_local.config import LayerMode, Schedule, SWAAConfig
 from swaa_local.convert import convert
+from swaa_local.gguf_copy import copy_gguf
 
 F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
 OPTIONS = ("--window", 8, "--sinks", 2, "--full-layers", "0::2", "--fa-decode")
@@ -75,7 +76,8 @@ def test_every_kind_of_metadata_survives_byte_for_byte(tmp_path, alignment):
     source = write_header_model(tmp_path / "in.gguf", SWAA | keys)
     source.write_bytes(source.read_bytes() + b"tail")
     out = tmp_path / "out.gguf"
-    succeeds("convert", source, "-o", out, "--no-swaa")
+    with gguf_meta.GGUFFile.open(source) as old:
+        copy_gguf(old, out, None)  # the engine knows no nested arrays, so the command would refuse the file
     assert gguf_meta.read_schedule(out) is None
     with gguf_meta.GGUFFile.open(source) as old, gguf_meta.GGUFFile.open(out) as new:
         assert list(new.keys) == [key for key in old.keys if not key.startswith("swaa.")]
@@ -243,11 +245,24 @@ def test_damaged_sources(tmp_path, tiny_model):
     assert nothing_left(tmp_path, "bad.gguf")
 
 
-def test_parts_of_a_split_model_are_refused_with_the_remedy(tmp_path):
-    source = write_header_model(tmp_path / "m.gguf", {"split.count": Typed(3, gguf.GGUFValueType.UINT16)})
-    message = fails("convert", source, "-o", tmp_path / "o.gguf", *OPTIONS)
-    assert "one of 3 parts of a split model" in message
-    assert "llama-gguf-split --merge" in message
+def test_what_is_copied_must_run_too(tmp_path, tiny_model):
+    """Also without a schedule, and before it replaces a good file."""
+    source, good = tmp_path / "broken.gguf", tmp_path / "good.gguf"
+    source.write_bytes(tiny_model.read_bytes().replace(b"blk.3.ffn_up.weight", b"blk.3.ffn_xx.weight"))
+    good.write_bytes(b"precious")
+    for options in (("--no-swaa",), ("--outtype", "q8_0"), OPTIONS):
+        with_old = write_with_schedule(source, tmp_path / "old.gguf")
+        message = fails("convert", with_old, "-o", good, "--force", *options)
+        assert "blk.3.ffn_up.weight" in message
+        assert good.read_bytes() == b"precious"
+    assert nothing_left(tmp_path, "broken.gguf", "good.gguf", "old.gguf")
+
+
+def write_with_schedule(source: Path, target: Path) -> Path:
+    """`source` with a schedule, which --no-swaa can take away."""
+    with gguf_meta.GGUFFile.open(source) as file:
+        copy_gguf(file, target, SCHEDULE)
+    return target
 
 
 def test_architectures_are_refused_by_name(tmp_path):

@@ -100,7 +100,7 @@ def test_head_counts_may_differ_by_layer_and_default_to_query_heads(tmp_path):
     [
         ({"qwen3.block_count": None}, "qwen3.block_count is missing"),
         ({"qwen3.block_count": u32(0)}, "qwen3.block_count is 0"),
-        ({"qwen3.block_count": Typed("4", T.STRING)}, r"qwen3.block_count is '4' \(string\), expected int"),
+        ({"qwen3.block_count": Typed("4", T.STRING)}, r"qwen3.block_count is '4' \(string\), expected 1 to 512"),
         ({"general.type": Typed("adapter", T.STRING)}, "is of type 'adapter' and not a language model"),
     ],
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub
+from gguf_edit import write_split
 from program import fails, interrupt, run, succeeds
 
-from swaa_local.checkpoint import iter_weight_names
+from swaa_local.checkpoint import checkpoint_files
 from swaa_local.config import LayerMode, Schedule
 from swaa_local.gguf_meta import read_schedule
 from swaa_local.hub import HubId, parse_hub_id
@@ -23,13 +24,25 @@ CONFIG = json.dumps({"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers":
 
 
 @pytest.fixture
-def hub(tiny_model) -> Iterator[FakeHub]:
+def hub(tiny_model, tmp_path_factory) -> Iterator[FakeHub]:
     model = tiny_model.read_bytes()
     repos = {
         "org/one": {"README.md": b"hello", "one.gguf": model, "mmproj-one.gguf": b"x", "one.mmproj-F16.gguf": b"x"},
         "org/many": {"many-Q4_K_M.gguf": b"", "many-Q8_0.gguf": model, "sub/many-Q6_K.gguf": b""},
-        "org/split": {"s-00001-of-00002.gguf": b"", "s-00002-of-00002.gguf": b""},
-        "org/hf": {"config.json": CONFIG, "model.safetensors": bytes(1000), "hf.gguf": model, "original/w.bin": b""},
+        "org/lacking": {"lack-00001-of-00003.gguf": model, "lack-00003-of-00003.gguf": b""},
+        "org/forged": {"a\x1b[31m.gguf": model},
+        "org/hf": {
+            "config.json": CONFIG,
+            "tokenizer.json": b"{}",
+            "model.safetensors": bytes(1000),
+            "hf.gguf": model,
+            "original/w.bin": b"",
+        },
+        "org/split": {
+            f"{kind}-{kind}-0000{i + 1}-of-00002.gguf": part.read_bytes()
+            for kind in ("Q8_0", "Q4_0")
+            for i, part in enumerate(write_split(tiny_model, tmp_path_factory.mktemp(kind), kind, 2))
+        },
         "org/nothing": {"README.md": b"hello"},
         "org/gated": {"g.gguf": model},
     }
@@ -65,13 +78,17 @@ def test_a_file_is_named_by_name_or_type(hub, env, tmp_path, name):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("org/many", "holds 3 GGUF files; name one, as in org/many:many-Q4_K_M.gguf"),
-        ("org/many:Q5_0", "'Q5_0' is not in the repository; its GGUF files are many-Q4_K_M.gguf, many-Q8_0.gguf"),
-        ("org/many:many", "'many' matches several files"),
-        ("org/one:F16", "'F16' is not in the repository; its GGUF files are one.gguf"),
-        ("org/split:s", "is part of a split model"),
+        ("org/many", "holds 3 GGUF models; name one, as in org/many:many-Q4_K_M.gguf"),
+        ("org/many:Q5_0", "'Q5_0' is not in the repository; its GGUF models are many-Q4_K_M.gguf, many-Q8_0.gguf"),
+        ("org/many:many", "'many' matches several models"),
+        ("org/lacking", "lack-00001-of-00003.gguf has 3 parts, and the repository lacks lack-00002-of-00003.gguf"),
+        ("org/forged", "has a file with control characters in its name"),
+        ("org/one:F16", "'F16' is not in the repository; its GGUF models are one.gguf"),
         ("org/one:README.md", "README.md is not a GGUF file"),
-        ("org/nothing", "holds neither a checkpoint (config.json and weights) nor a GGUF"),
+        (
+            "org/nothing",
+            "holds no GGUF file, and no checkpoint that can be converted: it has no config.json",
+        ),
         ("org/none", "org/none is not on the hub, or private"),
         ("org/one@v9", "org/one has no revision 'v9'"),
         ("org/gated", "org/gated is gated: accept its terms"),
@@ -81,6 +98,26 @@ def test_what_is_unclear_or_not_there(hub, env, tmp_path, source, message):
     assert message in fails("convert", source, "-o", tmp_path / "o.gguf", *OPTIONS, **env)
     assert hub.bodies() == []
     assert not (tmp_path / "o.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "Q8_0-Q8_0-00001-of-00002.gguf", "Q8_0-Q8_0-00002-of-00002.gguf"])
+def test_a_model_in_parts_is_fetched_whole_and_merged(hub, env, tmp_path, tiny_model, name):
+    """By its type, by the name that the list of models advises, or by any other part's."""
+    advised = fails("convert", "org/split", "-o", tmp_path / "o.gguf", **env)
+    assert "holds 2 GGUF models; name one, as in org/split:Q8_0-Q8_0-00001-of-00002.gguf" in advised
+    succeeds("convert", f"org/split:{name}", "-o", tmp_path / "out.gguf", **env)
+    assert (tmp_path / "out.gguf").read_bytes() == tiny_model.read_bytes()
+    assert {name for name, _ in hub.bodies()} == {f"Q8_0-Q8_0-0000{i}-of-00002.gguf" for i in (1, 2)}
+
+
+def test_a_model_in_parts_is_chatted_with(hub, env):
+    succeeds("chat", "org/split:Q4_0", "-t", "1", "-c", "256", "-n", "2", "-p", "Hi", **env)
+    succeeds("chat", "org/split:Q4_0", "-t", "1", "-c", "256", "-n", "2", "-p", "Hi", **env, HF_HUB_OFFLINE="1")
+
+
+def test_who_runs_a_model_takes_the_only_gguf_beside_a_checkpoint(hub, env):
+    succeeds("chat", "org/hf", "-t", "1", "-c", "256", "-n", "2", "-p", "Hi", **env)
+    assert [name for name, _ in hub.bodies()] == ["hf.gguf"]
 
 
 def test_a_token_opens_what_is_gated(env, tmp_path):
@@ -148,7 +185,7 @@ def test_dry_run_fetches_no_weights(hub, env, tmp_path):
     assert hub.bodies() == []
     pytest.importorskip("torch", reason="PyTorch is not installed, so no checkpoint is converted")
     text = succeeds("convert", "org/hf", "-o", tmp_path / "o.gguf", *OPTIONS, "--dry-run", **env)
-    for part in ("Qwen3ForCausalLM, 4 layers", "FpFp", "in 2 files to"):
+    for part in ("Qwen3ForCausalLM, 4 layers", "FpFp", "in 3 files to"):
         assert part in text
     assert [name for name, _ in hub.bodies()] == ["config.json"]
 
@@ -187,7 +224,8 @@ def test_an_architecture_is_refused_before_its_weights_are_downloaded(hub, env, 
         "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
     }
-    hub.repos["org/own-window"] = {"config.json": json.dumps(config).encode(), "model.safetensors": bytes(1000)}
+    files = {"tokenizer.json": b"{}", "model.safetensors": bytes(1000)}
+    hub.repos["org/own-window"] = {"config.json": json.dumps(config).encode()} | files
     message = fails("convert", "org/own-window", "-o", tmp_path / "o.gguf", *OPTIONS, **env)
     assert "no schedule can apply: architecture 'olmo2' has a sliding window of its own (4096 tokens)" in message
     assert [name for name, _ in hub.bodies()] == ["config.json"]
@@ -230,9 +268,13 @@ def test_hub_ids(text, expected):
 
 def test_of_a_checkpoint_only_what_the_converter_reads_is_fetched():
     names = ["config.json", "model-1.safetensors", "consolidated.safetensors", "pytorch_model.bin", "onnx/m.onnx"]
-    names += ["original/x.json", "tokenizer.model", "vocab.txt", "a.gguf", "run.py"]
-    assert list(iter_weight_names(names)) == ["model-1.safetensors", "config.json", "tokenizer.model", "vocab.txt"]
-    assert list(iter_weight_names(["pytorch_model-1.bin", "x.bin"])) == ["pytorch_model-1.bin"]
+    names += ["original/x.json", "tokenizer.model", "vocab.txt", "a.gguf", "run.py", "._model-1.safetensors", ".json"]
+    files = ("model-1.safetensors", "config.json", "tokenizer.model", "vocab.txt")
+    assert checkpoint_files(names) == (files, None)
+    names = ["pytorch_model-1.bin", "x.bin", "config.json", "qwen.tiktoken"]
+    assert checkpoint_files(names) == (("pytorch_model-1.bin", "config.json", "qwen.tiktoken"), None)
+    indexed = ["model.safetensors.index.json", "part-a.safetensors", "config.json", "tokenizer.json"]
+    assert "part-a.safetensors" in checkpoint_files(indexed)[0]
 
 
 def test_a_local_path_comes_before_a_hub_id(tmp_path, tiny_model, hub, env):

@@ -26,7 +26,7 @@ def cache(tmp_path) -> Path:
         (folder / "refs" / "main").write_text("0123abc")
         for name, source in files.items():
             shutil.copy(source, snapshot / name)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "hub" / "models--org--checkpoint" / "snapshots" / "0123abc" / name).write_text("{}")
     return tmp_path / "hub"
 
