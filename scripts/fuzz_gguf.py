@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import resource
@@ -25,9 +26,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads would not survive fork
@@ -168,12 +170,42 @@ def _run(program: str, path: Path, folder: Path) -> int:
     if program == "inspect":
         arguments = ["inspect", str(path)]
     elif program == "convert":
+        from swaa_local import quantize
+
+        vars(quantize)["run_child"] = _fork_worker
         arguments = ["convert", str(path), "-o", str(folder / "out.gguf"), "--window", "64", "--sinks", "4"]
         arguments += ["--full-layers", "0", "--fa-decode"]
     else:
         return _serve(path)
     main.main(arguments, prog_name="swaa-local")
     return 0
+
+
+def _fork_worker(_module: str, request: Mapping[str, Any], *, what: str, **_options: Any) -> list[dict[str, Any]]:
+    """`run_child` for convert's engine, without the seconds that a new Python takes."""
+    from swaa_local import engine_worker
+    from swaa_local.child import ChildError
+
+    receive, send = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with os.fdopen(send, "w") as channel:
+                engine_worker.handle(dict(request), lambda **event: print(json.dumps(event), file=channel))
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(send)
+    with os.fdopen(receive) as channel:
+        events = [json.loads(line) for line in channel]
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        raise ChildError(f"{what} failed: it was ended by signal {os.WTERMSIG(status)}")
+    if status:
+        told = [str(event["error"]) for event in events if "error" in event]
+        raise ChildError(told[0] if told else f"{what} failed")
+    return events
 
 
 def _load(path: Path) -> int:
