@@ -192,10 +192,10 @@ def convert_command(
     SOURCE is a GGUF file, the directory of a Hugging Face checkpoint, or a hub id: org/name, org/name:file.gguf,
     org/name:Q4_K_M, each with an optional @revision behind the name.
 
-    From a GGUF all tensors are copied byte for byte. From a checkpoint upstream's converter makes the GGUF, in the
-    16-bit type that the checkpoint has unless --outtype says otherwise; that needs PyTorch and transformers:
-    pip install 'swaa-local[convert]'. Other types go through llama.cpp's quantizer. The output appears when it is
-    complete; nothing is overwritten without --force.
+    From a GGUF all tensors are copied byte for byte; of a model in several files, name the first, and it becomes one.
+    From a checkpoint upstream's converter makes the GGUF, in the 16-bit type that the checkpoint has unless --outtype
+    says otherwise; that needs PyTorch and transformers: pip install 'swaa-local[convert]'. Other types go through
+    llama.cpp's quantizer. The output appears when it is complete; nothing is overwritten without --force.
 
     \b
     swaa-local convert model.gguf -o model-swaa.gguf --preset qwen3-4b

@@ -61,18 +61,23 @@ def fetch_matching(
     local_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Download one file of a hub repository for each glob pattern, and return the first one's path.
+    """Download one file of a hub repository for each glob pattern, or all parts of one model; the first one's path.
 
-    Raises `ModelNotFound` for a pattern that does not match exactly one file, and `hub.HubError`.
+    Raises `ModelNotFound` for a pattern that matches nothing or several, and `hub.HubError`.
     """
     hub_id = hub.HubId(repo_id)
     listing = hub.list_repo(hub_id)
-    names = []
+    names: list[str] = []
     for pattern in patterns:
         matching = fnmatch.filter(listing.sizes, pattern)
-        if len(matching) != 1:
+        parts = list(whole_models(matching).values())
+        if len(parts) != 1:
             what = f"several files match {pattern!r}: {', '.join(matching)}" if matching else f"no file is {pattern!r}"
             raise ModelNotFound(f"{repo_id}: {what}; its files are {', '.join(listing.sizes)}")
-        names += matching
+        if missing := [name for name in parts[0] if name not in listing.sizes]:
+            raise ModelNotFound(
+                f"{repo_id}: {parts[0][0]} has {len(parts[0])} parts; {', '.join(missing)} is not there"
+            )
+        names += parts[0]
     paths = [hub.fetch_file(hub_id, listing, name, local_dir=local_dir, cache_dir=cache_dir) for name in names]
     return paths[0]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf_edit import write_split
 from program import environment, fails, succeeds
 from scripted import thinker
 
@@ -16,9 +17,10 @@ from swaa_local.model_path import ModelNotFound, find_gguf
 
 @pytest.fixture
 def cache(tmp_path) -> Path:
-    """A cache that holds org/name with one GGUF, and org/checkpoint."""
+    """A cache that holds org/name with one GGUF, org/parts with one in two files, and org/checkpoint."""
     model = thinker(tmp_path / "thinker.gguf")
-    for repo, files in {"name": {"thinker-f32.gguf": model}, "checkpoint": {}}.items():
+    parts = {path.name: path for path in write_split(model, tmp_path, "thinker", 2)}
+    for repo, files in {"name": {"thinker-f32.gguf": model}, "parts": parts, "checkpoint": {}}.items():
         folder = tmp_path / "hub" / f"models--org--{repo}"
         snapshot = folder / "snapshots" / "0123abc"
         snapshot.mkdir(parents=True)
@@ -54,6 +56,7 @@ def test_from_pretrained_takes_patterns(cache):
         "from swaa_local import Llama\n"
         "llm = Llama.from_pretrained('org/name', '*f32.gguf', n_ctx=256, n_threads=1)\n"
         "print(type(llm).__module__, llm.n_ctx())\n"
+        "print(Llama.from_pretrained('org/parts', '*.gguf', n_ctx=256, n_threads=1).n_ctx())\n"
         "try: Llama.from_pretrained('org/name', '*q8_0.gguf')\n"
         "except ValueError as error: print(error)\n"
     )
@@ -62,6 +65,7 @@ def test_from_pretrained_takes_patterns(cache):
     )
     assert done.stdout.splitlines() == [
         "swaa_local.llama 256",
+        "256",
         "org/name: no file is '*q8_0.gguf'; its files are thinker-f32.gguf",
     ]
 
