@@ -7,6 +7,7 @@ output if the program was killed. Knows files and signals only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -54,8 +55,10 @@ def publish(result: Path, output: Path, *, force: bool) -> None:
 
 def place(result: Path, output: Path, *, overwrite: bool) -> None:
     """Move a complete file to its name, on the same file system. Raises OSError: FileExistsError if the name is taken,
-    unless `overwrite`."""
+    unless `overwrite`, which takes the place of a regular file alone: /dev/null would be gone for everybody."""
     if overwrite:
+        if output.exists() and not output.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
         os.replace(result, output)
         return
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 
 import pytest
@@ -33,6 +34,17 @@ def test_a_name_is_given_once(tmp_path):
     assert (part.read_text(), output.read_text()) == ("newer", "new")
     place(part, output, overwrite=True)
     assert (part.exists(), output.read_text()) == (False, "newer")
+
+
+def test_only_a_regular_file_is_replaced(tmp_path):
+    (tmp_path / "part").write_text("new")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="it is not a regular file"):
+            place(tmp_path / "part", tmp_path / name, overwrite=True)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_link_that_leads_nowhere_is_not_followed(tmp_path):
