@@ -6,7 +6,7 @@
     scripts/fuzz_gguf.py --named                               # the faults that have a name (gguf_faults.py)
     scripts/fuzz_gguf.py -n 40 --programs serve                # slower: the server starts for each file
 
-Each file goes to `swaa-local inspect`, to `swaa-local convert` and to `Llama`, each in a child process of its own with
+Each file goes to `swaa-local inspect`, `convert` and `chat` and to `Llama`, each in a child process of its own with
 limits of time and memory. A fault is a signal, a traceback, a time limit, a memory limit, a control character in the
 output, or an error that is not one line. Equal seeds give equal files. Exit code 1 if there were faults. Needs Linux or
 macOS, the patched engine, and numpy.
@@ -37,8 +37,8 @@ os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger that looks at what aborted t
 
 from gguf_faults import Mutator, write_faults
 
-PROGRAMS = ("inspect", "convert", "llama", "serve")
-DEFAULT_PROGRAMS = PROGRAMS[:3]
+PROGRAMS = ("inspect", "convert", "llama", "chat", "serve")
+DEFAULT_PROGRAMS = PROGRAMS[:-1]
 MODEL = Path(__file__).resolve().parents[1] / "swaa_local" / "models" / "needle.gguf"
 _MEMORY_BYTES = 1 << 30
 _N_CTX = 512
@@ -134,6 +134,7 @@ def _run_child(program: str, path: Path, folder: Path, out: Path, err: Path, lim
     try:
         os.setpgid(0, 0)
         signal.alarm(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, file in ((1, out), (2, err)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
@@ -169,6 +170,8 @@ def _run(program: str, path: Path, folder: Path) -> int:
 
     if program == "inspect":
         arguments = ["inspect", str(path)]
+    elif program == "chat":
+        arguments = ["chat", str(path), "-p", "Hi", "-n", "2", "-t", "1", "-c", str(_N_CTX)]
     elif program == "convert":
         from swaa_local import quantize
 
@@ -275,6 +278,7 @@ def random_files(
 
 def _ready() -> None:
     """Import what the programs need once, before the children are made; none of it starts a thread."""
+    import swaa_local.chat
     import swaa_local.cli
     import swaa_local.convert
     import swaa_local.inspect

@@ -111,7 +111,7 @@ def choose(listing: HubListing, *, prefer_gguf: bool = False) -> HubModel:
     Without a file: the checkpoint if there is one, else the only GGUF. prefer_gguf: the other way round.
     """
     hub_id, names = listing.hub_id, list(listing.sizes)
-    models = whole_models(name for name in names if name.endswith(".gguf") and not _is_projector(name))
+    models = whole_models(name for name in names if name.endswith(".gguf") and not is_projector(name))
     if hub_id.file is not None:
         return _gguf(listing, *_one_gguf(hub_id, names, models))
     problem = None
@@ -129,7 +129,7 @@ def choose(listing: HubListing, *, prefer_gguf: bool = False) -> HubModel:
     raise HubError(f"{hub_id} holds no GGUF file, and no checkpoint that can be converted: {problem}")
 
 
-def _is_projector(name: str) -> bool:
+def is_projector(name: str) -> bool:
     """True for the part of a model that sees or hears, which is no model by itself."""
     return "mmproj" in PurePosixPath(name).name.lower()
 

@@ -40,7 +40,8 @@ def find_gguf(model: str) -> Path:
 
 def _only_gguf(model: str, directory: Path) -> Path:
     """The one model in a directory, as the one in a repository."""
-    found = whole_models(sorted(file.name for file in directory.glob("[!.]*.gguf")))
+    names = sorted(file.name for file in directory.glob("[!.]*.gguf"))
+    found = whole_models(name for name in names if not hub.is_projector(name))
     if len(found) == 1:
         return directory / next(iter(found))
     if found:

@@ -166,6 +166,7 @@ def test_a_directory_stands_for_its_only_model(parts, tmp_path, source):
     assert "is a directory with 2 models" in _with_another(source, tmp_path)
     os.remove(tmp_path / "other.gguf")
     (tmp_path / "._m-00001-of-00003.gguf").write_bytes(b"macOS writes these")
+    (tmp_path / "m-mmproj-f16.gguf").write_bytes(b"what sees is no model by itself")
     succeeds("chat", tmp_path, "-t", "1", "-c", "256", "-n", "2", "-p", "Hi")
 
 
