@@ -45,6 +45,9 @@ _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
 _ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.alpha")
 _ROPE_BASES = ("rope.freq_base", "rope.freq_base_swa")
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+# ggml types that no matrix product of the CPU takes, by their numbers; and the one that vectors have.
+_NO_WEIGHTS = {9: "q8_1", 15: "q8_k", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64"}
+_F32 = 0
 
 
 def check_gguf(path: str | os.PathLike[str]) -> None:
@@ -56,6 +59,7 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
 def check_values(file: GGUFFile) -> None:
     """Raise `GGUFError` that names key and value for one that llama.cpp would not survive; no key has to be there."""
     _check_texts(file)
+    _check_tensors(file)
     architecture = file.get("general.architecture")
     if isinstance(architecture, str):
         _Values(file, architecture).check()
@@ -84,6 +88,30 @@ def _check_texts(file: GGUFFile) -> None:
     for key, entry in file.keys.items():
         if entry.type is ValueType.STRING:
             file.get(key)
+
+
+def _check_tensors(file: GGUFFile) -> None:
+    """llama.cpp's loader takes a tensor of any type, its operators do not."""
+    for tensor in file.tensors:
+        if not tensor.name.endswith((".weight", ".bias")):
+            continue
+        is_vector = len(tensor.dims) < 2 or tensor.name.endswith(("_norm.weight", ".bias"))
+        if tensor.type in _NO_WEIGHTS or (is_vector and tensor.type != _F32):
+            told = _NO_WEIGHTS.get(tensor.type) or _type_name(tensor.type)
+            expected = "f32, as all vectors" if is_vector else "a type of weights"
+            raise GGUFError(
+                f"{file.path}: tensor {tensor.name!r} has type {told}, expected {expected}; the file is damaged or was "
+                "made wrongly: download or convert it again"
+            )
+
+
+def _type_name(number: int) -> str:
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(number).name.lower()
+    except ValueError:
+        return str(number)
 
 
 class _Values:

@@ -10,6 +10,7 @@ import pytest
 from gguf_edit import Typed, i32s, u32, write_header_model
 from program import fails, succeeds
 
+import gguf_faults
 from gguf_faults import FAULTS, write_faults
 from swaa_local import Llama
 from swaa_local.bundled import bundled_model
@@ -151,6 +152,33 @@ def test_values_that_are_none(tmp_path, keys, message):
     path = write_header_model(tmp_path / "m.gguf", {f"qwen3.{name}": value for name, value in keys.items()})
     with pytest.raises(GGUFError, match=message):
         check_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "kind", "message"),
+    [
+        ("output_norm.weight", (128,), 13, "'output_norm.weight' has type q5_k, expected f32, as all vectors"),
+        ("output_norm.weight", (128, 1), 1, "has type f16, expected f32"),
+        ("blk.0.attn_q.bias", (128,), 26, "'blk.0.attn_q.bias' has type i32, expected f32"),
+        ("blk.0.attn_q.weight", (128, 128), 26, "'blk.0.attn_q.weight' has type i32, expected a type of weights"),
+        ("blk.0.attn_q.weight", (128, 128), 15, "has type q8_k, expected a type of weights"),
+        ("output_norm.weight", (128,), 0, None),
+        ("blk.0.attn_q.weight", (128, 128), 30, None),
+        ("cls.output.weight", (128, 1), 1, None),
+        ("d2t", (128,), 27, None),
+    ],
+)
+def test_types_of_tensors(tmp_path, name, dims, kind, message):
+    parts = gguf_faults.take_apart(write_header_model(tmp_path / "m.gguf", {}).read_bytes())
+    parts.tensors = [gguf_faults.Tensor(name.encode(), dims, kind, 0)]
+    parts.data = bytes(1 << 18)
+    path = tmp_path / "t.gguf"
+    path.write_bytes(parts.encode())
+    if message is None:
+        check_gguf(path)
+    else:
+        with pytest.raises(GGUFError, match=message):
+            check_gguf(path)
 
 
 def test_texts_that_are_no_utf8_and_tensors_that_occur_twice(tmp_path):
