@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
@@ -92,7 +93,10 @@ class _Tap:
     def begin(self, capture: _Capture) -> None:
         with self._lock:
             if self._n_blocks == 0:
-                _c.llama_log_get(ctypes.byref(self._previous), ctypes.byref(self._user_data))
+                found, data = _c.llama_log_callback(), ctypes.c_void_p()
+                _c.llama_log_get(ctypes.byref(found), ctypes.byref(data))
+                if _address(found) != _address(self._callback):  # else Ctrl-C came between two lines of `end`
+                    self._previous, self._user_data = found, data
                 _c.llama_log_set(self._callback, ctypes.c_void_p(0))
             self._n_blocks += 1
         self._threads.captures.append(capture)
@@ -116,6 +120,10 @@ def _fit(text: bytes) -> bytes:
     """A piece of the log as it may go on: it holds values of the file, and ends a line at its own end alone."""
     body = text.rstrip(b"\n")
     return printable(body.decode("utf-8", errors="replace")).encode() + text[len(body) :]
+
+
+def _address(callback: Any) -> int | None:
+    return ctypes.cast(callback, ctypes.c_void_p).value
 
 
 _tap = _Tap()

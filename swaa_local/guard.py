@@ -66,11 +66,9 @@ class Guard:
 
     def _begin(self, call: _Call) -> None:
         with self._lock:
+            self._drop_dead()
             self._calls.append(call)  # before the checks, so that nothing is freed meanwhile
             refusal = self._refusal(call)
-            if refusal is not None and not self._closed:
-                self._drop_dead()
-                refusal = self._refusal(call)
             if refusal is not None:
                 self._calls.remove(call)
         if refusal is not None:
@@ -113,10 +111,13 @@ class Guard:
         free()
 
     def _drop_dead(self) -> None:
-        """Ctrl-C can cut off a call between two instructions, before it ends here."""
+        """Ctrl-C can cut off a call between two instructions, before it ends here. What another thread that lives left
+        so is found by that thread alone: its stack may change while one looks at it."""
         if self._calls:
-            stacks = sys._current_frames()
-            self._calls = [call for call in self._calls if call.is_running(stacks)]
+            here = threading.current_thread()
+            self._calls = [
+                call for call in self._calls if (call.is_below() if call.thread is here else call.thread.is_alive())
+            ]
 
 
 class _Call:
@@ -140,8 +141,9 @@ class _Call:
         self._frame = None
         self._guard._end(self)
 
-    def is_running(self, stacks: dict[int, FrameType]) -> bool:
-        frame = stacks.get(self.thread.ident or 0)
+    def is_below(self) -> bool:
+        """True if its block is being run by this thread."""
+        frame: FrameType | None = sys._getframe()
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return frame is not None

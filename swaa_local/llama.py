@@ -283,7 +283,6 @@ class Llama(LoadedLlama):
         with self._guard.work():
             # A text comes in one batch, so that the automatic phase is right; a prompt end left by `eval` is not.
             native.llama_swaa_set_prompt_end(self.ctx, 0, -1)
-            self._forget(cells=False)
             try:
                 return super().embed(input, normalize, truncate, **kwargs)
             except ValueError as error:
@@ -291,6 +290,9 @@ class Llama(LoadedLlama):
                 if counts:
                     raise TextTooLong(int(counts[1]), self.n_batch) from None
                 raise
+            finally:
+                if self.context_params.embeddings:
+                    self._forget(cells=False)  # the cache was emptied, also where a later text failed
 
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended."""

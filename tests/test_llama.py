@@ -595,6 +595,19 @@ def test_a_long_text_is_cut_for_an_embedding_only_when_asked(load):
     assert len(llm.embed(text, truncate=True)) == 16
 
 
+def test_a_failed_embedding_leaves_tokens_and_cache_in_agreement(load):
+    llm = load()
+    llm.eval(TOKENS[:20])
+    with pytest.raises(RuntimeError, match="embedding=True"):
+        llm.embed("hello")
+    assert llm.n_tokens == 20
+    llm = load(embedding=True, n_batch=16, n_ubatch=16)
+    llm.eval(TOKENS[:10])
+    with pytest.raises(ValueError, match="a batch is 16"):
+        llm.embed(["a short one", "one more", "and a text of more than sixteen tokens, surely"])
+    assert llm.n_tokens == 0
+
+
 def test_quiet_by_default(load, capfd):
     llm = load(swaa=FA_DECODE)
     llm("hello", max_tokens=3)

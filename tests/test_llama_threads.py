@@ -417,12 +417,13 @@ def test_a_call_that_was_cut_off_does_not_hold_the_object() -> None:
         guard.step().__enter__()
 
     cut_off()
-    with guard.step():  # of the same thread
+    with guard.step():  # of this thread
         pass
-    cut_off()
-    elsewhere(lambda: guard.step().__enter__())
+    elsewhere(cut_off)  # of a thread that has ended
     with guard.work():
-        pass
+        elsewhere(guard.read().__enter__)
+        with pytest.raises(BusyError):
+            elsewhere(cut_off)
     cut_off()
     guard.close(lambda: freed.append(True))
     assert freed == [True]
