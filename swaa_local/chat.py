@@ -92,12 +92,16 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     path = find_gguf(options.model)
     swaa = options.schedule.config(read_model_info(path).n_layer) or None  # --no-swaa is `full` below
 
+    advice = "pass -c"  # which /swaa comes too late for
+
     def open_llm(full: bool) -> Llama:
+        nonlocal advice
         with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
             warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
             llm = Llama(str(path), swaa=False if full else swaa, n_ctx=options.n_ctx, **options.engine.arguments())
         for warning in caught:
-            terminal.note(str(warning.message).replace("pass n_ctx", "pass -c"))
+            terminal.note(str(warning.message).replace("pass n_ctx", advice))
+        advice = "start chat with -c"
         return llm
 
     session = Session(open_llm, options.settings, full=options.schedule.no_swaa)

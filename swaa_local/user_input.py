@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from swaa_local.config import SWAAError
 
@@ -29,8 +29,9 @@ def pasted_path(text: str) -> str:
     text = text.strip()
     if os.path.lexists(os.path.expanduser(text)):
         return text
-    if text.startswith("file://") and (address := urlsplit(text)).netloc in ("", "localhost"):
-        return unquote(address.path, errors="surrogateescape")
+    for address in ("file:///", "file://localhost/"):
+        if text.startswith(address):
+            return unquote(text[len(address) - 1 :], errors="surrogateescape")
     try:
         words = shlex.split(text)
     except ValueError:  # a quote or a backslash that is part of the name

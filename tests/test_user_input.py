@@ -37,7 +37,7 @@ def run(*args: object, cwd: Path, env: dict[str, str] | None = None) -> subproce
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -75,9 +75,9 @@ COMMANDS = [
     ("bench", "~no-such-user.gguf"),
     ("bench", "model.gguf", "--plot", "~no-such-user/plot.png"),
     ("eval", "~no-such-user.gguf"),
-    ("eval", "model.gguf", "--results", "~no-such-user/results.jsonl"),
-    ("eval", "model.gguf", "--dataset", "~no-such-user.jsonl"),
-    ("eval", "model.gguf", "--task", "niah_single_2", "--haystack", "~no-such-user.txt"),
+    ("eval", "model.gguf", "--variants", "full", "--results", "~no-such-user/results.jsonl"),
+    ("eval", "model.gguf", "--variants", "full", "--dataset", "~no-such-user.jsonl"),
+    ("eval", "model.gguf", "--variants", "full", "--task", "niah_single_2", "--haystack", "~no-such-user.txt"),
     ("demo", "-m", "~no-such-user.gguf"),
     ("serve", "~no-such-user.gguf"),
     ("serve", "model.gguf", "--port", "0", "--api-key-file", "~no-such-user.keys"),
@@ -116,7 +116,7 @@ def test_a_chat_needs_no_home(folder, tmp_path, home):
 def test_a_device_is_no_file(tmp_path, tiny_model):
     """It may have no end."""
     for args in (["--results", "/dev/zero"], ["--task", "niah_single_2", "--haystack", "/dev/zero"]):
-        assert "/dev/zero" in error_of(run("eval", tiny_model, *args, cwd=tmp_path))
+        assert "/dev/zero" in error_of(run("eval", tiny_model, "--variants", "full", *args, cwd=tmp_path))
     assert "a device" in error_of(run("chat", tiny_model, "-p", "x", "-f", "/dev/zero", cwd=tmp_path))
 
 
@@ -151,6 +151,10 @@ def test_a_name_to_be_made_is_read_alike():
         "it's.json": "it's.json",
         "'a' 'b'": "'a' 'b'",
         "end\\": "end\\",
+        "file:///a%20b/caf%E9?": "/a b/caf\udce9?",
+        "file://localhost/a": "/a",
+        "file://elsewhere/a": "file://elsewhere/a",
+        "file://[": "file://[",
     }.items():
         assert pasted_path(text) == path
 
