@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from swaa_local.config import SWAAError
+from swaa_local.signals import ended_by
 
 LIBRARY_PATH = "LLAMA_CPP_LIB_PATH"
 # Tokens that are evaluated before their keys and values are repeated.
@@ -98,7 +99,10 @@ class Build:
             ok, answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
-            raise BuildError(f"the {self.name} build's process ended (exit code {self._process.exitcode})") from None
+            code = self._process.exitcode
+            if code is not None and code < 0:
+                raise BuildError(ended_by(-code, f"the {self.name} build's process")) from None
+            raise BuildError(f"the {self.name} build's process ended (exit code {code})") from None
         if not ok:
             raise BuildError(f"the {self.name} build: {answer}")
         return answer

@@ -47,6 +47,9 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] == "llama":
+        # first, since it says in a sentence why the engine does not load
+        importlib.import_module(f"{__name__}.native")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -255,6 +255,7 @@ def convert_checkpoint(
                 on_event=stage.on_event,
                 on_tick=stage.on_tick,
                 echo=verbose,
+                culprit="PyTorch or another library of the converter",
             )
     except ChildError as error:
         if stage.unknown_pre_tokenizer:

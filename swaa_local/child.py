@@ -14,17 +14,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from swaa_local.config import SWAAError
+from swaa_local.output_tail import OutputTail
 from swaa_local.printable import printable_lines
+from swaa_local.signals import ENGINE, ended_by
 
 Event = dict[str, Any]
 
 _TICK_S = 0.1
+_LESS_MEMORY = "close other programs, or do this on a machine with more"
 # The child must not import what happens to lie in the user's folder, which `python -m` would put first on the path.
 _BOOTSTRAP = (
     "import sys\n"
@@ -36,11 +38,12 @@ _BOOTSTRAP = (
 
 
 class ChildError(SWAAError):
-    """The child failed. `detail` is the last it wrote."""
+    """The child failed. last_words: why it gave up, if by an assertion or the like. signal: what ended it, or 0."""
 
-    def __init__(self, message: str, detail: str = "") -> None:
+    def __init__(self, message: str, last_words: str = "", signal: int = 0) -> None:
         super().__init__(message)
-        self.detail = detail
+        self.last_words = last_words
+        self.signal = signal
 
 
 def run_child(
@@ -52,13 +55,16 @@ def run_child(
     on_tick: Callable[[], None] | None = None,
     env: Mapping[str, str] | None = None,
     echo: bool = False,
+    culprit: str = ENGINE,
 ) -> list[Event]:
     """Run `python -m module` with a request; return its events.
 
     what: what is being done, for messages. on_event: called with each event. on_tick: called about ten times a second.
-    echo: pass the child's stderr on. Whatever ends this call early, Ctrl-C too, kills the child and waits for it.
+    echo: pass the child's stderr on. culprit: the code that runs there. Whatever ends this call early, Ctrl-C too,
+    kills the child and waits for it.
 
-    Raises `ChildError` if it fails: with the `error` event's text if it sent one.
+    Raises `ChildError` if it fails: with the `error` event's text if it sent one, else with the signal's name or its
+    last words.
     """
     package_home = str(Path(__file__).resolve().parent.parent)
     process = subprocess.Popen(
@@ -72,7 +78,7 @@ def run_child(
     assert process.stderr is not None
     events: list[Event] = []
     inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-    tail: deque[str] = deque(maxlen=40)
+    tail = OutputTail()
     readers = [
         threading.Thread(target=_read_events, args=(process.stdout, inbox), daemon=True),
         threading.Thread(target=_read_log, args=(process.stderr, tail, echo), daemon=True),
@@ -106,7 +112,7 @@ def run_child(
                 stream.close()
     if code != 0:
         told = next((event["error"] for event in events if "error" in event), None)
-        raise ChildError(told or f"{what} failed{_how(code, tail)}", "\n".join(tail))
+        raise ChildError(told or _how(what, code, tail, culprit), tail.last_words, signal=max(0, -code))
     return events
 
 
@@ -116,27 +122,28 @@ def _read_events(stream: IO[bytes], inbox: queue.SimpleQueue[Event | None]) -> N
     inbox.put(None)
 
 
-def _read_log(stream: IO[bytes], tail: deque[str], echo: bool) -> None:
+def _read_log(stream: IO[bytes], tail: OutputTail, echo: bool) -> None:
     for line in stream:
         text = line.decode(errors="replace").rstrip()
-        if text:
-            tail.append(text)
+        tail.add(text)
         if echo:
             print(printable_lines(text), file=sys.stderr, flush=True)
 
 
-def _how(code: int, tail: deque[str]) -> str:
-    last = tail[-1].strip() if tail else ""
+def _how(what: str, code: int, tail: OutputTail, culprit: str) -> str:
     if code < 0:
-        return f": it was ended by signal {-code}" + (f" after {last!r}" if last else "")
-    return f": {last}" if last else f" with exit code {code}"
+        return ended_by(-code, what, reason=tail.last_words, memory=_LESS_MEMORY, culprit=culprit)
+    return f"{what} failed: {tail.reason}" if tail.reason else f"{what} failed with exit code {code}"
 
 
 # In the child
 
 
 def child_main(handle: Callable[[dict[str, Any], Callable[..., None]], None]) -> None:
-    """Entry point of a child module: `handle(request, emit)`, where `emit(**event)` reports to the parent."""
+    """Entry point of a child module: `handle(request, emit)`, where `emit(**event)` reports to the parent.
+
+    A `SWAAError` becomes the `error` event.
+    """
     import signal
 
     # Neither C code nor a long numpy call would hear of a Python-level KeyboardInterrupt.
@@ -149,7 +156,11 @@ def child_main(handle: Callable[[dict[str, Any], Callable[..., None]], None]) ->
         channel.write(json.dumps(event) + "\n")
         channel.flush()
 
-    handle(json.loads(sys.argv[3]), emit)
+    try:
+        handle(json.loads(sys.argv[3]), emit)
+    except SWAAError as error:
+        emit(error=str(error))
+        sys.exit(1)
 
 
 def _end_with_parent(parent: int) -> None:

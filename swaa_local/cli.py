@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints. No logic, and no engine before a command runs.
 
-The only place that prints and exits. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 Ctrl-C,
-141 nobody reads the output.
+The only place that prints and exits. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 128 + n where
+signal n ended the server, 130 Ctrl-C, 141 nobody reads the output.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except SWAAError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -90,9 +90,9 @@ def _exit_code(run: Callable[[], Any]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 1) -> int:
     click.echo(f"swaa-local: error: {printable(' '.join(message.split()))}", err=True)
-    return 1
+    return code
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

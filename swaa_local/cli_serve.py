@@ -131,6 +131,7 @@ def serve_command(
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option or os.environ.get("LLAMA_ARG_MODEL")
+    import swaa_local.native  # noqa: F401 first: it says in a sentence why the engine does not load
     from swaa_local.bundled import NOTE, bundled_model
     from swaa_local.chat_commands import describe_schedule
     from swaa_local.serve import Ready, ServeOptions, serve

@@ -43,7 +43,9 @@ KV_TYPES: dict[str, tuple[int, int]] = {
 
 
 class SWAAError(Exception):
-    """Base of the library's errors; the message is one sentence for the user."""
+    """Base of the library's errors; the message is one sentence for the user. exit_code: of a command that it ends."""
+
+    exit_code = 1
 
 
 class ScheduleError(SWAAError, ValueError):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from swaa_local import crash
 from swaa_local.click_types import Number, tokens
 from swaa_local.config import KV_TYPES
 from swaa_local.engine_limits import MAX_LAYERS, MAX_THREADS
@@ -50,7 +51,10 @@ class EngineOptions:
 
 
 def engine_options(command: Command, *, without: Collection[str] = ()) -> Command:
-    """Add the engine's options; the command gets them as `engine: EngineOptions`. without: fields to leave out."""
+    """Add the engine's options; the command gets them as `engine: EngineOptions`. without: fields to leave out.
+
+    The engine is loaded first, and from then on a signal that ends the process is reported (`crash`).
+    """
     options = {
         "n_gpu_layers": click.option(
             "-ngl", "--gpu-layers", "n_gpu_layers", type=_LAYERS, default=-1, help="Layers on the GPU [all]."
@@ -89,6 +93,7 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         said = {field.name: kwargs.pop(field.name) for field in fields(EngineOptions) if field.name not in without}
         said["flash_attn"] = {"on": True, "off": False, "auto": None}[said["flash_attn"]]
+        crash.watch(f"running {click.get_current_context().info_name}", keep_backtrace=said.get("verbose", False))
         return command(*args, engine=EngineOptions(**said), **kwargs)
 
     decorated: Callable[..., Any] = wrapped

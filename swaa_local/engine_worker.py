@@ -22,10 +22,16 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
     jobs[request.pop("job")](emit, **request)
 
 
+def _engine() -> Any:
+    """llama.cpp's interface. Raises `SWAAError` where the engine does not load, or lacks the patches."""
+    from swaa_local import native
+
+    return native.llama_cpp.llama_cpp
+
+
 def _quantize(emit: Callable[..., None], source: str, target: str, ftype: int, requantize: bool) -> None:
     """Events: done, total (tensors) and tensor (its name) as each is begun."""
-    from llama_cpp import llama_cpp as c
-
+    c = _engine()
     errors: list[str] = []
 
     @c.llama_log_callback
@@ -52,13 +58,10 @@ def _check(emit: Callable[..., None], path: str) -> None:
     from swaa_local.config import SWAAError
 
     try:
-        # Its import is the test of the engine: it fails where llama-cpp-python lacks the patches.
-        import swaa_local.native  # noqa: F401
+        c = _engine()
     except SWAAError as error:
         emit(unchecked=str(error))
         return
-    from llama_cpp import llama_cpp as c
-
     from swaa_local import engine_log
 
     with engine_log.captured() as log:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as _c
 
-from swaa_local import engine_log, native
+from swaa_local import crash, engine_log, native
 from swaa_local.callbacks import check_sampler
 from swaa_local.config import SWAAError
 from swaa_local.context_length import ContextFitWarning, TrainedLengthWarning
@@ -134,7 +134,8 @@ class Llama(LoadedLlama):
         self._prompt_end = prompt_end
         native.llama_swaa_set_prompt_end(self.ctx, 0, prompt_end)
         n_prompt = max(0, prompt_end - self.n_tokens)
-        with engine_log.captured(self.verbose) as log:
+        doing = f"reading a prompt of {n_prompt} tokens" if n_prompt else "generating"
+        with crash.step(doing), engine_log.captured(self.verbose) as log:
             if prompt := tokens[:n_prompt]:
                 # Steps of n_ubatch give the parts that llama.cpp would make of n_batch anyway.
                 report = self.on_prefill or (lambda done, total: None)

@@ -19,7 +19,7 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
-from swaa_local import engine_log, memory, native
+from swaa_local import crash, engine_log, memory, native
 from swaa_local.callbacks import Callbacks
 from swaa_local.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, SWAAError, default_n_ubatch
 from swaa_local.context_length import check_memory, choose_n_ctx, gpu_layers
@@ -90,7 +90,8 @@ class LoadedLlama(llama_cpp.Llama):
         self.on_prefill = on_prefill
         with ExitStack() as undo:
             undo.callback(self.close)
-            with Shield() as self._loading, engine_log.captured(verbose) as log:
+            loading = crash.step(f"loading {Path(model_path).name}")
+            with loading, Shield() as self._loading, engine_log.captured(verbose) as log:
                 try:
                     # Upstream would choose the sizes before it knows the model; `_model` does. 1 costs nothing.
                     sizes = {"n_ctx": 1, "n_batch": 1, "n_ubatch": 1}
@@ -162,7 +163,7 @@ class LoadedLlama(llama_cpp.Llama):
         self._swaa = swaa
         self._choose_parameters()
         self._ctx.close()  # first, so that there is never memory for two
-        with Shield(), engine_log.captured(self.verbose) as log:
+        with crash.step("making a context"), Shield(), engine_log.captured(self.verbose) as log:
             try:
                 check_memory(self._model, self._n_ctx, self.schedule, self.context_params, self.model_params)
                 self._ctx = LlamaContext(model=self._model, params=self.context_params, verbose=self.verbose)

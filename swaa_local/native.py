@@ -1,4 +1,4 @@
-"""The C interface that the patches add to `llama.h`, declared for ctypes; nothing else.
+"""The C interface that the patches add to `llama.h`, declared for ctypes, and the sentinel beside it; nothing else.
 
 Pointers are the ones that `llama_cpp.llama_cpp` hands out (`llama_model_p`, `llama_context_p`). Importing this module
 loads the engine, and fails with one sentence if the installed llama-cpp-python is not the patched build.
@@ -7,6 +7,7 @@ loads the engine, and fails with one sentence if the installed llama-cpp-python 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 from swaa_local.config import SWAAError
@@ -24,7 +25,22 @@ try:
 except ImportError as error:
     raise EngineMissing(f"llama-cpp-python does not import ({error}); {REMEDY}") from error
 except (OSError, RuntimeError) as error:  # upstream's loader: no library, or one that does not load
+    if hasattr(error, "lacking"):  # llama_cpp._sentinel.UnsuitableCPU, which names its own remedy
+        raise EngineMissing(str(error)) from error
     raise EngineMissing(f"llama-cpp-python's library does not load ({error}); {REMEDY}") from error
+
+
+def _load_sentinel() -> ctypes.CDLL | None:
+    try:
+        from llama_cpp._sentinel import find_sentinel
+    except ImportError:  # a build of before there was one
+        return None
+    path = find_sentinel(Path(_c._lib._name).parent)
+    return None if path is None else ctypes.CDLL(str(path))
+
+
+sentinel = _load_sentinel()
+"""sentinel/sentinel.h in the engine's sources; None in a build without it."""
 
 
 def _declare(name: str, argtypes: list[Any], restype: Any) -> Any:
@@ -78,3 +94,7 @@ llama_swaa_set_prompt_end = _declare(
 # size_t llama_swaa_kv_bytes(const struct llama_context *)
 # Bytes of the context's KV cache, rings included, by the engine's own accounting.
 llama_swaa_kv_bytes = _declare("llama_swaa_kv_bytes", [_c.llama_context_p_ctypes], ctypes.c_size_t)
+
+# ggml_abort_callback_t ggml_set_abort_callback(ggml_abort_callback_t)
+# Upstream's: called with the reason instead of printing it and a backtrace, before the process is aborted.
+ggml_set_abort_callback = _declare("ggml_set_abort_callback", [ctypes.c_void_p], ctypes.c_void_p)

@@ -13,6 +13,7 @@ from pathlib import Path
 from swaa_local.child import ChildError, run_child
 from swaa_local.config import SWAAError
 from swaa_local.gguf_file import GGUFFile
+from swaa_local.signals import FAULTS, name_of
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def engine_refusal(path: Path) -> tuple[str | None, str | None]:
     try:
         events = run_child("swaa_local.engine_worker", {"job": "check", "path": os.fspath(path)}, what="the check")
     except ChildError as error:
-        # An assertion of llama.cpp: it cannot run the file, and its last words say why.
-        lines = [line for line in error.detail.splitlines() if "GGML_ASSERT" in line or "error" in line.lower()]
-        return (lines[0].strip() if lines else str(error)), None
+        if error.signal and name_of(error.signal) not in FAULTS:
+            return None, str(error)
+        # llama.cpp cannot run the file: an assertion says why, or it crashed.
+        return error.last_words or str(error), None
     answer = events[0] if events else {}
     return answer.get("refused"), answer.get("unchecked")

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_cpp import llama_cpp as _c
-
 from swaa_local import native
 from swaa_local.bundled import bundled_template, is_bundled
 from swaa_local.config import LayerMode, Schedule, SWAAError, default_n_ubatch
@@ -26,8 +24,10 @@ from swaa_local.options import ScheduleOptions
 from swaa_local.progress import SILENT, Reporter
 from swaa_local.serve_limits import context_arguments
 from swaa_local.server_process import Address, ServerProcess
+from swaa_local.signals import ended_by
 from swaa_local.user_input import user_path
 
+_c = native.llama_cpp.llama_cpp
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
@@ -150,7 +150,10 @@ def server_program() -> Path:
 
 def server_help() -> str:
     """What llama-server says of its own options."""
-    return subprocess.run([str(server_program()), "--help"], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([str(server_program()), "--help"], capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise ServeError(ended_by(-done.returncode, "llama-server --help"))
+    return done.stdout
 
 
 def find_key(options: ServeOptions, env: Mapping[str, str]) -> str | None:

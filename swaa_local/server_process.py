@@ -24,7 +24,9 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from swaa_local.config import SWAAError
+from swaa_local.output_tail import OutputTail
 from swaa_local.printable import printable_lines
+from swaa_local.signals import ended_by
 
 _POLL_S = 0.1
 _REQUEST_S = 5.0
@@ -36,10 +38,19 @@ _ERROR = re.compile(r"^(?:[\d.]+ E (?:\w+ +)?(?:\w+: )*|error: |(?=error ))")
 _FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
 if hasattr(signal, "SIGHUP"):
     _FORWARDED[signal.SIGHUP] = signal.SIGTERM
+_LESS_MEMORY = "take a smaller context (-c), fewer requests at once (-np) or a smaller model"
 
 
 class ServerError(SWAAError):
     """The server cannot listen, or ended before it was ready."""
+
+
+class ServerDied(ServerError):
+    """A signal that did not come from here ended the server, `what`."""
+
+    def __init__(self, number: int, what: str, reason: str) -> None:
+        super().__init__(ended_by(number, what, reason=reason, memory=_LESS_MEMORY))
+        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._tail: deque[str] = deque(maxlen=40)
+        self._output = OutputTail()
         self._handlers: dict[int, Any] = {}
         self._received: int | None = None
         self._received_at_s = 0.0
@@ -194,6 +206,7 @@ class ServerProcess:
                 print(printable_lines(text), file=sys.stderr, flush=True)
             if text and not self._ready:
                 self._tail.append(text)
+            self._output.add(text)
 
     def wait_ready(self, address: Address) -> bool:
         """Wait until the server answers /health with 200; False if a signal ended it before.
@@ -224,20 +237,31 @@ class ServerProcess:
         self._reader.join(timeout=1)
         said = list(self._tail)
         reason = next((line for line in said if _ERROR.match(line)), said[-1] if said else "")
+        last_words = self._output.last_words
         for line in said:
-            if line != reason and not self._echo:
+            if (line != reason or last_words) and not self._echo:
                 print(printable_lines(line), file=sys.stderr)
         code = self._process.returncode
-        how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-        why = _ERROR.sub("", reason) if reason else "it gave no reason; -v shows its log"
-        raise ServerError(f"the server did not start ({how}): {why}")
+        why = last_words or _ERROR.sub("", reason)
+        if code < 0:
+            raise ServerDied(-code, "the server, which was not ready yet,", why)
+        raise ServerError(
+            f"the server did not start (exit code {code}): {why or 'it gave no reason; -v shows its log'}"
+        )
 
     def wait(self) -> int:
-        """Wait until the server ends; its exit code, 128 + n if signal n ended it."""
+        """Wait until the server ends; its exit code, 128 + n if signal n, which was asked for, ended it.
+
+        Raises `ServerDied` for a signal that was not.
+        """
         assert self._process is not None
         # A signal may reach another thread. Its handler runs in this one, which must not wait in one piece.
         while (code := self._process.poll()) is None:
             time.sleep(_POLL_S)
+        if code < 0 and self._received is None:
+            assert self._reader is not None
+            self._reader.join(timeout=1)
+            raise ServerDied(-code, "the server", self._output.last_words)
         return 128 - code if code < 0 else code
 
 
