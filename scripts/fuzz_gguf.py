@@ -278,14 +278,9 @@ def random_files(
 
 def _ready() -> None:
     """Import what the programs need once, before the children are made; none of it starts a thread."""
-    import swaa_local.chat
-    import swaa_local.cli
-    import swaa_local.convert
-    import swaa_local.inspect
-    import swaa_local.llama
-    import swaa_local.printable
+    from llama_cpp import llama_cpp
 
-    swaa_local.llama.llama_cpp.llama_backend_init()
+    llama_cpp.llama_backend_init()
 
 
 def main() -> int:
