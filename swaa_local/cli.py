@@ -128,7 +128,11 @@ def main() -> None:
 @click.argument("file", type=PATH)
 @click.option("-c", "--ctx-size", "n_ctx", type=tokens(1), help="Context in tokens [the model's, at most 32768].")
 @click.option(
-    "-ub", "--ubatch-size", "n_ubatch", type=tokens(1), help="Tokens of a part of a batch [as the engine chooses here]."
+    "-ub",
+    "--ubatch-size",
+    "n_ubatch",
+    type=tokens(1),
+    help="Tokens of a part of a batch [512; 1024 for windows on a GPU].",
 )
 @click.option(
     "-ctk", "--cache-type-k", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True

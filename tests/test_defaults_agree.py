@@ -43,7 +43,7 @@ def documented() -> tuple[int, int]:
     """n_batch and n_ubatch as docs/python.md says them, and n_ubatch as every command's help says it."""
     text = (ROOT / "docs" / "python.md").read_text()
     n_batch, n_ubatch = re.findall(r"^\| `n_batch`, `n_ubatch` \| (\d+), (\d+)", text, re.MULTILINE)[0]
-    for command in ("chat", "bench", "eval"):
+    for command in ("chat", "bench", "eval", "inspect"):
         said = " ".join(succeeds(command, "--help", COLUMNS="200").split())
         assert f"[{n_ubatch}; 1024 for windows on a GPU]" in said, command
     return int(n_batch), int(n_ubatch)
