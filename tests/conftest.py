@@ -130,14 +130,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.parity_figures = []  # type: ignore[attr-defined]
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The worst figures of the parity test, per cache."""
-    figures = config.parity_figures  # type: ignore[attr-defined]
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    figures = [value for report in reports for name, value in report.user_properties if name == "parity"]
     for cache in dict.fromkeys(cache for _, cache, *_ in figures):
         worst, _, kind, name, split = max(figure for figure in figures if figure[1] == cache)
-        where = f"{kind}; {name}; n_batch/n_ubatch {split[0]}/{split[1]}"
+        where = f"{kind}; {name}; n_batch/n_ubatch {split}"
         terminalreporter.write_line(f"parity: worst {100 * worst:.3f} % of sigma with {cache} ({where})")

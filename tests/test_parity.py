@@ -160,7 +160,7 @@ def test_references_are_far_apart(subjects, kind):
 
 
 @pytest.mark.parametrize(("kind", "config", "split", "cache"), GRID, ids=lambda value: str(value))
-def test_parity(subjects, request, kind, config, split, cache):
+def test_parity(subjects, record_property, kind, config, split, cache):
     subject = subjects[kind]
     references = subject.references
     got = subject.run(config, split, CACHES[cache])
@@ -172,7 +172,7 @@ def test_parity(subjects, request, kind, config, split, cache):
         assert all(rms(got - references[name]) > 1.5 * error for name in others)
     else:
         worst = worst_ratio(got, references[config])
-        request.config.parity_figures.append((worst, cache, kind, config, split))
+        record_property("parity", (float(worst), cache, kind, config, "/".join(map(str, split))))
         assert worst < (GPU_TOLERANCE if GPU_LAYERS else tolerance)
         assert all(worst_ratio(got, references[name]) > (5 if GPU_LAYERS else 10) * worst for name in others)
 
