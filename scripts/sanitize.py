@@ -104,12 +104,16 @@ def reports(texts: list[str]) -> Counter[str]:
 
 
 def _runtime() -> str:
-    """GCC's AddressSanitizer, which must be there before anything that was built with it."""
-    said = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    path = Path(said.strip())
-    if not path.is_absolute():
-        raise SourceError("this GCC has no AddressSanitizer; install it (Debian and Ubuntu: libasan8, Fedora: libasan)")
-    return str(path.resolve())
+    """What must be there before anything that was built with it: GCC's AddressSanitizer, and the C++ library, whose way
+    to throw the sanitizer looks for when it starts. Python has none."""
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        said = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        path = Path(said.strip())
+        if not path.is_absolute():
+            raise SourceError(f"this GCC has no {name}; install it (Debian and Ubuntu: apt-get install g++)")
+        paths.append(str(path.resolve()))
+    return " ".join(paths)
 
 
 def main() -> int:
