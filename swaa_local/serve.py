@@ -6,6 +6,7 @@ some of llama-server's options; nothing of requests, slots and batches, which ar
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swaa_local import native
+from swaa_local.api_keys import handed_over, keys_of_file, keys_of_variable
 from swaa_local.bundled import bundled_template, is_bundled
 from swaa_local.config import LayerMode, Schedule, SWAAError, default_n_ubatch
 from swaa_local.gguf_meta import read_model_info, read_schedule
-from swaa_local.input_file import read_input
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
 from swaa_local.progress import SILENT, Reporter
@@ -31,7 +32,6 @@ _c = native.llama_cpp.llama_cpp
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
-_MAX_KEYS_BYTES = 1 << 20
 _WARNINGS = "2"  # of llama-server's --verbosity
 
 # What our own defaults depend on, as llama-server spells it: options, then the environment.
@@ -42,6 +42,7 @@ _OVERRIDE = ("--override-kv",)
 _API_PREFIX = ("--api-prefix", "LLAMA_ARG_API_PREFIX")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
 _CORS = ("--cors-origins", "LLAMA_ARG_CORS_ORIGINS")
+_HOSTS = ("--allowed-hosts", "LLAMA_ARG_ALLOWED_HOSTS")
 _TEMPLATE = ("--chat-template", "--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
 _TLS_KEY = ("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE")
 _OTHER_MODELS = (
@@ -50,7 +51,8 @@ _OTHER_MODELS = (
     *("-dr", "--docker-repo", "LLAMA_ARG_DOCKER_REPO"),
     *("--models-dir", "LLAMA_ARG_MODELS_DIR", "--models-preset", "LLAMA_ARG_MODELS_PRESET"),
 )
-_GIVEN_AS_ARGUMENTS = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_API_KEY_FILE")
+_KEY = "LLAMA_API_KEY"
+_GIVEN_AS_ARGUMENTS = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_API_KEY_FILE", _KEY)
 
 
 class ServeError(SWAAError):
@@ -98,7 +100,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
             "a schedule is not given by --override-kv swaa.*; "
             "take --preset, or --window, --sinks, --full-layers and --fa-decode"
         )
-    key = find_key(options, os.environ)
+    keys = find_keys(options, os.environ)
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)
     extra = options.extra
@@ -107,7 +109,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     )
     arguments += default_arguments(schedule, extra, os.environ, gpu=_c.llama_supports_gpu_offload())
     if value_of(_ALIAS, extra, os.environ) is None:
-        arguments += ["--alias", path.stem if path == user_path(options.model) else options.model]
+        arguments += ["--alias", _csv_field(path.stem if path == user_path(options.model) else options.model)]
     if is_bundled(path) and value_of(_TEMPLATE, extra, os.environ) is None:
         arguments += ["--chat-template-file", str(bundled_template())]
     if not options.verbose and value_of(_VERBOSITY, extra, os.environ) is None:
@@ -119,21 +121,20 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
         tls=value_of(_TLS_KEY, extra, os.environ) is not None,
     ).claim()
     arguments += ["--host", options.host, "--port", str(address.port)]
-    if options.api_key_file is not None:
-        arguments += ["--api-key-file", str(options.api_key_file)]
+    arguments += browser_arguments(extra, os.environ, has_key=bool(keys))
     is_local = options.host in _LOCAL_HOSTS or address.is_socket
-    if key is None and is_local and value_of(_CORS, extra, os.environ) is None:
-        # Else every web page that the user visits could use the server through the browser.
-        arguments += ["--cors-origins", "localhost"]
-    if key is None and not is_local:
+    if not keys and not is_local:
         reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
-    command = [str(program), "--model", str(path), *arguments, *extra]
     env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}
-    with ServerProcess(command, env, echo=options.verbose) as server:
+    with contextlib.ExitStack() as stack:
+        pass_fds = [stack.enter_context(handed_over(keys))] if keys else []
+        arguments += [word for fd in pass_fds for word in ("--api-key-file", f"/dev/fd/{fd}")]
+        command = [str(program), "--model", str(path), *arguments, *extra]
+        server = stack.enter_context(ServerProcess(command, env, echo=options.verbose, pass_fds=pass_fds))
         with reporter.step(f"loading {path.name}"):
             is_ready = server.wait_ready(address)
         if is_ready:
-            on_ready(_ask_what_it_is(address, path, schedule, key))
+            on_ready(_ask_what_it_is(address, path, schedule, keys))
         return server.wait()
 
 
@@ -156,29 +157,20 @@ def server_help() -> str:
     return done.stdout
 
 
-def find_key(options: ServeOptions, env: Mapping[str, str]) -> str | None:
-    """One of the keys that clients will need. Raises `ServeError` where one would be shown, or is meant and missing."""
+def find_keys(options: ServeOptions, env: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of which clients need one; none: they need none.
+
+    Raises `ServeError` where one would be shown, and `KeyFileError` where one is meant and cannot be read.
+    """
     # With = it is no option of llama-server's, whose error would show it.
     if any(word.replace("_", "-").partition("=")[0] == "--api-key" for word in options.extra):
         raise ServeError(
             "a key on the command line can be read by every user of this machine; "
             "put it into a file (--api-key-file FILE) or into the environment (LLAMA_API_KEY)"
         )
-    keys = [key for key in env.get("LLAMA_API_KEY", "").split(",") if key.strip()]
-    if "LLAMA_API_KEY" in env and not keys:
-        raise ServeError("LLAMA_API_KEY is set and empty; put a key into it, or unset it to serve without one")
-    if options.api_key_file is not None:
-        try:
-            data = read_input(options.api_key_file, str(options.api_key_file), most=_MAX_KEYS_BYTES)
-            lines = data.decode("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ServeError(f"the API keys in {options.api_key_file} cannot be read: {reason}") from None
-        of_file = [line for line in lines if line.strip() and not line.startswith("#")]
-        if not of_file:
-            raise ServeError(f"{options.api_key_file} holds no API key: one on each line, lines with # are comments")
-        keys += of_file
-    return keys[0] if keys else None
+    of_variable = keys_of_variable(_KEY, env[_KEY]) if _KEY in env else ()
+    of_file = keys_of_file(options.api_key_file) if options.api_key_file is not None else ()
+    return of_variable + of_file
 
 
 def _refuse_other_models(extra: Sequence[str], env: Mapping[str, str]) -> None:
@@ -227,6 +219,23 @@ def default_arguments(
     return ["--ubatch-size", str(default_n_ubatch(schedule or Schedule.full(1), gpu=gpu))]
 
 
+def browser_arguments(extra: Sequence[str], env: Mapping[str, str], *, has_key: bool) -> list[str]:
+    """Which web pages may use the server where the user said nothing: those that know a key, or else its own alone.
+
+    Without either, every page that the user visits could use it through the browser.
+    """
+    if has_key:
+        return []
+    return [
+        word for names in (_CORS, _HOSTS) if value_of(names, extra, env) is None for word in (names[0], "localhost")
+    ]
+
+
+def _csv_field(text: str) -> str:
+    """As one field of llama-server's lists, whatever it holds."""
+    return '"' + text.replace('"', '""') + '"' if {",", '"'} & set(text) else text
+
+
 def value_of(names: Sequence[str], extra: Sequence[str], env: Mapping[str, str]) -> str | None:
     """What llama-server will find under one of these names: the last on the command line, or the environment's."""
     for index in range(len(extra) - 1, -1, -1):
@@ -236,12 +245,14 @@ def value_of(names: Sequence[str], extra: Sequence[str], env: Mapping[str, str])
     return next((env[name] for name in names if name in env), None)
 
 
-def _ask_what_it_is(address: Address, path: Path, schedule: Schedule | None, key: str | None) -> Ready:
+def _ask_what_it_is(address: Address, path: Path, schedule: Schedule | None, keys: Sequence[str]) -> Ready:
     try:
-        status, body = address.get("/props", key=key)
+        status, body = address.get("/props", key=keys[0] if keys else None)
+        if status in (401, 403):
+            raise ServeError(f"the server started, but refuses its own command (HTTP {status}); -v shows its log")
         props = json.loads(body) if status == 200 else {}
         has_page = address.get("/")[0] == 200
     except (OSError, ValueError, http.client.HTTPException):  # it is busy already, or gone
         props, has_page = {}, True
     n_ctx = props.get("default_generation_settings", {}).get("n_ctx", 0)
-    return Ready(address.url, path, schedule, n_ctx, props.get("total_slots", 0), has_page, key is not None)
+    return Ready(address.url, path, schedule, n_ctx, props.get("total_slots", 0), has_page, bool(keys))

@@ -30,9 +30,12 @@ from swaa_local.signals import ended_by
 
 _POLL_S = 0.1
 _REQUEST_S = 5.0
+_LINE_CHARS = 2000  # of the log: it may quote a whole request
+_END_S = 8.0  # from a signal to the end; the server itself takes 5 s at most
 _SAME_S = 0.3  # between signals that are one: `timeout` sends its own to the process and to the group
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Time, level and place of a line in llama-server's log; or what it says of its arguments.
+_CONTROL = re.compile(r"\x1b\[[\d;]*m|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ERROR = re.compile(r"^(?:[\d.]+ E (?:\w+ +)?(?:\w+: )*|error: |(?=error ))")
 # A server that does not know SIGHUP would die of it in the middle of its answers.
 _FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
@@ -131,12 +134,15 @@ class Address:
 class ServerProcess:
     """Context manager: the server runs inside the block, and is gone behind it.
 
-    A SIGINT, SIGTERM or SIGHUP that this process gets goes to the server, and the second one kills it. The server's
-    output goes to stderr; until it is ready only if `echo`.
+    A SIGINT, SIGTERM or SIGHUP that this process gets goes to the server, and the second one kills it, as does a server
+    that has not ended 8 s after the first. The server's output goes to stderr; until it is ready only if `echo`.
+    pass_fds: file descriptors that it inherits.
     """
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], *, echo: bool = False) -> None:
-        self._command, self._env, self._echo = command, env, echo
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], *, echo: bool = False, pass_fds: Sequence[int] = ()
+    ) -> None:
+        self._command, self._env, self._echo, self._pass_fds = command, env, echo, pass_fds
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._tail: deque[str] = deque(maxlen=40)
@@ -161,6 +167,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C in a terminal goes to the whole group, and twice means "at once" to the server.
                 start_new_session=True,
+                pass_fds=self._pass_fds,
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         except BaseException:
@@ -201,7 +208,7 @@ class ServerProcess:
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
-            text = line.decode(errors="replace").rstrip()
+            text = _printable(line.decode(errors="replace").rstrip())
             if self._echo or self._ready:
                 print(printable_lines(text), file=sys.stderr, flush=True)
             if text and not self._ready:
@@ -257,12 +264,21 @@ class ServerProcess:
         assert self._process is not None
         # A signal may reach another thread. Its handler runs in this one, which must not wait in one piece.
         while (code := self._process.poll()) is None:
+            if self._received is not None and time.monotonic() - self._received_at_s > _END_S:
+                self._process.kill()
             time.sleep(_POLL_S)
         if code < 0 and self._received is None:
             assert self._reader is not None
             self._reader.join(timeout=1)
             raise ServerDied(-code, "the server", self._output.last_words)
         return 128 - code if code < 0 else code
+
+
+def _printable(line: str) -> str:
+    """What a client sent is quoted in the log, and must neither fill the terminal nor command it. Colours may."""
+    if len(line) > _LINE_CHARS:
+        line = f"{line[:_LINE_CHARS]} ... ({len(line):,} characters)"
+    return _CONTROL.sub(lambda found: found[0] if len(found[0]) > 1 else f"\\x{ord(found[0]):02x}", line)
 
 
 def _end_with_parent() -> None:
