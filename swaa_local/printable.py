@@ -33,8 +33,8 @@ def printable_lines(text: object) -> str:
 
 
 def printable_json(value: Any, **options: Any) -> str:
-    """`json.dumps` that is readable in every script and fit for a terminal; it stays JSON of the very same value."""
-    text = json.dumps(value, ensure_ascii=False, **options)
+    """`json.dumps` in ASCII, valid in any locale and fit for a terminal; it stays JSON of the very same value."""
+    text = json.dumps(value, **options)
     # What JSON does not escape by itself can only stand in a string, where this spelling means the same.
     return _BUT_LINES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 

@@ -97,5 +97,5 @@ def test_ci_runs_the_readmes_test_command() -> None:
     readme = (ROOT / "README.md").read_text()
     section = re.search(r"^## Tests\n.*?^```\w*\n(.+?)^```", readme, re.MULTILINE | re.DOTALL)
     assert section
-    assert section[1].strip() == "uv run pytest"
+    assert section[1].strip() == "uv run pytest -n auto --dist loadfile"
     assert section[1].strip() in (ROOT / ".ci/run").read_text().splitlines()
