@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import openai
 import pytest
 import tiny
 from fake_hub import FakeHub
-from program import fails, run
+from program import environment, fails, run
 from serving import Running, descendants, is_running, serving, together, wait_until
 
 from swaa_local import serve
@@ -256,12 +256,30 @@ def test_it_says_what_it_serves(server: Running) -> None:
     assert f"{N_CLIENTS} requests at once of up to 8,192 tokens" in server.log
 
 
-def test_other_web_pages_cannot_use_it_through_the_browser(tiny_model: Path) -> None:
-    with serving(tiny_model, "-c", "512", "-np", "1") as running:
-        for origin, allowed in (("https://example.org", None), ("http://localhost:3000", "http://localhost:3000")):
-            request = urllib.request.Request(running.url + "/v1/models", headers={"Origin": origin})
-            with urllib.request.urlopen(request, timeout=30) as response:
-                assert response.headers["Access-Control-Allow-Origin"] == allowed
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
+def test_what_showed_that_it_loads_is_gone_once_it_has(tiny_model: Path) -> None:
+    """What a terminal shows in the end: the lines that it says, and no count of steps whose number nobody knows."""
+    import pexpect
+
+    terminal = pexpect.spawn(
+        sys.executable,
+        ["-m", "swaa_local", "serve", str(tiny_model), "--port", "0", "-c", "512", "-np", "1", "-t", "1"],
+        env=environment(TERM="xterm"),
+        dimensions=(50, 200),
+        encoding="utf-8",
+        timeout=120,
+    )
+    written = io.StringIO()
+    terminal.logfile_read = written
+    terminal.expect("\r\nhttp://127.0.0.1:\\d+\r\n")
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    assert "0/?" not in written.getvalue()
+    # a line that is drawn again is erased before, and this one is not drawn again
+    assert "loading" in written.getvalue()
+    assert "loading" not in written.getvalue().rsplit("\x1b[2K", 1)[1]
 
 
 def test_it_listens_on_a_unix_socket(tiny_model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from program import fails
-from serving import Running, serving
+from serving import Running, serving, wait_until
 
 from swaa_local.api_keys import KeyFileError, handed_over, keys_of_file, keys_of_variable
 
@@ -28,7 +28,7 @@ METHODS = ("GET", "POST", "DELETE", "OPTIONS")
 
 
 def ask(running: Running, method: str = "POST", path: str = "/completion", **headers: str) -> http.client.HTTPResponse:
-    """A request whose headers are all as given, and read; names have _ for -. The answer is read."""
+    """A request with these headers, in whose names _ stands for -. The answer is read."""
     address = urlsplit(running.url)
     if address.scheme == "unix":
         connection = http.client.HTTPConnection("localhost", timeout=60)
@@ -74,7 +74,7 @@ def test_a_foreign_page_is_refused(server: Running, origin: str, method: str) ->
     response = ask(server, method, path, Origin=origin, Content_Type="text/plain")
     assert response.status == 403
     assert response.headers["Access-Control-Allow-Origin"] is None
-    assert "--cors-origins" in server.log
+    wait_until(lambda: "--cors-origins" in server.log, "the option is told")
 
 
 def test_a_refused_page_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_foreign_name_is_refused(server: Running, method: str) -> None:
     for host in ("example.org", "example.org:8080", "127.0.0.1.example.org", "localhost.example.org", "xlocalhost"):
         assert status(server, method, path, Host=host) == 403, host
         assert status(server, method, path, Host=host, Origin=f"http://{host}") == 403, host
-    assert "--allowed-hosts" in server.log
+    wait_until(lambda: "--allowed-hosts" in server.log, "the option is told")
 
 
 def test_addresses_and_this_machine_s_names_are_its_own(server: Running) -> None:
@@ -203,7 +203,7 @@ def test_who_listens_to_everybody_still_has_names_of_his_own(tiny_model: Path) -
 
 
 def test_a_unix_socket_is_under_no_name(tiny_model: Path, tmp_path: Path) -> None:
-    """No page reaches it, so a proxy may pass on any name; a page behind the proxy is its own or a foreign one."""
+    """No page reaches it, so a proxy may pass on any name; pages behind the proxy are its own or foreign ones."""
     with serving(tiny_model, *SMALL, "--host", tmp_path / "s.sock") as running:
         assert status(running, Host="example.org") == 200
         assert status(running, Host="example.org", Origin="https://example.org") == 200
@@ -292,22 +292,28 @@ def test_the_server_takes_the_keys_of_a_file(tiny_model: Path, tmp_path: Path, n
             assert status(running, path="/tokenize", Authorization=f"Bearer x{key}") == 401, key
 
 
-def test_a_key_that_no_request_can_carry_is_told_and_not_shown(tiny_model: Path, tmp_path: Path) -> None:
-    for content, said in (
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
         ("ok\nschl\u00fcssel\n".encode(), "the API key in line 2 of"),
         (b"sec\x01ret\n", "the API key in line 1 of"),
         ("secret\n".encode("utf-16"), "is not UTF-8 text"),
         (b"\n# nothing\n \t\n", "holds no API key"),
-    ):
-        (tmp_path / "keys").write_bytes(content)
-        error = fails("serve", tiny_model, "--api-key-file", tmp_path / "keys")
-        assert said in error
-        assert "ssel" not in error
-        assert "ret" not in error
-    assert "LLAMA_API_KEY is set and empty" in fails("serve", tiny_model, LLAMA_API_KEY=" , ")
-    assert "an API key in LLAMA_API_KEY" in fails(
-        "serve", tiny_model, LLAMA_API_KEY="\u0441\u0435\u043a\u0440\u0435\u0442"
-    )
+    ],
+)
+def test_a_key_that_no_request_can_carry_is_told_and_not_shown(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(KeyFileError, match=said) as error:
+        keys_of_file(tmp_path / "keys")
+    assert "ssel" not in str(error.value)
+    assert "ret" not in str(error.value)
+
+
+def test_keys_are_read_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("schl\u00fcssel")
+    assert "the API key in line 1 of" in fails("serve", tmp_path / "none.gguf", "--api-key-file", tmp_path / "keys")
+    assert "an API key in LLAMA_API_KEY" in fails("serve", tmp_path / "none.gguf", LLAMA_API_KEY="schl\u00fcssel")
+    assert "LLAMA_API_KEY is set and empty" in fails("serve", tmp_path / "none.gguf", LLAMA_API_KEY=" , ")
 
 
 @pytest.mark.parametrize(
