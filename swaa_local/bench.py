@@ -203,7 +203,7 @@ def _choices(request: BenchRequest) -> Choices:
     n_batch = engine.n_batch or max((DEFAULT_N_BATCH, *n_ubatch))
     if max(n_ubatch, default=0) > n_batch:
         raise BenchError(f"-ub {max(n_ubatch)} is more than -b {n_batch}; a part of a batch is not larger than it")
-    gpu = gpu_layers(engine.n_gpu_layers) > 0
+    gpu = gpu_layers(engine.n_gpu_layers, verbose=engine.verbose) > 0
     return Choices(n_batch, n_ubatch, engine.flash_attn, engine.type_k or "f16", engine.type_v or "f16", gpu)
 
 

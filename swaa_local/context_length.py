@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local import memory
+from swaa_local import engine_log, memory
 from swaa_local.config import Schedule
 from swaa_local.gguf_meta import read_model_info
 
@@ -38,9 +38,15 @@ def shortened(n_ctx: int, n_ctx_train: int, option: str) -> str:
     )
 
 
-def gpu_layers(n_gpu_layers: int) -> int:
+def has_gpu(verbose: bool = False) -> bool:
+    """Whether layers can go to a GPU. llama.cpp looks for its devices when first asked, and logs what it finds."""
+    with engine_log.captured(verbose):
+        return bool(_c.llama_supports_gpu_offload())
+
+
+def gpu_layers(n_gpu_layers: int, *, verbose: bool = False) -> int:
     """Layers that go to the GPU of those wanted, as far as there are so many; 0 for a build or machine without one."""
-    if not _c.llama_supports_gpu_offload():
+    if not has_gpu(verbose):
         return 0
     return (1 << 30) if n_gpu_layers < 0 else n_gpu_layers
 

@@ -19,6 +19,7 @@ from swaa_local import native
 from swaa_local.api_keys import handed_over, keys_of_file, keys_of_variable
 from swaa_local.bundled import bundled_template, is_bundled
 from swaa_local.config import LayerMode, Schedule, SWAAError, default_n_ubatch
+from swaa_local.context_length import has_gpu
 from swaa_local.gguf_meta import read_model_info, read_schedule
 from swaa_local.model_path import find_gguf
 from swaa_local.options import ScheduleOptions
@@ -107,7 +108,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     arguments += context_arguments(
         read_model_info(path), schedule, lambda names: value_of(names, extra, os.environ), reporter
     )
-    arguments += default_arguments(schedule, extra, os.environ, gpu=_c.llama_supports_gpu_offload())
+    arguments += default_arguments(schedule, extra, os.environ, gpu=has_gpu(options.verbose))
     if value_of(_ALIAS, extra, os.environ) is None:
         arguments += ["--alias", _csv_field(path.stem if path == user_path(options.model) else options.model)]
     if is_bundled(path) and value_of(_TEMPLATE, extra, os.environ) is None:
