@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from swaa_local.config import SWAAError
-from swaa_local.input_file import read_input
+from swaa_local.input_file import InputTooLarge, read_input
 
 _MAX_BYTES = 1 << 20
 
@@ -29,6 +29,8 @@ def keys_of_file(path: Path) -> tuple[str, ...]:
     """
     try:
         text = read_input(path, str(path), most=_MAX_BYTES).decode("utf-8-sig")
+    except InputTooLarge as error:
+        raise KeyFileError(str(error)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise KeyFileError(f"the API keys in {path} cannot be read: {reason}") from None
