@@ -21,6 +21,7 @@ import openai
 import pytest
 import tiny
 from fake_hub import FakeHub
+from libraries import linked
 from program import environment, fails, run
 from serving import Running, descendants, is_running, serving, together, wait_until
 
@@ -454,10 +455,8 @@ def test_a_file_that_is_no_model_is_told(tmp_path: Path) -> None:
 def test_an_engine_without_a_server_is_told(tiny_model: Path, tmp_path: Path) -> None:
     import llama_cpp.llama_cpp as engine
 
-    for library in Path(engine._lib._name).parent.iterdir():
-        if library.name != "llama-server":
-            (tmp_path / library.name).symlink_to(library)
-    error = fails("serve", tiny_model, LLAMA_CPP_LIB_PATH=str(tmp_path))
+    libraries = linked(Path(engine._lib._name).parent, tmp_path, lambda name: name != "llama-server")
+    error = fails("serve", tiny_model, LLAMA_CPP_LIB_PATH=str(libraries))
     assert "has no server" in error
     assert "pip install ./patches" in error
 
