@@ -176,11 +176,13 @@ def test_bad_files_are_one_line(model, tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     truncated = tmp_path / "truncated.gguf"
     truncated.write_bytes(model.read_bytes()[:-5000])
+    (tmp_path / "folder").mkdir()
     for what, error in {
         tmp_path / "nope.gguf": "no such file",
         tmp_path / "garbage.gguf": "garbage.gguf",
         truncated: "truncated.gguf",
-        tmp_path: "is a directory, not a GGUF file",
+        tmp_path / "folder": "is a directory, not a GGUF file",
+        tmp_path: "is a directory with 2 models",
         "nope": "not a hub id",
     }.items():
         assert error in fails("chat", what, "-p", "x")
