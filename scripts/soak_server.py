@@ -5,7 +5,7 @@
     scripts/soak_server.py model.gguf --seconds 600 --seed 7
     scripts/soak_server.py --fault "a grammar of 2^40 ways" --seconds 0
     scripts/soak_server.py --list
-    scripts/soak_server.py model.gguf -- -np 8 --embeddings    # swaa-local serve's options
+    scripts/soak_server.py model.gguf -- -np 8 --embeddings    # after --: swaa-local serve's options
 
 It starts `swaa-local serve` on a free port of the loopback, and at most so many faults at once and for so long as the
 options say. The server must answer each fault as the table in server_faults.py says, give a good client the same tokens
@@ -199,7 +199,9 @@ def end(process: subprocess.Popen[str], report: Report) -> None:
         print(f"ended {time.monotonic() - started_s:.1f} s after SIGTERM", file=sys.stderr)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """What is before `--` is ours; `options` is what is behind it."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", metavar="MODEL.gguf", help="[the bundled model]")
     parser.add_argument("--seconds", type=float, default=60.0, help="at random, after every fault once [60]")
@@ -207,13 +209,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--fault", action="append", choices=list(FAULTS), metavar="NAME", help="this one alone first")
     parser.add_argument("--max-rss-mib", type=float, default=2048, help="memory that the server may take [2048]")
     parser.add_argument("--list", action="store_true", help="show the names of all faults")
-    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of swaa-local serve")
-    return parser.parse_args(arguments)
+    parser.set_defaults(options=list(arguments[split + 1 :]))
+    return parser.parse_args(arguments[:split])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if the server bore it all, 1 with the reasons if not."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if options.list:
         print("\n".join((*FAULTS, *OPEN)))
         return 0

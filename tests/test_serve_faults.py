@@ -169,7 +169,12 @@ def test_the_harness_is_a_command(tiny_model: Path) -> None:
         "1",
     ]
     done = subprocess.run(
-        [*command, "--fault", "an image"], env=environment(), capture_output=True, text=True, check=False, timeout=200
+        [*command, "--fault", "an image", "--", "--alias", "x"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     assert "an image" in done.stdout
