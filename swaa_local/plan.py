@@ -25,6 +25,8 @@ from swaa_local.units import format_bytes
 from swaa_local.user_input import user_path
 
 _NO_SCHEDULE = "no schedule: the file will run with full attention; --preset or --window adds one"
+# What a checkpoint becomes is known once it is converted.
+_NO_SCHEDULE_YET = f"{_NO_SCHEDULE} if its architecture takes one"
 
 ScheduleChoice = SWAAConfig | Literal[False] | None
 """A schedule, False to have none, None to keep the source's."""
@@ -187,7 +189,7 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=0 if direct else checkpoint.size_bytes(16.0),
-        notes=() if schedule else (_NO_SCHEDULE,),
+        notes=() if schedule else (_NO_SCHEDULE_YET,),
         path=checkpoint.path,
         converter_type=converter_type,
     )
