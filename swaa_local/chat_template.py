@@ -10,13 +10,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llama_cpp import llama_cpp as _c
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from swaa_local.chat_form import Form, FormedFormatter
 from swaa_local.chat_thinking import MARKS, open_tag
-from swaa_local.config import SWAAError
 from swaa_local.llama import Llama
 from swaa_local.user_input import require_utf8
 
@@ -29,18 +28,6 @@ _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 # What the tokenizer takes for a special token only where it is told to (llama-vocab.cpp, tokenizer_st_partition).
 _SPECIAL = _c.LLAMA_TOKEN_ATTR_CONTROL | _c.LLAMA_TOKEN_ATTR_UNKNOWN
-_PROBE = "4096731852"  # digits, which no filter of a template changes
-
-Role = Literal["system", "user", "assistant"]
-_PROBES: dict[Role, tuple[Role, ...]] = {
-    "user": ("user",),
-    "system": ("system", "user"),
-    "assistant": ("user", "assistant", "user"),
-}
-
-
-class TemplateError(SWAAError):
-    """The model's chat template refuses the conversation; the message is the template's own."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class ChatTemplate:
         self.has_thinking_switch = re.search(r"\benable_thinking\b|\bif (not )?thinking\b", self.source) is not None
         bos, eos = llm.token_bos(), llm.token_eos()
         text = llm._model.token_get_text
-        self._formatter = Jinja2ChatFormatter(
+        self._formatter = FormedFormatter(
             self.source, eos_token=text(eos) if eos >= 0 else "", bos_token=text(bos) if bos >= 0 else ""
         )
         self._special = special_tokens(llm)
@@ -72,8 +59,7 @@ class ChatTemplate:
         spelled = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))
         self._split = re.compile(f"({spelled})" if spelled else "(?!)").split
         self._guarded = re.compile(f"{spelled}|[{_OPEN}{_CLOSE}]" if spelled else f"[{_OPEN}{_CLOSE}]")
-        self._takes_parts: set[str] = set()
-        self.leaves_out = frozenset(role for role in _PROBES if self._leaves_out(role))
+        self.leaves_out = frozenset(role for role, form in self._formatter.forms.items() if form is Form.NEITHER)
 
     def prompt(self, llm: Llama, messages: Sequence[dict[str, Any]], *, think: bool | None = None) -> Prompt:
         """Render and tokenize. `think` None leaves the choice to the template. Raises `TemplateError`, and `TextError`
@@ -85,12 +71,10 @@ class ChatTemplate:
         for message in messages:
             what = "the message" if message["role"] == "user" else f"the {message['role']} message"
             require_utf8(message["content"], what)
-        if "user" in self.leaves_out:
-            raise TemplateError("the model's chat template leaves out what the user says")
         literals: list[str] = []
         guarded = [m | {k: self._guard(v, literals) for k, v in m.items() if k != "role"} for m in messages]
         switches = {} if think is None else {"enable_thinking": think, "thinking": think}
-        text = self._render(guarded, **switches)
+        text = str(self._formatter(messages=guarded, **switches).prompt)
         tokens: list[int] = []
         ready, last = "", 0  # what is tokenized as it is, and the attributes of its last special token
         for index, part in enumerate(parts := self._split(text)):
@@ -118,33 +102,6 @@ class ChatTemplate:
             return f"{_OPEN}{len(literals) - 1}{_CLOSE}"
 
         return self._guarded.sub(replace, text)
-
-    def _render(self, messages: Sequence[dict[str, Any]], **switches: bool) -> str:
-        """The text of the prompt, each content as its role's messages want it."""
-        formed = [
-            m | {"content": [{"type": "text", "text": m["content"]}]} if m["role"] in self._takes_parts else m
-            for m in messages
-        ]
-        try:
-            return str(self._formatter(messages=formed, **switches).prompt)  # type: ignore[arg-type]
-        except Exception as error:  # the template is a program that came with the model
-            why = str(error) or type(error).__name__
-            raise TemplateError(f"the model's chat template refuses this conversation: {why}") from error
-
-    def _leaves_out(self, role: Role) -> bool:
-        """Find out how this role's content must be given, as a text or as a list of parts; True if it reaches the model
-        in neither form. A template that refuses what is tried here will say so itself when it comes to it."""
-        probe = [{"role": r, "content": _PROBE if r == role else "1"} for r in _PROBES[role]]
-        refused = False
-        for parts in (False, True):
-            (self._takes_parts.add if parts else self._takes_parts.discard)(role)
-            try:
-                if _PROBE in self._render(probe):
-                    return False
-            except TemplateError:
-                refused = True
-        self._takes_parts.discard(role)
-        return not refused
 
 
 def special_tokens(llm: Llama) -> dict[str, int]:

@@ -111,3 +111,7 @@ class OutOfRange(SWAAError, ValueError):
 
 class GrammarError(SWAAError, ValueError):
     """A grammar that llama.cpp cannot read."""
+
+
+class TemplateError(SWAAError, ValueError):
+    """The model's chat template refuses the conversation; the message is the template's own."""

@@ -18,6 +18,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local import crash, engine_log, native
 from swaa_local.callbacks import check_sampler
+from swaa_local.chat_form import Form, in_form
 from swaa_local.config import SWAAError
 from swaa_local.context_length import ContextFitWarning, TrainedLengthWarning
 from swaa_local.engine_schedule import Wanted, check_wanted
@@ -31,6 +32,7 @@ from swaa_local.errors import (
     ModelLoadError,
     PromptTooLong,
     StateError,
+    TemplateError,
     TextTooLong,
 )
 from swaa_local.interrupt import Shield
@@ -50,6 +52,7 @@ __all__ = [
     "PromptTooLong",
     "RunStats",
     "StateError",
+    "TemplateError",
     "TrainedLengthWarning",
 ]
 
@@ -274,10 +277,15 @@ class Llama(LoadedLlama):
                     raise
             yield answer
 
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's `create_chat_completion`."""
+    def create_chat_completion(self, messages: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """Upstream's `create_chat_completion`. Contents may be texts or lists of parts, whatever the template takes.
+
+        Raises `TemplateError` if it refuses the messages, or would leave out what the user says.
+        """
         with self._guard.work():
-            return super().create_chat_completion(*args, **kwargs)
+            if self.chat_handler is None and self.chat_format not in self._chat_handlers:
+                messages = [in_form(message, Form.TEXT) for message in messages]  # upstream's own formats
+            return super().create_chat_completion(messages, *args, **kwargs)
 
     def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = False, **kwargs: Any) -> Any:
         """Upstream's `embed`; all tokens are prompt. A text is cut to n_batch tokens only if `truncate` asks for it."""

@@ -21,6 +21,7 @@ from llama_cpp._internals import LlamaContext
 
 from swaa_local import crash, engine_log, memory, native
 from swaa_local.callbacks import Callbacks
+from swaa_local.chat_form import FormedFormatter
 from swaa_local.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, SWAAError, default_n_ubatch
 from swaa_local.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine_limits import check_number, check_numbers
@@ -33,6 +34,7 @@ from swaa_local.interrupt import Shield
 from swaa_local.model_path import fetch_matching
 from swaa_local.tokens import tokenize
 
+_NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
 _VOCAB_N_CTX = 512  # a vocabulary has no context of its own, but upstream makes one of it
 
 Self = TypeVar("Self", bound="LoadedLlama")
@@ -97,6 +99,7 @@ class LoadedLlama(llama_cpp.Llama):
                     sizes = {"n_ctx": 1, "n_batch": 1, "n_ubatch": 1}
                     super().__init__(_Path(model_path), flash_attn=bool(flash_attn), verbose=verbose, **sizes, **kwargs)
                     self._attach_adapter()
+                    self._form_chats()
                     self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
                     self.scores = np.zeros((self._n_ctx if self._logits_all else 1, self._n_vocab), dtype=np.single)
                 except SWAAError:
@@ -202,6 +205,23 @@ class LoadedLlama(llama_cpp.Llama):
         adapters, scales = (_c.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(self.lora_scale)
         if _c.llama_set_adapters_lora(self.ctx, adapters, 1, scales):
             raise ModelLoadError(f"the LoRA adapter {self._adapter_path} cannot be set")
+
+    def _form_chats(self) -> None:
+        """Make upstream's handlers of the GGUF's templates give contents as each takes them. A blank one is none."""
+        eos, bos = (token if token >= 0 else None for token in (self.token_eos(), self.token_bos()))
+        for name in list(self._chat_handlers):
+            source = self.metadata["tokenizer." + name.removesuffix(".default")]
+            if source.strip():
+                self._chat_handlers[name] = FormedFormatter(
+                    source,
+                    eos_token="" if eos is None else self._model.token_get_text(eos),
+                    bos_token="" if bos is None else self._model.token_get_text(bos),
+                    stop_token_ids=None if eos is None else [eos],
+                ).to_chat_handler()
+            else:
+                del self._chat_handlers[name]
+                if self.chat_format == name:
+                    self.chat_format: str | None = _NO_TEMPLATE
 
     @property
     def swaa(self) -> SWAAConfig | None:

@@ -18,8 +18,9 @@ from swaa_local.chat_commands import run_command
 from swaa_local.chat_document import Document, DocumentError, compose_message, read_document
 from swaa_local.chat_session import ChatError, Session, Settings, Turn
 from swaa_local.chat_store import Conversation, StoreError, load_conversation, save_conversation
-from swaa_local.chat_template import ChatTemplate, TemplateError
+from swaa_local.chat_template import ChatTemplate
 from swaa_local.chat_thinking import Piece, ThinkingSplitter, open_tag
+from swaa_local.errors import TemplateError
 
 SCHEDULE = SWAAConfig(24, 4, force_fa_decode=True, non_sliding_layers=[0])
 BOS_ID = VOCAB.index("<|endoftext|>")
