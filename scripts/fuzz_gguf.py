@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -98,10 +99,12 @@ def _wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage, bool]
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             return status, used, late
-        if not late and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             late = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            # Its own children too, once it has got as far as a group of its own.
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
         time.sleep(0.005)
 
 
@@ -133,6 +136,7 @@ def _run_child(program: str, path: Path, folder: Path, out: Path, err: Path, lim
     code = 99
     try:
         os.setpgid(0, 0)
+        faulthandler.disable()
         signal.alarm(0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, file in ((1, out), (2, err)):

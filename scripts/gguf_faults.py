@@ -224,6 +224,21 @@ FAULTS: dict[str, Fault] = {
     "merges-junk": _set("merges of words that are not there", ("tokenizer.ggml.merges", ARRAY, array(STRING, [b"x"]))),
     "eos-max": _set("an end token of 2^32-1", ("tokenizer.ggml.eos_token_id", U32, number(U32, 2**32 - 1))),
     "vocabulary-junk": _set("an unknown kind of vocabulary", ("tokenizer.ggml.model", STRING, text(b"junk"))),
+    **{
+        f"vocabulary-as-{kind}": _set(
+            f"a vocabulary that says it is one of {kind}", ("tokenizer.ggml.model", STRING, text(kind.encode()))
+        )
+        for kind in ("llama", "bert", "t5", "rwkv", "plamo2", "gemma4")
+    },
+    "pre-tokenizer-junk": _set("an unknown pre-tokenizer", ("tokenizer.ggml.pre", STRING, text(b"junk"))),
+    "bos-float": _set("a start token that is a float", ("tokenizer.ggml.bos_token_id", F32, number(F32, 1.5))),
+    "sampling-junk": _set(
+        "sampling defaults that are none",
+        ("general.sampling.temp", STRING, text(b"hot")),
+        ("general.sampling.top_k", F32, number(F32, _NAN)),
+        ("general.sampling.top_p", F32, number(F32, _INF)),
+        ("general.sampling.penalty_repeat", I32, number(I32, -7)),
+    ),
     "vocabulary-none": _set("no vocabulary", ("tokenizer.ggml.model", STRING, text(b"no_vocab"))),
     "alignment-0": _set("an alignment of 0", ("general.alignment", U32, number(U32, 0))),
     "alignment-text": _set("an alignment in words", ("general.alignment", STRING, text(b"x"))),

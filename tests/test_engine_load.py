@@ -19,7 +19,9 @@ from program import environment
 from reference_numpy import forward
 from tiny import ALWAYS, FULL, PREFILL, random_tokens, write_tiny_gguf
 
+import gguf_faults
 from swaa_local import Llama
+from swaa_local.bundled import bundled_model
 from swaa_local.errors import ModelLoadError
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -131,6 +133,18 @@ def test_what_a_file_makes_a_graph_assert_is_an_error(tmp_path, model, said):
         for _ in range(2):
             with pytest.raises(EngineError, match=f"failed to initialize the context: {said}"):
                 bad.context()
+
+
+def test_a_byte_that_an_spm_vocabulary_lacks_is_its_unknown_token(tmp_path):
+    """The bundled model's vocabulary, of another kind, says that it is one of SPM: it has no <0x0A>."""
+    parts = gguf_faults.take_apart(bundled_model().read_bytes())
+    parts.set("tokenizer.ggml.model", gguf_faults.STRING, gguf_faults.text(b"llama"))
+    parts.set("tokenizer.ggml.unknown_token_id", gguf_faults.U32, gguf_faults.number(gguf_faults.U32, 7))
+    path = tmp_path / "spm.gguf"
+    path.write_bytes(parts.encode())
+    llm = Llama(str(path), vocab_only=True)
+    assert llm.tokenize("\n€".encode(), add_bos=False) == [7] * 7  # the bytes of the ▁ in front, the line's end and €
+    llm.close()
 
 
 def test_n_swa_tells_where_rings_exist(tiny_model):
