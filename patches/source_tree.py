@@ -1,4 +1,8 @@
-"""From the pin to a patched source tree: fetch upstream's sdist, verify it, unpack it, apply the series.
+"""From the pin to a patched source tree: fetch upstream's sdist, verify it, unpack it, apply the series, add our files.
+
+Files of our own lie whole in src/, under the path that they get in the tree; the header of a patch that calls one says
+`Calls: src/PATH`, and the file comes with the first patch that does. One that no patch names stays out: a shorter
+series is a tree without it.
 
 Shared by the build backend and scripts/patches.py. Every failure is a SourceError, one sentence. It knows nothing about
 compilers and wheels.
@@ -26,6 +30,8 @@ else:
 from strict_diff import Patch, PatchError, apply, parse
 
 HERE = Path(__file__).resolve().parent
+SOURCES = "src"
+CALLS = f"Calls: {SOURCES}/"
 DISTRIBUTION = "llama-cpp-python"
 SDIST_ENV = "SWAA_UPSTREAM_SDIST"
 
@@ -178,6 +184,53 @@ def apply_patch(patch: Patch, tree: Path) -> None:
         raise SourceError(str(error)) from None
 
 
+def calls(header: str) -> list[str]:
+    """The files of our own that a patch's header names, as paths in the tree."""
+    return [line.removeprefix(CALLS).strip() for line in header.splitlines() if line.startswith(CALLS)]
+
+
+def own_files(directory: Path = HERE) -> list[str]:
+    """What lies in `directory`/src/, as sorted paths in the tree; anything but plain files is an error."""
+    root = directory / SOURCES
+    found = []
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise SourceError(f"{path} is not a plain file")
+        if path.is_file():
+            found.append(path.relative_to(root).as_posix())
+    return found
+
+
+def own_files_by_patch(series: list[Patch], directory: Path = HERE) -> dict[str, list[str]]:
+    """The name of each patch -> the files of our own that come with it: those that no patch before it calls."""
+    present = set(own_files(directory))
+    came: set[str] = set()
+    result: dict[str, list[str]] = {}
+    for patch in series:
+        if overlap := sorted({file.path for file in patch.files} & present):
+            raise SourceError(
+                f"patch {patch.name} changes {overlap[0]}, a file of our own; edit {SOURCES}/{overlap[0]} instead"
+            )
+        named = calls(patch.header)
+        for path in named:
+            if path not in present:
+                raise SourceError(f"patch {patch.name} calls {SOURCES}/{path}, but there is no such file")
+        result[patch.name] = [path for path in dict.fromkeys(named) if path not in came]
+        came.update(named)
+    return result
+
+
+def add_own_file(path: str, tree: Path, directory: Path = HERE) -> None:
+    """Copy `directory`/src/`path` into the tree, where nothing may have its name."""
+    target = tree / path
+    if target.exists():
+        raise SourceError(f"{SOURCES}/{path} has the name of a file of upstream's; rename it, or patch upstream's")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = directory / SOURCES / path
+    shutil.copyfile(source, target)
+    target.chmod(0o755 if source.stat().st_mode & 0o100 else 0o644)
+
+
 def unpack_pinned(target: Path, directory: Path = HERE) -> None:
     """Upstream's pristine tree in `target`."""
     with tempfile.TemporaryDirectory(prefix="swaa-sdist-") as tmp:
@@ -185,8 +238,11 @@ def unpack_pinned(target: Path, directory: Path = HERE) -> None:
 
 
 def prepare(target: Path, directory: Path = HERE) -> None:
-    """Upstream's tree in `target` with the series applied."""
+    """Upstream's tree in `target` with the series applied and our files added."""
     series = read_series(directory)
+    own = own_files_by_patch(series, directory)
     unpack_pinned(target, directory)
     for patch in series:
         apply_patch(patch, target)
+        for path in own[patch.name]:
+            add_own_file(path, target, directory)

@@ -7,6 +7,16 @@
 
 A patch file is the commit's message (subject, blank line, paragraphs that begin with `What:`, `Why:`, `Tested by:` and
 `Can go when:`), a line `---`, and the diff. Nothing in it depends on the machine, the date or git's configuration.
+
+A patch changes upstream's files. A file that upstream does not have is our own and lies whole in patches/src/, under
+its path in the tree. The patches that call it say so in their header, one line `Calls: src/PATH` for each file:
+
+- `checkout` adds a file of our own, as it is at the end of the series, to the commit of the first patch that names it.
+- `export` writes the files of our own as they are at the end of the tree and removes from patches/src/ what the tree no
+  longer has: edit a file there or in the tree, not in both. The commit that adds a file gets its `Calls:` line. A
+  commit that changes nothing but files of our own becomes no patch.
+- `check` also names a file in patches/src/ that no patch calls, and a missing one that a patch does call.
+
 To move to a new upstream: change patches/upstream.toml, `checkout` the new tree with an empty series, rebase the
 commits of the old tree onto it, and `export`.
 """
@@ -19,13 +29,27 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = ROOT / "patches"
 sys.path.insert(0, str(PATCHES))
 
-from source_tree import DISTRIBUTION, SourceError, apply_patch, read_pin, read_series, unpack_pinned  # noqa: E402
+from source_tree import (  # noqa: E402
+    CALLS,
+    DISTRIBUTION,
+    SOURCES,
+    SourceError,
+    add_own_file,
+    apply_patch,
+    calls,
+    own_files,
+    own_files_by_patch,
+    read_pin,
+    read_series,
+    unpack_pinned,
+)
 from strict_diff import Patch, PatchError, parse  # noqa: E402
 
 SECTIONS = ("What:", "Why:", "Tested by:", "Can go when:")
@@ -60,6 +84,7 @@ def checkout(directory: Path, patches: Path = PATCHES) -> int:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise SourceError(f"{directory} exists and is not an empty folder; choose another")
     series = read_series(patches)
+    own = own_files_by_patch(series, patches)
     directory.mkdir(parents=True, exist_ok=True)
     unpack_pinned(directory, patches)
     git(directory, "init", "--quiet", "--initial-branch=swaa")
@@ -67,13 +92,23 @@ def checkout(directory: Path, patches: Path = PATCHES) -> int:
     git(directory, "commit", "--quiet", "--no-verify", "-m", f"{DISTRIBUTION} {read_pin(patches).version}")
     for patch in series:
         apply_patch(patch, directory)
-        git(directory, "add", "--all", "--force", "--", *(file.path for file in patch.files))
+        for path in own[patch.name]:
+            add_own_file(path, directory, patches)
+        git(directory, "add", "--all", "--force", "--", *(file.path for file in patch.files), *own[patch.name])
         git(directory, "commit", "--quiet", "--no-verify", "--cleanup=verbatim", "--file=-", stdin=patch.header)
     return len(series)
 
 
-def export(tree: Path, patches: Path = PATCHES, base: str | None = None) -> list[str]:
-    """Write the commits after `base` (the root commit) as patches; returns their file names."""
+@dataclass(frozen=True)
+class Exported:
+    """patches: the names of the series. absorbed: the subjects of the commits that changed files of our own alone."""
+
+    patches: list[str]
+    absorbed: list[str]
+
+
+def export(tree: Path, patches: Path = PATCHES, base: str | None = None) -> Exported:
+    """Write the commits after `base` (the root commit) as patches, and our own files as they are at their end."""
     if git(tree, "status", "--porcelain", "--untracked-files=no"):
         raise SourceError(f"{tree} has changes that are not committed; commit them, or amend the commit they belong to")
     if base is None:
@@ -81,17 +116,39 @@ def export(tree: Path, patches: Path = PATCHES, base: str | None = None) -> list
         if len(roots) != 1:
             raise SourceError(f"{tree} has {len(roots)} root commits; name upstream's with --base")
         base = roots[0]
+    upstream = set(git(tree, "ls-tree", "-r", "-z", "--name-only", base).split("\0"))
+    own = own_modes(tree, upstream)
     commits = git(tree, "rev-list", "--reverse", f"{base}..HEAD").split()
     files: dict[str, bytes] = {}
-    for number, commit in enumerate(commits, 1):
+    absorbed: list[str] = []
+    named: set[str] = set()
+    for commit in commits:
         if len(git(tree, "rev-list", "--parents", "-n1", commit).split()) != 2:
             raise SourceError(f"{commit[:12]} is a merge; the series is a straight line of commits")
         header = git(tree, "log", "-1", "--format=%B", commit).strip("\n") + "\n"
         subject = header.split("\n", 1)[0]
         if subject.startswith(("fixup!", "squash!", "amend!")):
             raise SourceError(f"the commit {subject!r} waits to be squashed: git rebase -i --autosquash")
-        diff = git(tree, "diff-tree", *_DIFF_OPTIONS.split(), "--no-commit-id", commit)
-        name = f"{number:04d}-{slug(subject)}.patch"
+        diff = of_upstream(git(tree, "diff-tree", *_DIFF_OPTIONS.split(), "--no-commit-id", commit), upstream)
+        names = ("diff-tree", "-r", "-z", "--no-renames", "--name-only", "--no-commit-id")
+        added = git(tree, *names, "--diff-filter=A", commit).split("\0")
+        brings = [path for path in sorted(added) if path in own and path not in named]
+        if not diff and git(tree, *names, commit):
+            if brings:
+                raise SourceError(
+                    f"the commit {subject!r} adds {brings[0]} and changes no file of upstream's; "
+                    "squash it into the commit that calls the file"
+                )
+            absorbed.append(subject)
+            continue
+        for path in calls(header):
+            if path not in own:
+                raise SourceError(f"the commit {subject!r} calls {SOURCES}/{path}, but the tree ends without that file")
+        named.update(calls(header))
+        if unnamed := [path for path in brings if path not in named]:
+            header += ("" if calls(header) else "\n") + "".join(f"{CALLS}{path}\n" for path in unnamed)
+            named.update(unnamed)
+        name = f"{len(files) + 1:04d}-{slug(subject)}.patch"
         # index lines carry abbreviated hashes whose length grows with the repository
         diff = re.sub(r"(?m)(^diff --git .*\n(?:(?:new|deleted) file mode \d+\n)?)index .*\n", r"\1", diff)
         files[name] = f"{header}\n---\n{diff}".encode("utf-8", "surrogateescape")
@@ -99,13 +156,51 @@ def export(tree: Path, patches: Path = PATCHES, base: str | None = None) -> list
             parse(name, files[name])
         except PatchError as error:
             raise SourceError(f"the commit {subject!r} cannot be a patch: {error}") from None
+    sources = {path: git(tree, "cat-file", "blob", f"HEAD:{path}").encode("utf-8", "surrogateescape") for path in own}
     for old in patches.glob("*.patch"):
         if old.name not in files:
             old.unlink()
     for name, content in files.items():
         (patches / name).write_bytes(content)
     (patches / "series").write_text("".join(f"{name}\n" for name in files), "utf-8")
-    return list(files)
+    write_own_files(patches / SOURCES, sources, own)
+    return Exported(list(files), absorbed)
+
+
+def own_modes(tree: Path, upstream: set[str]) -> dict[str, int]:
+    """The files that HEAD has and `upstream` has not -> 0o644 or 0o755."""
+    own = {}
+    for entry in filter(None, git(tree, "ls-tree", "-r", "-z", "HEAD").split("\0")):
+        about, path = entry.split("\t", 1)
+        if path not in upstream:
+            mode = about.split()[0]
+            if mode not in ("100644", "100755"):
+                raise SourceError(f"{path} in {tree} is not a plain file")
+            own[path] = int(mode[-3:], 8)
+    return own
+
+
+def of_upstream(diff: str, upstream: set[str]) -> str:
+    """The part of a diff that is about upstream's files."""
+    # no line of a hunk begins so
+    parts = re.split(r"(?m)^(?=diff --git )", diff)
+    ours = re.compile(r"diff --git a/(.*) b/\1\n")
+    return "".join(part for part in parts if not (match := ours.match(part)) or match[1] in upstream)
+
+
+def write_own_files(directory: Path, contents: dict[str, bytes], modes: dict[str, int]) -> None:
+    """Make `directory` hold these files and no other."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(directory).as_posix() not in contents:
+            path.unlink()
+    for name, content in contents.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        target.chmod(modes[name])
 
 
 def slug(subject: str) -> str:
@@ -132,6 +227,10 @@ def check(patches: Path = PATCHES) -> int:
     for patch in series:
         if missing := missing_sections(patch):
             raise SourceError(f"the header of {patch.name} lacks {', '.join(missing)}")
+    own = own_files(patches)
+    brought = {path for paths in own_files_by_patch(series, patches).values() for path in paths}
+    if unnamed := [path for path in own if path not in brought]:
+        raise SourceError(f"no patch says '{CALLS}{unnamed[0]}' in its header; name the file, or remove it")
     with tempfile.TemporaryDirectory(prefix="swaa-check-") as tmp:
         tree, back = Path(tmp, "tree"), Path(tmp, "patches")
         checkout(tree, patches)
@@ -141,6 +240,10 @@ def check(patches: Path = PATCHES) -> int:
             ours, theirs = (patches / name).read_bytes(), back / name
             if not theirs.exists() or theirs.read_bytes() != ours:
                 raise SourceError(f"{name} does not survive checkout and export unchanged; export it again")
+        if own_files(back) != own or any(identity(patches, path) != identity(back, path) for path in own):
+            raise SourceError(f"{SOURCES}/ does not survive checkout and export unchanged")
+        for path in own:
+            (tree / path).unlink()
         for patch in reversed(series):
             apply_patch(patch.reversed(), tree)
         root = git(tree, "rev-list", "--max-parents=0", "HEAD").strip()
@@ -148,6 +251,12 @@ def check(patches: Path = PATCHES) -> int:
         if changed := git(tree, "diff", "--cached", "--name-only", root).split():
             raise SourceError(f"undoing the series does not give back upstream's {changed[0]}")
     return len(series)
+
+
+def identity(patches: Path, path: str) -> tuple[bytes, bool]:
+    """A file of our own: its content, and whether it can be run."""
+    file = patches / SOURCES / path
+    return file.read_bytes(), bool(file.stat().st_mode & 0o100)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,12 +275,20 @@ def main(arguments: list[str] | None = None) -> int:
             count = checkout(options.directory)
             print(f"{options.directory}: upstream and {count} commit(s)")
         elif options.command == "export":
-            for name in export(options.directory, base=options.base):
+            exported = export(options.directory, base=options.base)
+            for subject in exported.absorbed:
+                print(
+                    f"note: {subject!r} changes files of our own alone: no patch, its files are in src/",
+                    file=sys.stderr,
+                )
+            for name in exported.patches:
                 print(name)
                 if missing := missing_sections(parse(name, (PATCHES / name).read_bytes())):
                     print(f"note: the header of {name} lacks {', '.join(missing)}", file=sys.stderr)
         else:
-            print(f"{check()} patch(es): no fuzz, no offset, round trip byte for byte")
+            count = check()
+            files = len(own_files(PATCHES))
+            print(f"{count} patch(es), {files} file(s) of our own: no fuzz, no offset, round trip byte for byte")
     except SourceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

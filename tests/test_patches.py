@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -264,6 +265,7 @@ def test_git_applies_our_patches_to_the_same_tree(project: Project) -> None:
     for name in project.script("export", "tree").stdout.split():
         apply = ["git", "apply", "--whitespace=nowarn", str(project.patches / name)]
         subprocess.run(apply, cwd=by_git, check=True)
+    shutil.copytree(project.patches / "src", by_git, dirs_exist_ok=True)
     assert contents(by_git) == contents(tree)
 
 
@@ -313,6 +315,139 @@ def test_checkout_overwrites_nothing(project: Project) -> None:
     (project.root / "tree").mkdir()
     (project.root / "tree/mine").touch()
     assert "not an empty folder" in one_sentence(project.script("checkout", "tree"))
+
+
+# files of our own
+
+OWN = "src/own/swaa.cpp"
+
+
+@pytest.fixture
+def with_own_file(project: Project) -> Project:
+    """One patch, and the file that it calls."""
+    project.add_patch(CHANGE, f"{HEADER}Calls: src/{OWN}\n\n")
+    source = project.patches / "src" / OWN
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"// caf\xe9\r\nno last newline")
+    source.chmod(0o755)
+    return project
+
+
+def prepared(project: Project) -> dict[str, tuple[bytes, bool]]:
+    """What the build backend would compile."""
+    target = project.root / "prepared"
+    program = f"import pathlib, source_tree; source_tree.prepare(pathlib.Path({str(target)!r}))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=project.patches, env=project.environment(), text=True)
+    assert run.returncode == 0
+    return contents(target)
+
+
+def test_what_a_patch_calls_is_built_checked_out_and_exported(with_own_file: Project) -> None:
+    project = with_own_file
+    before = contents(project.patches)
+    assert project.script("check").returncode == 0
+    assert project.script("checkout", "tree").returncode == 0
+    tree = contents(project.root / "tree")
+    assert tree[OWN] == (b"// caf\xe9\r\nno last newline", True)
+    assert prepared(project) == tree
+    assert project.script("export", "tree").returncode == 0
+    assert contents(project.patches) == before
+
+
+def test_a_file_of_our_own_comes_with_the_first_patch_that_calls_it(with_own_file: Project) -> None:
+    project = with_own_file
+    project.add_patch(
+        CHANGE.replace("line 7", "line seven").replace("+line seven", "+line 7"), f"{HEADER}Calls: src/{OWN}\n\n"
+    )
+    project.script("checkout", "tree")
+    git = [
+        "git",
+        "-C",
+        str(project.root / "tree"),
+        "log",
+        "--format=",
+        "--name-only",
+        "--diff-filter=A",
+        "HEAD~1",
+        "-1",
+    ]
+    assert subprocess.run(git, capture_output=True, text=True, check=True).stdout.split() == [OWN]
+    assert project.script("check").returncode == 0
+
+
+def test_a_series_that_calls_nothing_builds_upstream_alone(with_own_file: Project) -> None:
+    for patch in with_own_file.patches.glob("*.patch"):
+        patch.unlink()
+    (with_own_file.patches / "series").write_text("")
+    assert set(prepared(with_own_file)) == {name for name in FILES if not name.startswith(".git/")}
+
+
+def test_check_names_the_file_that_no_patch_calls(with_own_file: Project) -> None:
+    (with_own_file.patches / "src/src/own/forgotten.h").touch()
+    sentence = one_sentence(with_own_file.script("check"))
+    assert "no patch says 'Calls: src/src/own/forgotten.h' in its header" in sentence
+
+
+def test_what_is_called_must_be_there(with_own_file: Project) -> None:
+    (with_own_file.patches / "src" / OWN).unlink()
+    sentence = f"calls src/{OWN}, but there is no such file"
+    for run in (with_own_file.script("check"), with_own_file.hook("build_wheel")):
+        assert sentence in one_sentence(run)
+
+
+def test_a_file_of_our_own_hides_none_of_upstreams(project: Project) -> None:
+    project.add_patch(CHANGE, f"{HEADER}Calls: src/old.txt\n\n")
+    (project.patches / "src").mkdir()
+    (project.patches / "src/old.txt").write_text("ours\n")
+    assert "src/old.txt has the name of a file of upstream's" in one_sentence(project.script("checkout", "tree"))
+
+
+def test_a_file_of_our_own_is_edited_as_a_file(with_own_file: Project) -> None:
+    with_own_file.add_patch(
+        f"diff --git a/{OWN} b/{OWN}\n--- a/{OWN}\n+++ b/{OWN}\n@@ -1 +1 @@\n-one\n+two\n",
+    )
+    assert f"edit src/{OWN} instead" in one_sentence(with_own_file.script("check"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_a_link_among_our_files_is_refused(with_own_file: Project) -> None:
+    (with_own_file.patches / "src/link").symlink_to("/etc/passwd")
+    assert "is not a plain file" in one_sentence(with_own_file.script("check"))
+
+
+def test_a_commit_of_our_files_alone_is_absorbed(with_own_file: Project) -> None:
+    project, tree = with_own_file, with_own_file.root / "tree"
+    names = sorted(path.name for path in project.patches.glob("*.patch"))
+    project.script("checkout", "tree")
+    (tree / OWN).write_text("better\n")
+    commit(tree, "mend our file")
+    run = project.script("export", "tree")
+    assert run.stdout.split() == names
+    assert "'mend our file' changes files of our own alone" in run.stderr
+    assert (project.patches / "src" / OWN).read_text() == "better\n"
+    assert project.script("check").returncode == 0
+
+
+def test_export_wants_a_call_for_a_new_file(with_own_file: Project) -> None:
+    project, tree = with_own_file, with_own_file.root / "tree"
+    before = contents(project.patches)
+    project.script("checkout", "tree")
+    (tree / "src/own/more.cpp").write_text("more\n")
+    commit(tree, HEADER.strip())
+    sentence = one_sentence(project.script("export", "tree"))
+    assert "adds src/own/more.cpp and changes no file of upstream's" in sentence
+    assert contents(project.patches) == before
+
+
+def test_export_drops_the_file_that_is_gone(with_own_file: Project) -> None:
+    project, tree = with_own_file, with_own_file.root / "tree"
+    project.script("checkout", "tree")
+    (tree / OWN).unlink()
+    commit(tree, "drop it")
+    assert f"calls src/{OWN}, but the tree ends without that file" in one_sentence(project.script("export", "tree"))
+    subprocess.run(["git", "-C", str(tree), "reset", "--quiet", "--hard", "HEAD~2"], check=True)
+    assert project.script("export", "tree").returncode == 0
+    assert not (project.patches / "src" / OWN).exists()
 
 
 # the pin

@@ -1,0 +1,284 @@
+#pragma once
+
+#include "llama-graph.h"
+#include "llama-kv-cache.h"
+#include "llama-swaa.h"
+#include "llama-swaa-mask.h"
+
+#include <memory>
+#include <vector>
+
+//
+// llama_kv_cache_swaa
+//
+
+// the KV cache of a model with a schedule (see llama_swaa_schedule), made of up to two instances of llama_kv_cache:
+//   - base: LLAMA_SWAA_FULL and LLAMA_SWAA_PREFILL layers, a cell per position of the context
+//   - ring: LLAMA_SWAA_ALWAYS layers, cells for the sinks, the window and the ubatch. a cell is reused as soon as
+//           its position cannot be seen anymore, the sinks never are
+//
+// the tokens before the prompt end of their sequence are prefilled, the others are decoded. an ubatch does one or the other
+
+class llama_kv_cache_swaa : public llama_memory_i {
+public:
+    using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
+
+    llama_kv_cache_swaa(
+            const llama_model & model,
+                    ggml_type   type_k,
+                    ggml_type   type_v,
+          const llama_cparams & cparams);
+
+    ~llama_kv_cache_swaa() = default;
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    // positions that a ring has dropped cannot move into a window, so it can shift only without LLAMA_SWAA_ALWAYS layers
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    // false, without removing anything, if the next token of the sequence would miss positions that a ring has dropped
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    // with a ring: the start of the last run of positions without a gap
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    // state write/load
+    // the state carries the schedule, reading it under another one throws
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_kv_cache_swaa specific API
+    //
+
+    const llama_swaa_schedule & get_schedule() const;
+
+    llama_kv_cache * get_base() const; // nullptr if all layers are LLAMA_SWAA_ALWAYS
+    llama_kv_cache * get_ring() const; // nullptr if no layer is LLAMA_SWAA_ALWAYS
+
+    // see llama_swaa_set_prompt_end()
+    void set_prompt_end(llama_seq_id seq_id, llama_pos pos);
+
+    // true if the window hides something from a token of the ubatch
+    bool is_hiding(const llama_ubatch & ubatch) const;
+
+    // true if all devices can make the causal mask of a shared row and a tail
+    bool can_make_mask() const;
+
+    // a transposed V has no rows to gather, there the mask alone has to do
+    bool can_gather() const;
+
+    // the number of cells of each block to gather from a cache with n_kv cells in use, if a block sees up to n_seen of them
+    // 0: attending to the n_kv cells as they are is better
+    uint32_t n_gather(uint32_t n_seen, uint32_t n_kv) const;
+
+    // an upper bound for the number of cells that n_tokens tokens can see through the window
+    uint32_t n_seen_max(const llama_kv_cache & kv_cur, uint32_t n_tokens) const;
+
+private:
+    const llama_swaa_schedule schedule; // a copy: a live context keeps its own when the model's is replaced
+
+    const uint32_t n_ctx; // positions of a sequence
+    const uint32_t n_seq_max;
+    const bool     unified;
+    const bool     v_trans;
+    const bool     make_mask;
+
+    std::unique_ptr<llama_kv_cache> kv_base;
+    std::unique_ptr<llama_kv_cache> kv_ring;
+
+    std::vector<llama_pos> prompt_end; // [LLAMA_MAX_SEQ] -1: automatic
+
+    // true if the prompt end moves with the positions [p0, p1)
+    bool is_prompt_end_in(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // the phase of each token of the batch, 0: prefill, 1: decode
+    std::vector<int32_t> get_phases(const llama_batch & batch) const;
+
+    // true if the ring holds all that a token of the sequence at position pos can see before it
+    bool ring_holds(llama_seq_id seq_id, llama_pos pos) const;
+
+    bool ring_check(const llama_batch_allocr & balloc) const;
+};
+
+// the forms of the graph that a full-cache context stands for, to reserve it. at the sizes that each can have, none holds all others
+enum llama_swaa_form {
+    LLAMA_SWAA_FORM_WINDOW      = 0, // windowed, the causal mask is made on the device
+    LLAMA_SWAA_FORM_FULL        = 1, // full width, the causal mask is an input, as in every graph for a few tokens
+    LLAMA_SWAA_FORM_FULL_MADE   = 2, // full width, the causal mask is made on the device
+    LLAMA_SWAA_FORM_WINDOW_HOST = 3, // windowed, the causal mask is an input
+    LLAMA_SWAA_FORM_COUNT,
+};
+
+class llama_kv_cache_swaa_context : public llama_memory_context_i {
+public:
+    using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
+
+    // used for errors
+    llama_kv_cache_swaa_context(llama_memory_status status);
+
+    // used to create a full-cache context
+    llama_kv_cache_swaa_context(
+            llama_kv_cache_swaa * kv);
+
+    // used to create an update context
+    llama_kv_cache_swaa_context(
+            llama_kv_cache_swaa * kv,
+            llama_context * lctx,
+            bool optimize);
+
+    // used to create a batch processing context from a batch
+    llama_kv_cache_swaa_context(
+            llama_kv_cache_swaa * kv,
+            slot_info_vec_t sinfos_base,
+            slot_info_vec_t sinfos_ring,
+            std::vector<llama_ubatch> ubatches,
+            std::vector<bool> decode);
+
+    virtual ~llama_kv_cache_swaa_context();
+
+    //
+    // llama_memory_context_i
+    //
+
+    bool next()  override;
+    bool apply() override;
+
+    llama_memory_status  get_status() const override;
+    const llama_ubatch & get_ubatch() const override;
+
+    //
+    // llama_kv_cache_swaa_context specific API
+    //
+
+    const llama_swaa_schedule & get_schedule() const;
+
+    const llama_kv_cache_context * get_base() const;
+    const llama_kv_cache_context * get_ring() const;
+
+    // true if the current ubatch is prefilled
+    bool is_prefill() const;
+
+    // true if it cannot see all that the base cache holds in LLAMA_SWAA_PREFILL layers
+    bool is_windowed() const;
+
+    // see llama_swaa_set_reserve()
+    void set_reserve(int value);
+
+    // see llama_kv_cache_swaa::n_gather()
+    uint32_t get_n_gather_base(const llama_ubatch & ubatch) const;
+    uint32_t get_n_gather_ring(const llama_ubatch & ubatch) const;
+
+    // see llama_swaa_n_tail(), 0: the mask of the base cache is not shared
+    uint32_t get_n_tail(const llama_ubatch & ubatch) const;
+
+    // of the current ubatch
+    const llama_swaa_window & get_win_base() const;
+    const llama_swaa_window & get_win_ring() const;
+
+    llama_kv_cache_swaa * get_kv() const;
+
+private:
+    llama_kv_cache_swaa * kv = nullptr;
+
+    // the index of the next ubatch to process
+    size_t i_next = 0;
+
+    std::vector<llama_ubatch> ubatches;
+    std::vector<bool>         decode; // the phase of each ubatch
+
+    int reserve = LLAMA_SWAA_FORM_WINDOW;
+
+    llama_memory_context_ptr ctx_base;
+    llama_memory_context_ptr ctx_ring;
+
+    llama_memory_status status;
+
+    // of the current ubatch, if it is prefilled and has to know
+    std::unique_ptr<llama_swaa_window> win_base;
+    std::unique_ptr<llama_swaa_window> win_ring;
+
+    uint32_t get_n_gather(const llama_kv_cache & kv_cur, const llama_swaa_window * win, const llama_ubatch & ubatch, uint32_t n_kv) const;
+};
+
+// let a full-cache context stand for a form of the graph. false if there is no such form or mctx is of another memory module
+bool llama_swaa_set_reserve(llama_memory_context_i * mctx, int form);
+
+// how many nodes the schedule of the memory, if it has one, adds to a graph at most
+uint32_t llama_swaa_max_nodes(const llama_memory_i * memory, uint32_t n_tokens);
+
+//
+// llm_graph_input_attn_swaa
+//
+
+// the input of upstream's llm_graph_context::build_attn() for a model with a schedule
+// self_kq_mask, self_k_idxs and self_v_idxs are those of the base cache
+class llm_graph_input_attn_swaa : public llm_graph_input_attn_kv {
+public:
+    llm_graph_input_attn_swaa(
+                    ggml_context * ctx,
+              const llama_ubatch & ubatch,
+             const llama_hparams & hparams,
+             const llama_cparams & cparams,
+             const llama_kv_cache_swaa_context * mctx);
+    ~llm_graph_input_attn_swaa() = default;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    struct kv {
+        ggml_tensor * k;
+        ggml_tensor * v;
+        // for the tokens to attend with at a time, one after the other
+        std::vector<ggml_tensor *> masks;
+    };
+
+    // store k_cur and v_cur in the layer's cache and return what the ubatch attends to
+    kv build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const;
+
+    // what self_kq_mask is made of, nullptr: it is an input itself
+    ggml_tensor * mask_shared = nullptr; // F32/F16 [n_kv, 1, 1, n_stream]
+    ggml_tensor * mask_tail   = nullptr; // F32/F16 [n_tail, n_batch/n_stream, 1, n_stream]
+    ggml_tensor * mask_made   = nullptr;
+
+    // self_kq_mask in views of some tokens each. all layers have the same, what another device needs of them is copied once
+    std::vector<ggml_tensor *> mask_parts;
+
+    // idxs: nullptr: attend to the cache as it is
+    ggml_tensor * win_idxs = nullptr; // I32 [n_gather*n_stream*n_block]
+    ggml_tensor * win_mask = nullptr; // F32/F16 [n_gather, n_batch/(n_stream*n_block), 1, n_stream*n_block] or [n_kv, n_batch/n_stream, 1, n_stream]
+
+    ggml_tensor * ring_k_idxs   = nullptr; // I64 [n_batch]
+    ggml_tensor * ring_v_idxs   = nullptr; // I64 [n_batch] or [n_batch*n_embd_v_gqa]
+    ggml_tensor * ring_win_idxs = nullptr; // as win_idxs
+    ggml_tensor * ring_kq_mask  = nullptr; // as win_mask
+
+    const llama_kv_cache_swaa_context * mctx_swaa;
+
+private:
+    const bool is_windowed;
+
+    kv gather(ggml_context * ctx, const llama_kv_cache & kv_cur, ggml_tensor * idxs, ggml_tensor * mask, int32_t il) const;
+};

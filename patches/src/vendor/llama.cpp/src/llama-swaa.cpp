@@ -1,0 +1,443 @@
+#include "llama-swaa.h"
+
+#include "llama-arch.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+#include "llama-model-loader.h"
+
+#include "gguf.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+static constexpr uint32_t LLAMA_SWAA_STATE_VERSION = 1;
+
+static constexpr uint32_t LLAMA_SWAA_GGUF_VERSION = 1;
+
+static const char * const LLAMA_SWAA_KEY_VERSION     = "swaa.version";
+static const char * const LLAMA_SWAA_KEY_WINDOW      = "swaa.window";
+static const char * const LLAMA_SWAA_KEY_SINKS       = "swaa.sinks";
+static const char * const LLAMA_SWAA_KEY_LAYER_MODES = "swaa.layer_modes";
+
+// far above any context, low enough for sums of positions, windows and sinks to fit a llama_pos
+static constexpr uint32_t LLAMA_SWAA_MAX_TOKENS = 1u << 30;
+
+//
+// llama_swaa_schedule
+//
+
+bool llama_swaa_schedule::any() const {
+    return has(LLAMA_SWAA_PREFILL) || has(LLAMA_SWAA_ALWAYS);
+}
+
+bool llama_swaa_schedule::has(llama_swaa_mode mode) const {
+    return std::find(modes.begin(), modes.end(), mode) != modes.end();
+}
+
+llama_swaa_mode llama_swaa_schedule::mode(int32_t il) const {
+    return (llama_swaa_mode) modes.at(il);
+}
+
+bool llama_swaa_schedule::operator==(const llama_swaa_schedule & other) const {
+    return window == other.window && sinks == other.sinks && modes == other.modes;
+}
+
+std::string llama_swaa_schedule::str() const {
+    if (!any()) {
+        return "full attention in all layers";
+    }
+
+    std::string map;
+    for (const auto m : modes) {
+        map += "FPA"[m];
+    }
+
+    return format("window = %u, sinks = %u, layers = %s (F: full, P: windowed prefill, A: always windowed)",
+            window, sinks, map.c_str());
+}
+
+void llama_swaa_schedule::state_write(llama_io_write_i & io) const {
+    const uint32_t n_layer = modes.size();
+
+    io.write(&LLAMA_SWAA_STATE_MAGIC,   sizeof(LLAMA_SWAA_STATE_MAGIC));
+    io.write(&LLAMA_SWAA_STATE_VERSION, sizeof(LLAMA_SWAA_STATE_VERSION));
+    io.write(&window,                   sizeof(window));
+    io.write(&sinks,                    sizeof(sinks));
+    io.write(&n_layer,                  sizeof(n_layer));
+    io.write(modes.data(),              n_layer*sizeof(modes[0]));
+}
+
+void llama_swaa_schedule::state_check(llama_io_read_i & io) const {
+    uint32_t magic;
+    uint32_t version;
+
+    io.read(&magic, sizeof(magic));
+    if (magic != LLAMA_SWAA_STATE_MAGIC) {
+        throw std::runtime_error(format("the state was saved without a swaa schedule, the context has: %s", str().c_str()));
+    }
+
+    io.read(&version, sizeof(version));
+    if (version != LLAMA_SWAA_STATE_VERSION) {
+        throw std::runtime_error(format("the state has swaa version %u, expected %u", version, LLAMA_SWAA_STATE_VERSION));
+    }
+
+    llama_swaa_schedule saved;
+    uint32_t n_layer;
+
+    io.read(&saved.window, sizeof(saved.window));
+    io.read(&saved.sinks,  sizeof(saved.sinks));
+    io.read(&n_layer,      sizeof(n_layer));
+
+    if (n_layer != modes.size()) {
+        throw std::runtime_error(format("the state was saved under a swaa schedule of %u layers, the context has %zu", n_layer, modes.size()));
+    }
+
+    saved.modes.resize(n_layer);
+    io.read(saved.modes.data(), n_layer*sizeof(saved.modes[0]));
+
+    if (std::any_of(saved.modes.begin(), saved.modes.end(), [](uint8_t m) { return m > LLAMA_SWAA_ALWAYS; })) {
+        throw std::runtime_error("the swaa schedule of the state is corrupt");
+    }
+
+    if (!(saved == *this)) {
+        throw std::runtime_error(format("the state was saved under another swaa schedule: %s; the context has: %s",
+                    saved.str().c_str(), str().c_str()));
+    }
+}
+
+//
+// loading
+//
+
+static uint32_t llama_swaa_get_u32(const llama_model_loader & ml, const char * key) {
+    const auto it = ml.kv_overrides.find(key);
+    if (it != ml.kv_overrides.end()) {
+        const auto & ovrd = it->second;
+
+        if (ovrd.tag != LLAMA_KV_OVERRIDE_TYPE_INT || ovrd.val_i64 < 0 || ovrd.val_i64 > UINT32_MAX) {
+            throw std::runtime_error(format("the override of key %s is not an int of 32 bits", key));
+        }
+
+        LLAMA_LOG_INFO("%s: %s = %u (override)\n", __func__, key, (uint32_t) ovrd.val_i64);
+
+        return ovrd.val_i64;
+    }
+
+    const auto * meta = ml.metadata;
+
+    const int64_t kid = gguf_find_key(meta, key);
+
+    if (kid < 0) {
+        throw std::runtime_error(format("key %s is missing, but the file has other swaa.* keys", key));
+    }
+    if (gguf_get_kv_type(meta, kid) != GGUF_TYPE_UINT32) {
+        throw std::runtime_error(format("key %s has type %s, expected u32", key, gguf_type_name(gguf_get_kv_type(meta, kid))));
+    }
+
+    return gguf_get_val_u32(meta, kid);
+}
+
+// throws if the values do not make a schedule for a model of n_layer layers
+static void llama_swaa_validate(const llama_swaa_schedule & schedule, uint32_t n_layer) {
+    if (schedule.modes.size() != n_layer) {
+        throw std::runtime_error(format("swaa.layer_modes has %zu entries, but the model has %u layers", schedule.modes.size(), n_layer));
+    }
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        if (schedule.modes[il] > LLAMA_SWAA_ALWAYS) {
+            throw std::runtime_error(format("swaa.layer_modes[%u] = %u, expected 0 (full), 1 (windowed prefill) or 2 (always windowed)", il, schedule.modes[il]));
+        }
+    }
+    if (schedule.any() && (schedule.window < 1 || schedule.window > LLAMA_SWAA_MAX_TOKENS)) {
+        throw std::runtime_error(format("swaa.window = %u, expected 1 to %u", schedule.window, LLAMA_SWAA_MAX_TOKENS));
+    }
+    if (schedule.any() && schedule.sinks > LLAMA_SWAA_MAX_TOKENS) {
+        throw std::runtime_error(format("swaa.sinks = %u, expected 0 to %u", schedule.sinks, LLAMA_SWAA_MAX_TOKENS));
+    }
+}
+
+static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, uint32_t n_layer) {
+    const auto * meta = ml.metadata;
+
+    const auto is_ours = [](const std::string & key) { return key.rfind("swaa.", 0) == 0; };
+
+    bool found = false;
+    for (int64_t i = 0; i < gguf_get_n_kv(meta); ++i) {
+        found = found || is_ours(gguf_get_key(meta, i));
+    }
+    for (const auto & [key, _] : ml.kv_overrides) {
+        found = found || is_ours(key);
+    }
+    if (!found) {
+        return {};
+    }
+
+    const uint32_t version = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_VERSION);
+    if (version != LLAMA_SWAA_GGUF_VERSION) {
+        throw std::runtime_error(format("%s = %u, but this build reads version %u", LLAMA_SWAA_KEY_VERSION, version, LLAMA_SWAA_GGUF_VERSION));
+    }
+
+    llama_swaa_schedule res;
+
+    res.window = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_WINDOW);
+    res.sinks  = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_SINKS);
+
+    if (res.window == 0) {
+        throw std::runtime_error(format("%s = 0, expected at least 1", LLAMA_SWAA_KEY_WINDOW));
+    }
+
+    const char * key_modes = LLAMA_SWAA_KEY_LAYER_MODES;
+
+    const auto it = ml.kv_overrides.find(key_modes);
+    if (it != ml.kv_overrides.end()) {
+        // an override cannot be an array, but a str that names the mode of each layer as str() does
+        static const std::string names = "FPA";
+
+        const auto & ovrd = it->second;
+
+        if (ovrd.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
+            throw std::runtime_error(format("the override of key %s is not a str", key_modes));
+        }
+
+        for (const char * c = ovrd.val_str; *c; ++c) {
+            const size_t mode = names.find(*c);
+            if (mode == std::string::npos) {
+                throw std::runtime_error(format("the override of key %s has '%c', expected F (full), P (windowed prefill) or A (always windowed)", key_modes, *c));
+            }
+            res.modes.push_back(mode);
+        }
+
+        LLAMA_LOG_INFO("%s: %s = %s (override)\n", __func__, key_modes, ovrd.val_str);
+    } else {
+        const int64_t kid = gguf_find_key(meta, key_modes);
+        if (kid < 0) {
+            throw std::runtime_error(format("key %s is missing, but the file has other swaa.* keys", key_modes));
+        }
+        if (gguf_get_kv_type(meta, kid) != GGUF_TYPE_ARRAY || gguf_get_arr_type(meta, kid) != GGUF_TYPE_INT32) {
+            throw std::runtime_error(format("key %s is not an array of i32", key_modes));
+        }
+
+        const int32_t * modes = (const int32_t *) gguf_get_arr_data(meta, kid);
+        for (size_t i = 0; i < gguf_get_arr_n(meta, kid); ++i) {
+            if (modes[i] < LLAMA_SWAA_FULL || modes[i] > LLAMA_SWAA_ALWAYS) {
+                throw std::runtime_error(format("%s[%zu] = %d, expected 0 (full), 1 (windowed prefill) or 2 (always windowed)", key_modes, i, modes[i]));
+            }
+            res.modes.push_back(modes[i]);
+        }
+    }
+
+    llama_swaa_validate(res, n_layer);
+
+    return res.any() ? res : llama_swaa_schedule{};
+}
+
+// the architectures whose graphs attend through build_attn_inp_kv() alone, one plain causal attention per layer
+static bool llama_swaa_arch_supported(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_APERTUS:
+        case LLM_ARCH_ARCEE:
+        case LLM_ARCH_ARCTIC:
+        case LLM_ARCH_BAICHUAN:
+        case LLM_ARCH_BAILINGMOE:
+        case LLM_ARCH_BAILINGMOE2:
+        case LLM_ARCH_BITNET:
+        case LLM_ARCH_CHAMELEON:
+        case LLM_ARCH_CHATGLM:
+        case LLM_ARCH_CODESHELL:
+        case LLM_ARCH_COMMAND_R:
+        case LLM_ARCH_DBRX:
+        case LLM_ARCH_DECI:
+        case LLM_ARCH_DEEPSEEK:
+        case LLM_ARCH_DOTS1:
+        case LLM_ARCH_ERNIE4_5:
+        case LLM_ARCH_ERNIE4_5_MOE:
+        case LLM_ARCH_EXAONE:
+        case LLM_ARCH_EXAONE4:
+        case LLM_ARCH_FALCON:
+        case LLM_ARCH_GEMMA:
+        case LLM_ARCH_GLM4:
+        case LLM_ARCH_GLM4_MOE:
+        case LLM_ARCH_GPT2:
+        case LLM_ARCH_GPTNEOX:
+        case LLM_ARCH_GRANITE:
+        case LLM_ARCH_GRANITE_MOE:
+        case LLM_ARCH_GROK:
+        case LLM_ARCH_GROVEMOE:
+        case LLM_ARCH_HUNYUAN_DENSE:
+        case LLM_ARCH_HUNYUAN_MOE:
+        case LLM_ARCH_INTERNLM2:
+        case LLM_ARCH_JAIS2:
+        case LLM_ARCH_LLAMA:
+        case LLM_ARCH_MAINCODER:
+        case LLM_ARCH_MINICPM:
+        case LLM_ARCH_MINIMAX_M2:
+        case LLM_ARCH_MISTRAL3:
+        case LLM_ARCH_NEMOTRON:
+        case LLM_ARCH_OLMO:
+        case LLM_ARCH_OLMO2:
+        case LLM_ARCH_OLMOE:
+        case LLM_ARCH_OPENELM:
+        case LLM_ARCH_ORION:
+        case LLM_ARCH_PANGU_EMBED:
+        case LLM_ARCH_PHI2:
+        case LLM_ARCH_PHI3:
+        case LLM_ARCH_PHIMOE:
+        case LLM_ARCH_PLAMO:
+        case LLM_ARCH_QWEN:
+        case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN2MOE:
+        case LLM_ARCH_QWEN3:
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_SEED_OSS:
+        case LLM_ARCH_SMOLLM3:
+        case LLM_ARCH_STABLELM:
+        case LLM_ARCH_STARCODER:
+        case LLM_ARCH_STARCODER2:
+        case LLM_ARCH_XVERSE:
+            return true;
+        default:
+            return false;
+    }
+}
+
+// the reason why the model cannot have a schedule, empty if it can
+static std::string llama_swaa_unsupported(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    const char * name = llm_arch_name(model.arch);
+
+    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
+        return format("architecture '%s' has recurrent layers", name);
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return format("architecture '%s' has a sliding window of its own (%u)", name, hparams.n_swa);
+    }
+    if (hparams.is_mla()) {
+        return format("architecture '%s' has multi-head latent attention", name);
+    }
+    if (!hparams.causal_attn) {
+        return format("architecture '%s' does not use causal attention", name);
+    }
+    if (hparams.use_alibi) {
+        return format("architecture '%s' uses ALiBi", name);
+    }
+    if (hparams.n_pos_per_embd() > 1) {
+        return format("architecture '%s' uses M-RoPE", name);
+    }
+    if (hparams.n_layer_nextn > 0) {
+        return format("architecture '%s' has %u layers for multi-token prediction", name, hparams.n_layer_nextn);
+    }
+    if (!llama_swaa_arch_supported(model.arch)) {
+        return format("architecture '%s' is not known to be plain causal attention over one KV cache", name);
+    }
+
+    return "";
+}
+
+void llama_swaa_load(llama_model & model, const llama_model_loader & ml) {
+    auto schedule = llama_swaa_read(ml, model.hparams.n_layer());
+
+    if (!schedule.any()) {
+        return;
+    }
+
+    const std::string reason = llama_swaa_unsupported(model);
+    if (!reason.empty()) {
+        throw std::runtime_error(format("the file has a swaa schedule, but the model cannot: %s", reason.c_str()));
+    }
+
+    LLAMA_LOG_INFO("%s: %s\n", __func__, schedule.str().c_str());
+
+    model.swaa = std::move(schedule);
+}
+
+void llama_swaa_save(const llama_model & model, gguf_context * meta) {
+    const auto & schedule = model.swaa;
+
+    if (!schedule.any()) {
+        return;
+    }
+
+    const std::vector<int32_t> modes(schedule.modes.begin(), schedule.modes.end());
+
+    gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_VERSION,     LLAMA_SWAA_GGUF_VERSION);
+    gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_WINDOW,      schedule.window);
+    gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_SINKS,       schedule.sinks);
+    gguf_set_arr_data(meta, LLAMA_SWAA_KEY_LAYER_MODES, GGUF_TYPE_INT32, modes.data(), modes.size());
+}
+
+//
+// interface implementation
+//
+
+int32_t llama_model_swaa_set(
+        llama_model * model,
+           uint32_t   window,
+           uint32_t   sinks,
+      const uint8_t * layer_modes,
+             size_t   n_layer) {
+    if (!layer_modes) {
+        LLAMA_LOG_ERROR("%s: layer_modes is NULL\n", __func__);
+        return -1;
+    }
+
+    llama_swaa_schedule schedule;
+
+    schedule.window = window;
+    schedule.sinks  = sinks;
+    schedule.modes.assign(layer_modes, layer_modes + n_layer);
+
+    try {
+        llama_swaa_validate(schedule, model->hparams.n_layer());
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
+        return -1;
+    }
+
+    if (!schedule.any()) {
+        model->swaa = {};
+        return 0;
+    }
+
+    const std::string reason = llama_swaa_unsupported(*model);
+    if (!reason.empty()) {
+        LLAMA_LOG_ERROR("%s: the model cannot have a swaa schedule: %s\n", __func__, reason.c_str());
+        return -2;
+    }
+
+    model->swaa = std::move(schedule);
+
+    return 0;
+}
+
+bool llama_model_swaa_get(
+    const llama_model * model,
+             uint32_t * window,
+             uint32_t * sinks,
+              uint8_t * layer_modes,
+               size_t   n_layer) {
+    const auto & schedule = model->swaa;
+
+    if (!schedule.any()) {
+        return false;
+    }
+
+    if (layer_modes && n_layer != schedule.modes.size()) {
+        LLAMA_LOG_ERROR("%s: n_layer = %zu, but the model has %zu layers\n", __func__, n_layer, schedule.modes.size());
+        return false;
+    }
+
+    if (window) {
+        *window = schedule.window;
+    }
+    if (sinks) {
+        *sinks = schedule.sinks;
+    }
+    if (layer_modes) {
+        std::copy(schedule.modes.begin(), schedule.modes.end(), layer_modes);
+    }
+
+    return true;
+}

@@ -1,0 +1,62 @@
+#pragma once
+
+#include "llama.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct llama_model;
+struct llama_model_loader;
+struct gguf_context;
+
+class llama_io_write_i;
+class llama_io_read_i;
+
+// starts the state of a memory with a schedule, "swaa" in the file
+static constexpr uint32_t LLAMA_SWAA_STATE_MAGIC = 0x61617773;
+
+//
+// llama_swaa_schedule
+//
+
+// SWAA: Sliding Window Attention Adaptation, https://arxiv.org/abs/2512.10411
+//
+// what each layer of a full attention model may see, for a key at position p0 and a query at position p1:
+//
+//   full:    p0 <= p1
+//   window:  p0 <= p1 && (p1 - p0 < window || p0 < sinks)
+//
+// a LLAMA_SWAA_FULL layer is always full, a LLAMA_SWAA_ALWAYS layer is always windowed and a LLAMA_SWAA_PREFILL layer is
+// windowed for the tokens of the prompt and full for the generated ones
+struct llama_swaa_schedule {
+    uint32_t window = 0;
+    uint32_t sinks  = 0;
+
+    std::vector<uint8_t> modes; // llama_swaa_mode of each layer, empty: no schedule
+
+    // true if at least one layer is windowed
+    bool any() const;
+
+    bool has(llama_swaa_mode mode) const;
+
+    llama_swaa_mode mode(int32_t il) const;
+
+    bool operator==(const llama_swaa_schedule & other) const;
+
+    // short description for logs and errors
+    std::string str() const;
+
+    void state_write(llama_io_write_i & io) const;
+
+    // throws if the state was written under another schedule
+    void state_check(llama_io_read_i & io) const;
+};
+
+// read the schedule from the keys swaa.* of the model's file, if there are any
+// throws if they are incomplete or malformed or if the model cannot have a schedule
+void llama_swaa_load(llama_model & model, const llama_model_loader & ml);
+
+// write the keys swaa.*, if the model has a schedule
+void llama_swaa_save(const llama_model & model, gguf_context * meta);

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "common.h"
+#include "llama.h"
+
+#include <string>
+
+// Sliding window attention adaptation in the server, see llama_model_swaa_set()
+
+// whether the schedule keeps rings, whose dropped tokens cannot be gone back to
+bool server_swaa_has_ring(const llama_model * model);
+
+// why the server cannot do what the parameters ask for under the schedule of the model, empty: it can
+// model_dft - the draft model or NULL
+std::string server_swaa_refusal(const llama_model * model, const llama_model * model_dft, const common_params & params);
+
+// the largest number of tokens before the next one that the memory has to hold
+// a ring holds what the next token sees, so less than n_swa of upstream's caches will do
+int32_t server_swaa_n_back(const llama_model * model, int32_t n_swa);
