@@ -86,6 +86,14 @@ def fuzz(*arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("engine")
+def test_a_good_file_is_taken_by_every_program():
+    limits = fuzz_gguf.Limits()
+    for outcome in fuzz_gguf.try_file(bundled_model(), fuzz_gguf.DEFAULT_PROGRAMS, limits):
+        assert outcome.fault is None
+        assert "swaa-local: error" not in outcome.said, outcome.program
+
+
+@pytest.mark.usefixtures("engine")
 def test_a_first_few_random_files():
     assert "80 files, seed 11: 0 faults" in fuzz("-n", "40", "--seed", "11", "--programs", "inspect,llama")
     assert "8 files, seed 12: 0 faults" in fuzz("-n", "4", "--seed", "12", "--programs", "convert,serve")
