@@ -92,7 +92,7 @@ def test_the_answer_streams(browser: WebDriver, tmp_path: Path, tiny_model_facto
     """A random model talks until it is stopped: the page grows step by step."""
     schedule = ScheduleKeys(64, 4, (PREFILL, FULL, PREFILL, PREFILL))
     (tmp_path / "notes.txt").write_text("Nothing new. " * 100)
-    with serving(tiny_model_factory(schedule=schedule, n_ctx_train=8192), "-np", "1") as server:
+    with serving(tiny_model_factory(schedule=schedule, n_ctx_train=100_000), "-np", "1") as server:
         load(browser, server)
         ask(browser, "What is new?", tmp_path / "notes.txt")
 
