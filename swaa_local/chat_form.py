@@ -1,7 +1,7 @@
 """In which form a chat template takes what it is given: contents as texts or as lists of parts, and the lack of tools.
 A template that does not know a form leaves out what is said, or writes Python's spelling of a list.
 
-Knows Jinja templates and OpenAI's messages; nothing of models and tokens.
+Knows Jinja templates and OpenAI's messages; of a model, the texts of its first and last token.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_cpp.llama_chat_format import ChatFormatterResponse, Jinja2ChatFormatter
 
 from swaa_local.errors import TemplateError
+
+if TYPE_CHECKING:
+    import llama_cpp
 
 Message = Mapping[str, Any]
 Role = Literal["system", "user", "assistant"]
@@ -48,6 +51,18 @@ class FormedFormatter(Jinja2ChatFormatter):  # type: ignore[misc]
 
     That is found out by rendering small conversations, when it is first needed.
     """
+
+    @classmethod
+    def of_model(cls, llm: llama_cpp.Llama, source: str) -> FormedFormatter:
+        """The formatter of a template with the tokens of a loaded model, where it has them."""
+        eos, bos = (token if token >= 0 else None for token in (llm.token_eos(), llm.token_bos()))
+        text = llm._model.token_get_text
+        return cls(
+            source,
+            eos_token="" if eos is None else text(eos),
+            bos_token="" if bos is None else text(bos),
+            stop_token_ids=None if eos is None else [eos],
+        )
 
     @cached_property
     def forms(self) -> dict[Role, Form]:

@@ -49,11 +49,7 @@ class ChatTemplate:
         self.is_fallback = not source.strip()
         self.source: str = CHATML if self.is_fallback else source
         self.has_thinking_switch = re.search(r"\benable_thinking\b|\bif (not )?thinking\b", self.source) is not None
-        bos, eos = llm.token_bos(), llm.token_eos()
-        text = llm._model.token_get_text
-        self._formatter = FormedFormatter(
-            self.source, eos_token=text(eos) if eos >= 0 else "", bos_token=text(bos) if bos >= 0 else ""
-        )
+        self._formatter = FormedFormatter.of_model(llm, self.source)
         self._special = special_tokens(llm)
         # The longest first, as the tokenizer looks for them.
         spelled = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))

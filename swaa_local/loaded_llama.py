@@ -208,16 +208,10 @@ class LoadedLlama(llama_cpp.Llama):
 
     def _form_chats(self) -> None:
         """Make upstream's handlers of the GGUF's templates give contents as each takes them. A blank one is none."""
-        eos, bos = (token if token >= 0 else None for token in (self.token_eos(), self.token_bos()))
         for name in list(self._chat_handlers):
             source = self.metadata["tokenizer." + name.removesuffix(".default")]
             if source.strip():
-                self._chat_handlers[name] = FormedFormatter(
-                    source,
-                    eos_token="" if eos is None else self._model.token_get_text(eos),
-                    bos_token="" if bos is None else self._model.token_get_text(bos),
-                    stop_token_ids=None if eos is None else [eos],
-                ).to_chat_handler()
+                self._chat_handlers[name] = FormedFormatter.of_model(self, source).to_chat_handler()
             else:
                 del self._chat_handlers[name]
                 if self.chat_format == name:
