@@ -48,7 +48,7 @@ static constexpr int FA_TILE_ROWS  = 2;
 #define FA_PREFETCH(addr) GGML_UNUSED(addr)
 #endif
 
-// TODO: add support for sizeless vector types
+// the tiles are arrays of vectors, which those without a size (SVE, RVV) cannot be in
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
 #define FA_DECODE_SIMD
 
