@@ -14,9 +14,9 @@ from statistics import median
 from typing import Any
 
 from engine_build import BuildInfo
-from swaa_local.spread import Spread
-from swaa_local.tables import markdown_table
-from swaa_local.units import format_bytes
+from swaa_local.report.spread import Spread
+from swaa_local.report.tables import markdown_table
+from swaa_local.report.units import format_bytes
 
 
 @dataclass

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from swaa_local.config import SWAAError
-from swaa_local.signals import ended_by
+from swaa_local.files.signals import ended_by
+from swaa_local.schedule.config import SWAAError
 
 LIBRARY_PATH = "LLAMA_CPP_LIB_PATH"
 # Tokens that are evaluated before their keys and values are repeated.
@@ -75,7 +75,7 @@ class Build:
         return self._call("load", str(model), n_threads, cpu_time)
 
     def free_bytes(self) -> int | None:
-        """Memory that contexts can take, as `swaa_local.memory` counts it."""
+        """Memory that contexts can take, as `swaa_local.engine.memory` counts it."""
         return self._call("free_bytes")
 
     def open(self, cache: Cache) -> int:
@@ -167,7 +167,8 @@ class _Engine:
     def __init__(self) -> None:
         from llama_cpp import llama_cpp as c
 
-        from swaa_local import engine_log, memory
+        from swaa_local.engine import log as engine_log
+        from swaa_local.engine import memory
 
         self._c = c
         self._kv_type_id = memory.kv_type_id
@@ -186,7 +187,7 @@ class _Engine:
                 raise BuildError(f"{error}: {log.reason}" if log.reason else str(error)) from None
 
     def load(self, path: str, n_threads: int, cpu_time: bool) -> BuildInfo:
-        from swaa_local.bench_machine import cpu_name
+        from swaa_local.engine.machine import cpu_name
 
         c = self._c
         self._n_threads = n_threads

@@ -40,7 +40,7 @@ from gguf_faults import Mutator, write_faults
 
 PROGRAMS = ("inspect", "convert", "llama", "chat", "serve")
 DEFAULT_PROGRAMS = PROGRAMS[:-1]
-MODEL = Path(__file__).resolve().parents[1] / "swaa_local" / "models" / "needle.gguf"
+MODEL = Path(__file__).resolve().parents[1] / "swaa_local" / "assets" / "needle.gguf"
 _MEMORY_BYTES = 1 << 30
 _N_CTX = 512
 # A line's end aside, no output of ours has one: a file's words must not reach the terminal as they are.
@@ -170,8 +170,8 @@ def _address_bytes() -> int:
 def _run(program: str, path: Path, folder: Path) -> int:
     if program == "llama":
         return _load(path)
-    from swaa_local import crash
-    from swaa_local.cli import main
+    from swaa_local.cli.main import main
+    from swaa_local.engine import crash
 
     # The watcher would tell _exit as SIGKILL; who waits for this child sees its signals.
     vars(crash)["watch"] = lambda *_arguments, **_keywords: None
@@ -180,7 +180,7 @@ def _run(program: str, path: Path, folder: Path) -> int:
     elif program == "chat":
         arguments = ["chat", str(path), "-p", "Hi", "-n", "2", "-t", "1", "-c", str(_N_CTX)]
     elif program == "convert":
-        from swaa_local import quantize
+        from swaa_local.convert import quantize
 
         vars(quantize)["run_child"] = _fork_worker
         arguments = ["convert", str(path), "-o", str(folder / "out.gguf"), "--window", "64", "--sinks", "4"]
@@ -193,8 +193,8 @@ def _run(program: str, path: Path, folder: Path) -> int:
 
 def _fork_worker(_module: str, request: Mapping[str, Any], *, what: str, **_options: Any) -> list[dict[str, Any]]:
     """`run_child` for convert's engine, without the seconds that a new Python takes."""
-    from swaa_local import engine_worker
-    from swaa_local.child import ChildError
+    from swaa_local.convert.children import engine_job as engine_worker
+    from swaa_local.files.child_process import ChildError
 
     receive, send = os.pipe()
     pid = os.fork()
@@ -221,7 +221,7 @@ def _fork_worker(_module: str, request: Mapping[str, Any], *, what: str, **_opti
 def _load(path: Path) -> int:
     """What a program does with `Llama`: load, read a prompt, write two tokens."""
     from swaa_local import Llama, SWAAError
-    from swaa_local.printable import printable
+    from swaa_local.report.printable import printable
 
     try:
         with contextlib.closing(Llama(str(path), n_ctx=_N_CTX, n_threads=1, n_threads_batch=1)) as llm:
@@ -238,8 +238,8 @@ def _load(path: Path) -> int:
 def _serve(path: Path) -> int:
     """Start the server, and end it as soon as it answers."""
     from swaa_local import SWAAError
-    from swaa_local.printable import printable
-    from swaa_local.serve import ServeOptions, serve
+    from swaa_local.report.printable import printable
+    from swaa_local.serve.run import ServeOptions, serve
 
     try:
         options = ServeOptions(str(path), port=0, extra=("-c", str(_N_CTX), "-t", "1", "--no-webui"))

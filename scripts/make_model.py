@@ -30,7 +30,9 @@ from gguf import GGMLQuantizationType as Type
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from swaa_local.config import (
+from swaa_local.files.output_file import check_output, publish, terminable, workplace
+from swaa_local.report.units import format_bytes
+from swaa_local.schedule.config import (
     KEY_LAYER_MODES,
     KEY_SINKS,
     KEY_VERSION,
@@ -41,9 +43,7 @@ from swaa_local.config import (
     SWAAError,
     parse_layers,
 )
-from swaa_local.output_file import check_output, publish, terminable, workplace
-from swaa_local.presets import PRESETS, get_preset
-from swaa_local.units import format_bytes
+from swaa_local.schedule.presets import PRESETS, get_preset
 
 N_CTX = 131072
 CHUNK_BYTES = 32 << 20

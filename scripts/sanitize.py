@@ -3,7 +3,7 @@
 
     scripts/sanitize.py build DIR                          # half an hour on two cores; again after a change of patches/
     scripts/sanitize.py build DIR --tree ../engine         # of a tree that scripts/patches.py checkout made
-    scripts/sanitize.py run DIR python -m pytest tests/test_engine_ring.py tests/test_engine_state.py -q
+    scripts/sanitize.py run DIR python -m pytest tests/engine/test_ring.py tests/engine/test_state.py -q
     scripts/sanitize.py run DIR python scripts/fuzz_gguf.py -n 500 --seed 3 --sanitized
 
 The build has libllama and its CPU backend, unstripped, without the server, and checks the bounds of standard

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from swaa_local.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
-    from swaa_local.gguf_meta import read_schedule
     from swaa_local.llama import Llama, PromptTooLong
-    from swaa_local.presets import PRESETS, Preset
+    from swaa_local.model_file.model_info import read_schedule
+    from swaa_local.schedule.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
+    from swaa_local.schedule.presets import PRESETS, Preset
 
 __all__ = [
     "PRESETS",
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "PRESETS": "presets",
-    "LayerMode": "config",
+    "PRESETS": "schedule.presets",
+    "LayerMode": "schedule.config",
     "Llama": "llama",
-    "Preset": "presets",
+    "Preset": "schedule.presets",
     "PromptTooLong": "llama",
-    "SWAAConfig": "config",
-    "SWAAError": "config",
-    "Schedule": "config",
-    "ScheduleError": "config",
-    "read_schedule": "gguf_meta",
+    "SWAAConfig": "schedule.config",
+    "SWAAError": "schedule.config",
+    "Schedule": "schedule.config",
+    "ScheduleError": "schedule.config",
+    "read_schedule": "model_file.model_info",
 }
 
 
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOME[name] == "llama":
         # first, since it says in a sentence why the engine does not load
-        importlib.import_module(f"{__name__}.native")
+        importlib.import_module(f"{__name__}.engine.native")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

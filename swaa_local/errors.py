@@ -5,8 +5,8 @@ Those of files and schedules are in `config` and `gguf_meta`.
 
 from __future__ import annotations
 
-from swaa_local.config import CELL_PADDING, SWAAError
-from swaa_local.units import format_bytes
+from swaa_local.report.units import format_bytes
+from swaa_local.schedule.config import CELL_PADDING, SWAAError
 
 _ROOM_TO_ANSWER = 512  # tokens
 

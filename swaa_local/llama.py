@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as _c
 
-from swaa_local import crash, engine_log, native
-from swaa_local.callbacks import check_sampler
-from swaa_local.chat_form import Form, in_form
-from swaa_local.config import SWAAError
-from swaa_local.context_length import ContextFitWarning, TrainedLengthWarning
-from swaa_local.engine_schedule import Wanted, check_wanted
+from swaa_local.engine import crash, native
+from swaa_local.engine import log as engine_log
+from swaa_local.engine.callbacks import check_sampler
+from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
+from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.loaded_llama import LoadedLlama
+from swaa_local.engine.message_form import Form, in_form
+from swaa_local.engine.run_stats import RunClock, RunStats
+from swaa_local.engine.schedule import Wanted, check_wanted
 from swaa_local.errors import (
     BusyError,
     ClosedError,
@@ -35,9 +38,7 @@ from swaa_local.errors import (
     TemplateError,
     TextTooLong,
 )
-from swaa_local.interrupt import Shield
-from swaa_local.loaded_llama import LoadedLlama
-from swaa_local.run_stats import RunClock, RunStats
+from swaa_local.schedule.config import SWAAError
 
 __all__ = [
     "BusyError",

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tiny import write_tiny_gguf
+
+from tests.support.tiny import write_tiny_gguf
 
 if TYPE_CHECKING:
-    from engine import EngineContext, EngineModel
-    from masks import Sched
+    from tests.support.engine import EngineContext, EngineModel
+    from tests.support.masks import Sched
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,7 @@ def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine() -> None:
     """The patched engine; without it every test that needs it fails, for it is a dependency."""
-    from engine import MISSING_SYMBOLS
+    from tests.support.engine import MISSING_SYMBOLS
 
     if MISSING_SYMBOLS:
         pytest.fail(
@@ -80,7 +81,7 @@ def load_model(engine: None, tiny_model_factory: Callable[..., Path]) -> Iterato
 
     The schedule is set through the C interface, so tests must not change the model's schedule.
     """
-    from engine import EngineModel
+    from tests.support.engine import EngineModel
 
     models: dict[str, EngineModel] = {}
     with ExitStack() as stack:

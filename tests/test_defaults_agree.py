@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import ROOT, run, succeeds
-from serving import serving
-from tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens
 
 from swaa_local import Llama, SWAAConfig
-from swaa_local.bench import BenchRequest, _choices
-from swaa_local.config import Schedule
-from swaa_local.inspect import inspect_gguf
-from swaa_local.serve import default_arguments
-from swaa_local.units import format_bytes
+from swaa_local.bench.run import BenchRequest, _choices
+from swaa_local.inspect.run import inspect_gguf
+from swaa_local.report.units import format_bytes
+from swaa_local.schedule.config import Schedule
+from swaa_local.serve.run import default_arguments
+from tests.support.program import ROOT, run, succeeds
+from tests.support.serving import serving
+from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens
 
 pytestmark = pytest.mark.usefixtures("engine")
 

@@ -19,15 +19,16 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from engine import assert_close
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from masks import Sched
-from reference_numpy import NumpyModel, forward
-from tiny import ALWAYS, FULL, PREFILL, random_tokens
 
-from swaa_local import Llama, PromptTooLong, Schedule, ScheduleError, SWAAConfig, SWAAError, memory
-from swaa_local.config import default_n_ubatch
+from swaa_local import Llama, PromptTooLong, Schedule, ScheduleError, SWAAConfig, SWAAError
+from swaa_local.engine import memory
 from swaa_local.errors import ContextFull, ModelLoadError, StateError
+from swaa_local.schedule.config import default_n_ubatch
+from tests.support.engine import assert_close
+from tests.support.masks import Sched
+from tests.support.reference_numpy import NumpyModel, forward
+from tests.support.tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 EXACT = 1e-3
 FA_DECODE = SWAAConfig(sliding_window_size=24, keep_first=4, force_fa_decode=True, non_sliding_layers=[1])

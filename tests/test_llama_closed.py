@@ -18,11 +18,11 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp.llama_tokenizer import LlamaTokenizer
-from program import environment
-from tiny import TinyShape, random_tokens, tiny_weights
 
 from swaa_local import Llama
 from swaa_local.errors import ClosedError, ModelLoadError
+from tests.support.program import environment
+from tests.support.tiny import TinyShape, random_tokens, tiny_weights
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -201,7 +201,7 @@ def test_closing_between_two_tokens_ends_the_stream(llm: Llama) -> None:
 
 
 def test_a_failed_construction_frees_the_model_at_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from swaa_local import loaded_llama
+    from swaa_local.engine import loaded_llama
 
     freed: list[object] = []
     free = loaded_llama._c.llama_model_free

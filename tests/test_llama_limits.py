@@ -13,15 +13,16 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from program import environment, fails, run
-from tiny import ALWAYS, random_tokens
 
-from swaa_local import Llama, SWAAConfig, SWAAError, context_length, memory
-from swaa_local.config import MAX_TOKENS, Schedule
-from swaa_local.engine_limits import MAX_THREADS
+from swaa_local import Llama, SWAAConfig, SWAAError
+from swaa_local.engine import context_length, memory
+from swaa_local.engine.limits import MAX_THREADS
 from swaa_local.errors import ClosedError, ContextTooLarge, DecodeError, GrammarError, ModelLoadError, OutOfRange
-from swaa_local.gguf_meta import read_model_info
 from swaa_local.llama import TrainedLengthWarning
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.schedule.config import MAX_TOKENS, Schedule
+from tests.support.program import environment, fails, run
+from tests.support.tiny import ALWAYS, random_tokens
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -349,7 +350,7 @@ def test_a_number_that_no_engine_takes_is_a_wrong_usage(tiny_model: Path, comman
 
 def test_serve_makes_no_longer_a_context_than_fits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama-server looks at how much memory there is, not at how much of it is free."""
-    from swaa_local import serve_limits
+    from swaa_local.serve import limits as serve_limits
 
     notes: list[str] = []
 
@@ -358,7 +359,7 @@ def test_serve_makes_no_longer_a_context_than_fits(tiny_model: Path, monkeypatch
             notes.append(text)
 
     def arguments(*extra: str, schedule: Schedule | None = None, n_ctx_train: int = 1 << 20) -> list[str]:
-        from swaa_local.serve import value_of
+        from swaa_local.serve.run import value_of
 
         info = replace(read_model_info(tiny_model), n_ctx_train=n_ctx_train)
         said = lambda names: value_of(names, extra, {})  # noqa: E731

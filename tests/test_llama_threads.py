@@ -17,12 +17,12 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from program import environment
-from tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens
 
 from swaa_local import Llama, SWAAConfig
+from swaa_local.engine.guard import Guard
 from swaa_local.errors import BusyError, ClosedError, ContextChanged
-from swaa_local.guard import Guard
+from tests.support.program import environment
+from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens
 
 pytestmark = pytest.mark.usefixtures("engine")
 

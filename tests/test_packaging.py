@@ -10,7 +10,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from upstream import ROOT
+
+from tests.support.upstream import ROOT
 
 HEAVY = {"gguf", "huggingface_hub", "llama_cpp", "numpy", "prompt_toolkit", "torch", "transformers"}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import ScheduleKeys, random_tokens
 
-from swaa_local.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
 from swaa_local.llama import Llama
+from swaa_local.schedule.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
+from tests.support.tiny import ScheduleKeys, random_tokens
 
 FULL, PREFILL, ALWAYS = LayerMode
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from needle.docstrings import read_docstrings
 from needle.tokenizer import END_THINK, ENDOFTEXT, IM_END, IM_START, THINK, Encoder
-from swaa_local.facts import PROMPT, Document, Fact, Filler, Kind, PlacedFact, make_document, pick, sample
+from swaa_local.needle.documents import PROMPT, Document, Fact, Filler, Kind, PlacedFact, make_document, pick, sample
 
 THINK_SHARE = 0.6
 # Loss weights. Values in the document are random, and the prompt is given: nothing to learn there.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from needle.model import Needle
 from needle.rows import Question, RowMaker
-from swaa_local.config import LayerMode, SWAAConfig
-from swaa_local.facts import KINDS, Kind
+from swaa_local.needle.documents import KINDS, Kind
+from swaa_local.schedule.config import LayerMode, SWAAConfig
 
 WINDOW, SINKS = 256, 16
 

@@ -1,0 +1,1 @@
+"""`swaa-local bench`: what schedules cost."""

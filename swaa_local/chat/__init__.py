@@ -1,0 +1,1 @@
+"""`swaa-local chat`."""

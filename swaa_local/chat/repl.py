@@ -1,0 +1,206 @@
+"""The interactive loop of a chat: reads lines with editing and history, runs commands, prints replies.
+
+Knows prompt_toolkit; what commands do is in `chat_commands`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document as EditedText
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import create_output
+
+from swaa_local.chat.commands import COMMANDS, run_command
+from swaa_local.chat.session import Session
+from swaa_local.chat.terminal import Terminal
+from swaa_local.errors import PromptTooLong
+from swaa_local.generation.thinking import Piece
+from swaa_local.schedule.config import SWAAError
+
+_FENCE = '"""'
+_ROOM = "/save PATH keeps the conversation, and then /clear makes room"
+ReadLine = Callable[[str], str]
+
+
+def converse(session: Session, terminal: Terminal, read_line: ReadLine | None = None) -> None:
+    """Talk until /exit, the end of input, or Ctrl-C twice.
+
+    read_line: gets a prompt, returns a line, raises EOFError or KeyboardInterrupt; default: prompt_toolkit.
+    """
+    read_line = read_line or _line_editor()
+    stopped = False  # the last thing was a Ctrl-C
+    while True:
+        try:
+            message = _read_message(read_line)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if stopped:
+                return
+            stopped = True
+            terminal.note("Ctrl-C once more leaves, and so do Ctrl-D and /exit")
+            continue
+        except Exception as error:
+            if read_line is _plain_line:  # the terminal is gone
+                raise
+            terminal.error(f"{_describe(error)}; going on without line editing")
+            read_line = _plain_line
+            continue
+        stopped = False
+        try:
+            leave, stopped = _respond(session, terminal, message)
+            if leave:
+                return
+        except KeyboardInterrupt:
+            stopped = True
+        except Exception as error:
+            # A mistake of ours, or of the system. What was said so far must outlive it.
+            terminal.error(_describe(error))
+            if session.turns:
+                terminal.note("the conversation is still here; /save PATH writes it to a file")
+
+
+def _respond(session: Session, terminal: Terminal, message: str) -> tuple[bool, bool]:
+    """Answer a line: whether to leave, and whether the answer was stopped by Ctrl-C."""
+    try:
+        if message.startswith("/"):
+            outcome = run_command(session, message, terminal.note)
+            if outcome.leave:
+                return True, False
+            pieces = outcome.reply
+        else:
+            pieces = session.ask(message) if message else None
+        if pieces is not None:
+            return False, say_reply(session, terminal, pieces, conversing=True)
+    except PromptTooLong as error:
+        terminal.error(too_long(error, session, conversing=True))
+        if session.pending:
+            session.pending = []
+            terminal.note("the documents of this message were put away")
+    except SWAAError as error:
+        terminal.error(str(error))
+    return False, False
+
+
+def _describe(error: Exception) -> str:
+    """What the system says, or what happened in our own terms: there is nothing that the user could do otherwise."""
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"swaa-local has made a mistake, please report it ({type(error).__name__}: {error})"
+
+
+def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, conversing: bool) -> bool:
+    """Print a reply and its figures; True if it was interrupted. conversing: what is advised can be typed, and what
+    the command line says is over."""
+    terminal.show_thinking = not session.settings.hide_thinking
+    session.llm.on_prefill = terminal.on_prefill
+    interrupted = False
+    with closing(pieces):  # type: ignore[type-var]
+        try:
+            terminal.reply(pieces)
+        except KeyboardInterrupt:  # while printing; the session keeps what there is
+            interrupted = True
+    interrupted = interrupted or session.finish == "interrupted"
+    if interrupted:
+        terminal.note("stopped" if session.replied else "stopped; the message was taken back")
+    elif session.finish == "length":
+        more = "/set max-tokens" if conversing else "-n"
+        terminal.note(f"stopped after {session.settings.max_tokens} tokens; {more} allows more")
+    elif session.finish == "context":
+        n_ctx = session.llm.n_ctx()
+        more = _ROOM if conversing else "a larger -c holds more"
+        terminal.note(f"the context of {n_ctx} tokens is full, so the answer is cut; {more}")
+    # Without a token nobody knows how much of the prompt was read.
+    if session.stats and session.stats.generated_tokens:
+        terminal.figures(session.stats, session.llm.kv_bytes)
+    return interrupted
+
+
+def too_long(error: PromptTooLong, session: Session, *, conversing: bool) -> str:
+    """The error in the command line's terms, or in those of a conversation."""
+    trained = session.llm._model.n_ctx_train()
+    beyond = f" (the model was trained for {trained})" if error.n_ctx_needed > trained else ""
+    if not conversing:
+        return error.advice("-c {}", "the file" if session.pending else "it") + beyond
+    shorten = f"shorten the {'file' if session.pending else 'message'}"
+    room = _ROOM if session.turns else f"{shorten}, or start chat with -c {error.n_ctx_needed}{beyond}"
+    return f"with this message there are {error.n_prompt} tokens but the context is {error.n_ctx}; {room}"
+
+
+def _read_message(read_line: ReadLine) -> str:
+    line = read_line(">>> ").strip()
+    if not line.startswith(_FENCE):
+        return line
+    lines = [line.removeprefix(_FENCE)]
+    while not lines[-1].rstrip().endswith(_FENCE):
+        lines.append(read_line("... "))
+    lines[-1] = lines[-1].rstrip().removesuffix(_FENCE)
+    # A fence makes everything text, a leading slash too.
+    text = "\n".join(lines).strip()
+    return f" {text}" if text.startswith("/") else text
+
+
+def _line_editor() -> ReadLine:
+    stream = sys.stderr if sys.stderr.isatty() else sys.stdout
+    if not stream.isatty():
+        return _plain_line
+    editor: PromptSession[str] = PromptSession(
+        history=_history(), output=create_output(stdout=stream), completer=_Commands(), complete_while_typing=False
+    )
+    return editor.prompt
+
+
+def _plain_line(prompt: str) -> str:
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
+class _Commands(Completer):
+    """Completes command names, and paths where a command takes one."""
+
+    _paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: EditedText, complete_event: object) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        name, space, argument = text.partition(" ")
+        if not name.startswith("/"):
+            return
+        if not space:
+            yield from (Completion(f"/{known}", -len(text)) for known in COMMANDS if known.startswith(name[1:]))
+        elif name in ("/read", "/file", "/save", "/load"):
+            path = EditedText(argument.removeprefix("-f "))
+            yield from self._paths.get_completions(path, complete_event)  # type: ignore[arg-type]
+
+
+class _QuietFileHistory(FileHistory):
+    """A history that nobody misses: a file that cannot be read or written is no reason to fail."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            yield from list(super().load_history_strings())
+        except (OSError, UnicodeError):
+            return
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(string)
+        except (OSError, UnicodeError):
+            return
+
+
+def _history() -> History:
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "swaa-local"
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):  # no home
+        return InMemoryHistory()
+    return _QuietFileHistory(str(state / "chat_history"))

@@ -1,0 +1,145 @@
+"""`swaa-local chat`: talk to a model about long texts.
+
+Puts session, terminal and loop together. Knows the command's options; each part knows its own business.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swaa_local.chat.commands import NO_SYSTEM, describe_schedule
+from swaa_local.chat.document import Document, decode_document, read_document
+from swaa_local.chat.repl import converse, say_reply, too_long
+from swaa_local.chat.session import ChatError, Session, Settings
+from swaa_local.chat.terminal import Terminal
+from swaa_local.cli.engine_options import EngineOptions
+from swaa_local.cli.schedule_options import ScheduleOptions
+from swaa_local.errors import PromptTooLong
+from swaa_local.files.input_file import read_input
+from swaa_local.files.user_input import require_utf8
+from swaa_local.llama import Llama
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.sources.find import find_gguf
+
+# How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
+_STDIN_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The command's options; None where the user said nothing.
+
+    message: one question, then the program ends. given: names of the settings that the user chose.
+    """
+
+    model: str
+    schedule: ScheduleOptions
+    settings: Settings
+    given: tuple[str, ...] = ()
+    message: str | None = None
+    files: Sequence[str] = ()
+    n_ctx: int | None = None
+    engine: EngineOptions = EngineOptions()  # noqa: RUF009 frozen
+
+
+def chat(options: ChatOptions) -> int:
+    """Run a chat and return the exit code: 0, or 130 if Ctrl-C stopped the only answer. Raises `SWAAError`."""
+    terminal = Terminal(show_thinking=not options.settings.hide_thinking)
+    interactive = options.message is None and sys.stdin is not None and sys.stdin.isatty()
+    documents = [read_document(path) for path in options.files]
+    require_utf8(options.settings.system, "the system message")
+    message = options.message
+    if message is not None:
+        require_utf8(message, "the message")
+    if not interactive and message is None:
+        if "-" in options.files:
+            raise ChatError("standard input is the document, so the question must come with -p")
+        data = b"" if sys.stdin is None else read_input(sys.stdin.buffer, "standard input")
+        if not data.strip():
+            raise ChatError("no question: standard input is empty; ask with -p TEXT")
+        message = decode_document("standard input", data).text.strip()
+    session = _open_session(options, terminal)
+    try:
+        if not interactive and options.message is not None and "-" not in options.files:
+            documents += _piped_document(terminal)
+        session.pending = documents
+        if interactive:
+            _greet(session, terminal)
+            converse(session, terminal)
+            return 0
+        assert message is not None
+        return _answer_once(session, terminal, message)
+    finally:
+        session.close()
+
+
+def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
+    try:
+        interrupted = say_reply(session, terminal, session.ask(message), conversing=False)
+    except PromptTooLong as error:
+        raise ChatError(too_long(error, session, conversing=False)) from None
+    return 130 if interrupted else 0
+
+
+def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
+    path = find_gguf(options.model)
+    swaa = options.schedule.config(read_model_info(path).n_layer) or None  # --no-swaa is `full` below
+
+    advice = "pass -c"  # which /swaa comes too late for
+
+    def open_llm(full: bool) -> Llama:
+        nonlocal advice
+        with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
+            warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
+            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=options.n_ctx, **options.engine.arguments())
+        for warning in caught:
+            terminal.note(str(warning.message).replace("pass n_ctx", advice))
+        advice = "start chat with -c"
+        return llm
+
+    session = Session(open_llm, options.settings, full=options.schedule.no_swaa)
+    session.settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
+    if session.template.is_fallback:
+        terminal.note("this model has no chat template, so ChatML is used; a base model answers poorly")
+    if options.settings.system and "system" in session.template.leaves_out:
+        terminal.note(NO_SYSTEM)
+    if options.settings.think is not None and not session.template.has_thinking_switch:
+        switch = "--think" if options.settings.think else "--no-think"
+        terminal.note(f"this model's chat template has no switch for thinking, so {switch} changes nothing")
+    return session
+
+
+def _greet(session: Session, terminal: Terminal) -> None:
+    llm = session.llm
+    terminal.note(f"{Path(llm.model_path).name} · context {llm.n_ctx():,} tokens · {describe_schedule(llm.schedule)}")
+    for document in session.pending:
+        n_tokens = len(llm.tokenize(document.text.encode(), add_bos=False))
+        terminal.note(f"{document.name}: {n_tokens:,} tokens, goes with your first message")
+    if "assistant" in session.template.leaves_out:
+        terminal.note("this model's chat template leaves out earlier answers: each message stands for itself")
+    terminal.note("/help lists the commands, Ctrl-D leaves")
+
+
+def _piped_document(terminal: Terminal) -> list[Document]:
+    """What was piped in beside a message on the command line, if anything was."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # no standard input at all
+        return []
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        # Programs that run us often leave an open pipe that nobody writes to.
+        ready, _, _ = select.select([sys.stdin], [], [], _STDIN_PATIENCE_S)
+        if not ready:
+            terminal.note("standard input is open but silent, so it is not read; --file - waits for it")
+            return []
+    elif not stat.S_ISREG(mode):
+        return []
+    data = read_input(sys.stdin.buffer, "standard input")
+    return [decode_document("stdin", data)] if data.strip() else []

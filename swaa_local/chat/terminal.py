@@ -1,0 +1,139 @@
+"""The terminal side of a chat: the answer on stdout, everything else on stderr.
+
+Knows streams and rich; nothing of models. Progress and thoughts are for people: where stderr is no terminal, only notes
+and errors are written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from swaa_local.generation.thinking import Piece
+from swaa_local.report.printable import printable
+from swaa_local.report.terminal import Console
+from swaa_local.report.units import format_bytes
+
+if TYPE_CHECKING:
+    from swaa_local.engine.run_stats import RunStats
+
+# What a text must not do to a terminal: everything below a space but tab and newline, DEL, and C1.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+_LONG_PROMPT = 64  # tokens
+
+
+class Terminal:
+    """Writes for one chat. show_thinking may change between replies."""
+
+    def __init__(self, *, show_thinking: bool = True) -> None:
+        self.console = Console(soft_wrap=True)
+        self.show_thinking = show_thinking
+        self._progress: Progress | None = None
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(
+                errors="replace"
+            )  # an answer in a terminal without Unicode loses letters, not itself
+        self._to_terminal = sys.stdout.isatty()
+
+    def note(self, text: str) -> None:
+        """A line beside the conversation."""
+        self.console.print(Text(printable(text), style="dim"))
+
+    def error(self, text: str) -> None:
+        self.console.print(Text(printable(" ".join(text.split())), style="red"))
+
+    def loading(self, name: str) -> AbstractContextManager[object]:
+        """A spinner while a model loads."""
+        if not self.console.is_terminal:
+            return nullcontext()
+        return self.console.status(Text(printable(f"loading {name}"), style="dim"), spinner_style="dim")
+
+    # Progress of a prefill, as `Llama.on_prefill` takes it.
+
+    def on_prefill(self, done: int, total: int) -> None:
+        """Show a bar for a prompt that may take a while; it goes away when the prompt is read."""
+        if done >= total:
+            self.end_progress()
+            return
+        if self._progress is None:
+            if total < _LONG_PROMPT or not self.console.is_terminal:
+                return
+            self._progress = Progress(
+                TextColumn("[dim]reading"),
+                BarColumn(),
+                TextColumn("[dim]{task.completed:,}/{task.total:,} tokens"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.add_task("prefill", total=total)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=done)
+
+    def end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    # A reply.
+
+    def reply(self, pieces: Iterable[Piece]) -> None:
+        """Print a reply as it comes; the line is ended whatever happens."""
+        visible = self.show_thinking and self.console.is_terminal
+        last = Piece("\n")
+        spinner = self.console.status(Text("thinking", style="dim"), spinner_style="dim")
+        try:
+            for piece in pieces:
+                self.end_progress()
+                before, last = last, piece
+                if not piece.thinking:
+                    spinner.stop()
+                    if before.thinking and visible:
+                        self.console.print("\n")
+                    sys.stdout.write(self._clean(piece.text))
+                    sys.stdout.flush()
+                elif visible:
+                    self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
+                elif self.console.is_terminal:
+                    spinner.start()
+        finally:
+            self.end_progress()
+            spinner.stop()
+            if last.thinking and visible:
+                self.console.print()
+            elif not last.thinking and not last.text.endswith("\n"):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+
+    def figures(self, stats: RunStats, kv_bytes: int) -> None:
+        self.note(describe(stats, kv_bytes))
+
+    def _clean(self, text: str) -> str:
+        return _CONTROLS.sub("", text) if self._to_terminal else text
+
+
+def describe(stats: RunStats, kv_bytes: int) -> str:
+    """One line: prompt and cached tokens, prefill and generation speed, size of the KV cache."""
+
+    def rate(value: float) -> str:
+        return "" if math.isnan(value) else f", {value:,.1f} tok/s"
+
+    cached = f" ({stats.cached_tokens:,} cached)" if stats.cached_tokens else ""
+    return " · ".join(
+        [
+            f"prompt {stats.prompt_tokens:,} tokens{cached}",
+            f"prefill {stats.prefill_s:.2f} s{rate(stats.prefill_tokens_per_s)}",
+            f"generated {stats.generated_tokens:,} tokens{rate(stats.decode_tokens_per_s)}",
+            f"KV {format_bytes(kv_bytes)}",
+        ]
+    )

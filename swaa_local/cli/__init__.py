@@ -1,0 +1,1 @@
+"""The command line: it parses, calls and prints. Imports everything; nothing imports it but `__main__`."""

@@ -1,0 +1,67 @@
+"""Kinds of values on the command line that several commands take. Knows click, paths and the engine's bounds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swaa_local.files.user_input import user_path
+from swaa_local.schedule.config import MAX_TOKENS
+
+
+class _UserPath(click.Path):
+    """click's, with `~` as in the other paths: no shell expands it in --option=~/file, nor in quotes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(user_path(os.fspath(value)), param, ctx)
+
+
+PATH = _UserPath(path_type=Path)
+FILE = _UserPath(path_type=Path, dir_okay=False)
+
+
+class Number(click.ParamType):
+    """A whole number from `least` to `most`. name: of what is counted. (click.IntRange prints bounds into the help.)"""
+
+    def __init__(self, name: str, least: int, most: int) -> None:
+        self.name = name
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of {self.name}", param, ctx)
+        if not self._least <= number <= self._most:
+            self.fail(f"{number} is not between {self._least} and {self._most}", param, ctx)
+        return number
+
+
+def tokens(least: int) -> Number:
+    """A number of tokens."""
+    return Number("tokens", least, MAX_TOKENS)
+
+
+class Numbers(click.ParamType):
+    """A list of numbers of tokens, `least` or more each: 4096,16384. kind: what the error calls them."""
+
+    name = "numbers"
+
+    def __init__(self, least: int, kind: str) -> None:
+        self._least, self._kind = least, kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            numbers = [int(part) for part in value.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or min(numbers) < self._least:
+            self.fail(f"{value!r} is not a list of {self._kind} such as 4096,16384", param, ctx)
+        if max(numbers) > MAX_TOKENS:
+            self.fail(f"{max(numbers)} is more than {MAX_TOKENS}", param, ctx)
+        return numbers

@@ -1,0 +1,103 @@
+"""How the engine runs, on the command line: one decorator for every command that loads a model.
+
+Names are llama.cpp's. Knows click and the constructor of `Llama`; nothing of schedules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import click
+
+from swaa_local.cli.click_types import Number, tokens
+from swaa_local.engine import crash
+from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
+from swaa_local.schedule.config import KV_TYPES
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
+_THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the user said of the engine; None where they said nothing. Threads and tokens are counts."""
+
+    n_gpu_layers: int = -1
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    flash_attn: bool | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    verbose: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of `Llama`. Threads of -t serve the prompt too where -tb is not given."""
+        from swaa_local.engine.memory import kv_type_id
+
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["n_threads_batch"] = self.n_threads_batch or self.n_threads
+        for name in ("type_k", "type_v"):
+            given[name] = None if given[name] is None else kv_type_id(given[name])
+        if self.n_ubatch is None:
+            del given["n_ubatch"]
+        return given
+
+
+def engine_options(command: Command, *, without: Collection[str] = ()) -> Command:
+    """Add the engine's options; the command gets them as `engine: EngineOptions`. without: fields to leave out.
+
+    The engine is loaded first, and from then on a signal that ends the process is reported (`crash`).
+    """
+    options = {
+        "n_gpu_layers": click.option(
+            "-ngl", "--gpu-layers", "n_gpu_layers", type=_LAYERS, default=-1, help="Layers on the GPU [all]."
+        ),
+        "n_threads": click.option(
+            "-t", "--threads", "n_threads", type=_THREADS, help="Threads [half the CPUs; all to read]."
+        ),
+        "n_threads_batch": click.option(
+            "-tb", "--threads-batch", "n_threads_batch", type=_THREADS, help="Threads to read the prompt [-t]."
+        ),
+        "n_batch": click.option("-b", "--batch-size", "n_batch", type=tokens(1), help="Tokens of a batch [2048]."),
+        "n_ubatch": click.option(
+            "-ub",
+            "--ubatch-size",
+            "n_ubatch",
+            type=tokens(1),
+            help="Tokens of a part of a batch [512; 1024 for windows on a GPU].",
+        ),
+        "flash_attn": click.option(
+            "-fa",
+            "--flash-attn",
+            type=click.Choice(["on", "off", "auto"]),
+            default="auto",
+            help="Flash attention; auto is on where the device can [auto].",
+        ),
+        "type_k": click.option(
+            "-ctk", "--cache-type-k", "type_k", type=_KV_TYPE, help="Type of the cached keys [f16]."
+        ),
+        "type_v": click.option(
+            "-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16]."
+        ),
+        "verbose": click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    }
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        said = {field.name: kwargs.pop(field.name) for field in fields(EngineOptions) if field.name not in without}
+        said["flash_attn"] = {"on": True, "off": False, "auto": None}[said["flash_attn"]]
+        crash.watch(f"running {click.get_current_context().info_name}", keep_backtrace=said.get("verbose", False))
+        return command(*args, engine=EngineOptions(**said), **kwargs)
+
+    decorated: Callable[..., Any] = wrapped
+    for name, option in reversed(options.items()):
+        if name not in without:
+            decorated = option(decorated)
+    return decorated  # type: ignore[return-value]

@@ -1,0 +1,326 @@
+"""The command line: parses, calls, prints. No logic, and no engine before a command runs.
+
+The only place that prints and exits. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 128 + n where
+signal n ended the server, 130 Ctrl-C, 141 nobody reads the output.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swaa_local import __version__
+from swaa_local.cli import streams
+from swaa_local.cli.bench import bench_command
+from swaa_local.cli.click_types import PATH, Number, tokens
+from swaa_local.cli.engine_options import EngineOptions, engine_options
+from swaa_local.cli.eval import demo_command, eval_command
+from swaa_local.cli.schedule_options import ScheduleOptions, schedule_options
+from swaa_local.cli.serve import serve_command
+from swaa_local.report.printable import printable, printable_json, printable_lines
+from swaa_local.schedule.config import KV_TYPES, SWAAError
+from swaa_local.schedule.presets import PRESETS
+
+_CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _NobodyReads(Exception):
+    """A `BrokenPipeError` that click must not see: it would make it exit code 1."""
+
+
+class _Program(click.Group):
+    """Turns every way to stop into an exit code and at most one line on stderr."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _hidden_from_click():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _hidden_from_click():
+            return super().invoke(ctx)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        run: Callable[[], Any] = functools.partial(super().main, *args, **(kwargs | {"standalone_mode": False}))
+        if not standalone_mode:
+            return run()
+        streams.prepare()
+        try:
+            code = _exit_code(run)
+        except (BrokenPipeError, _NobodyReads):
+            # Nobody reads on, for instance `| head`.
+            code = 141
+        finally:
+            streams.finish()
+        sys.exit(code)
+
+
+@contextmanager
+def _hidden_from_click() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _NobodyReads from error
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        code = run()
+        sys.stdout.flush()
+    except click.ClickException as error:
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(printable_lines(shown.getvalue()), err=True, nl=False)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except SWAAError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except MemoryError:
+        return _fail("out of memory")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int = 1) -> int:
+    click.echo(f"swaa-local: error: {printable(' '.join(message.split()))}", err=True)
+    return code
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        engine = f"llama-cpp-python {version('llama-cpp-python')}"
+    except PackageNotFoundError:
+        engine = "llama-cpp-python is not installed"
+    click.echo(f"swaa-local {__version__} ({engine})")
+    ctx.exit()
+
+
+@click.group(cls=_Program, context_settings=_CONTEXT)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def main() -> None:
+    """Long prompts on your own machine, read faster.
+
+    A schedule (SWAA, arXiv 2512.10411), stored in the GGUF, says which layers see only a sliding window while the
+    prompt is read. Other programs still run the same file with full attention.
+
+    \b
+    swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b
+    swaa-local inspect qwen.gguf
+    swaa-local chat qwen.gguf --file book.txt
+    swaa-local serve qwen.gguf
+    """
+
+
+@main.command("inspect", short_help="Show a schedule, and what it costs and saves.")
+@click.argument("file", type=PATH)
+@click.option("-c", "--ctx-size", "n_ctx", type=tokens(1), help="Context in tokens [the model's, at most 32768].")
+@click.option(
+    "-ub",
+    "--ubatch-size",
+    "n_ubatch",
+    type=tokens(1),
+    help="Tokens of a part of a batch [512; 1024 for windows on a GPU].",
+)
+@click.option(
+    "-ctk", "--cache-type-k", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True
+)
+@click.option(
+    "-ctv", "--cache-type-v", type=click.Choice(list(KV_TYPES), case_sensitive=False), default="f16", show_default=True
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(
+    file: Path, n_ctx: int | None, n_ubatch: int | None, cache_type_k: str, cache_type_v: str, as_json: bool
+) -> None:
+    """Show a GGUF's schedule, layer by layer, and what it costs and saves.
+
+    KV bytes and attention work are worked out from the metadata for one sequence of -c tokens; nothing is loaded or
+    measured.
+
+    \b
+    swaa-local inspect model.gguf
+    swaa-local inspect model.gguf -c 131072 -ctk q8_0 -ctv q8_0
+    swaa-local inspect model.gguf --json | jq .schedule.swaa_config
+    """
+    from swaa_local.inspect.run import as_dict, inspect_gguf, report
+
+    inspection = inspect_gguf(file, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=cache_type_k, type_v=cache_type_v)
+    if as_json:
+        click.echo(printable_json(as_dict(inspection), indent=2))
+    else:
+        click.echo(report(inspection))
+
+
+@main.command("convert", short_help="Make a GGUF with a schedule from a GGUF, a checkpoint or a hub id.")
+@click.argument("source")
+@click.option("-o", "--output", type=PATH, help="The GGUF to write.  [required]")
+@click.option(
+    "--outtype",
+    "out_type",
+    metavar="TYPE",
+    help="Weight type: f32, f16, bf16, q8_0, q4_k_m, ... by llama-quantize's names.",
+)
+@schedule_options
+@click.option("--pre-tokenizer", metavar="NAME", help="Of a BPE tokenizer that upstream's converter does not know.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize what is already quantized; loses quality.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the log of upstream's converter.")
+@click.option("--in-place", is_flag=True, hidden=True)
+def convert_command(
+    source: str,
+    output: Path | None,
+    out_type: str | None,
+    schedule: ScheduleOptions,
+    pre_tokenizer: str | None,
+    force: bool,
+    allow_requantize: bool,
+    dry_run: bool,
+    verbose: bool,
+    in_place: bool,
+) -> None:
+    """Make a GGUF with a schedule.
+
+    SOURCE is a GGUF file, the directory of a Hugging Face checkpoint, or a hub id: org/name, org/name:file.gguf,
+    org/name:Q4_K_M, each with an optional @revision behind the name.
+
+    From a GGUF all tensors are copied byte for byte; of a model in several files, name the first, and it becomes one.
+    From a checkpoint upstream's converter makes the GGUF, in the 16-bit type that the checkpoint has unless --outtype
+    says otherwise; that needs PyTorch and transformers: pip install 'swaa-local[convert]'. Other types go through
+    llama.cpp's quantizer. The output appears when it is complete; nothing is overwritten without --force.
+
+    \b
+    swaa-local convert model.gguf -o model-swaa.gguf --preset qwen3-4b
+    swaa-local convert model.gguf -o out.gguf --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
+    swaa-local convert ./my-finetune -o out.gguf --outtype q4_k_m --preset half --pre-tokenizer qwen2
+    swaa-local convert org/name:Q4_K_M -o out.gguf --preset half --dry-run
+    swaa-local convert model-swaa.gguf -o plain.gguf --no-swaa
+
+    Presets (--list-presets shows what is known about them; for an unlisted model start with half, and measure):
+
+    \b
+    {presets}
+    """
+    if in_place:
+        raise click.UsageError("convert never rewrites its source; name another file with -o, and remove the old one")
+    if output is None:
+        raise click.UsageError("name the GGUF to write: -o OUT.gguf")
+    from swaa_local.convert.plan import Request, describe_plan, make_plan
+    from swaa_local.convert.run import convert
+    from swaa_local.report.terminal import TerminalReporter
+    from swaa_local.report.units import format_bytes
+
+    request = Request(
+        source=source,
+        output=output,
+        schedule=schedule.config if schedule.given else False if schedule.no_swaa else None,
+        out_type=out_type,
+        pre_tokenizer=pre_tokenizer,
+        force=force,
+        allow_requantize=allow_requantize,
+        verbose=verbose,
+    )
+    if dry_run:
+        click.echo(describe_plan(make_plan(request)))
+        return
+    reporter = TerminalReporter()
+    if schedule.preset is not None:
+        reporter.note(f"preset {schedule.preset.name}: {' '.join(schedule.preset.notes)}")
+    convert(request, reporter)
+    reporter.note(f"wrote {output} ({format_bytes(output.stat().st_size)}); swaa-local inspect {output} shows it")
+
+
+convert_command.help = (convert_command.help or "").format(presets="\n    ".join(PRESETS))
+
+
+@main.command("chat", short_help="Talk to a model about long texts.")
+@click.argument("model", required=False)
+@click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
+@click.option("-p", "--prompt", "message", metavar="TEXT", help="Ask this one question and leave.")
+@click.option(
+    "-f", "--file", "files", metavar="PATH", multiple=True, help="A text to talk about; - is stdin. Repeatable."
+)
+@click.option("-s", "--system", "-sys", metavar="TEXT", help="System message.")
+@click.option("--think/--no-think", default=None, help="Let a thinking model think, or not [its template decides].")
+@click.option("--hide-thinking", is_flag=True, help="Do not show what it thinks.")
+@click.option(
+    "-n",
+    "--max-tokens",
+    "--predict",
+    type=int,
+    help="Tokens of an answer, thinking included [no limit; the bundled model: 256].",
+)
+@click.option("--temp", type=click.FloatRange(0), help="Temperature; 0 is greedy [0.8].")
+@click.option(
+    "--top-k", type=Number("tokens", 0, (1 << 31) - 1), help="Sample from the k likeliest tokens; 0 from all [40]."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Sample from the likeliest that sum to p [0.95].")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest [0.05].")
+@click.option("--repeat-penalty", type=click.FloatRange(0), help="Penalty for repeated tokens [1.0, none].")
+@click.option("--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
+@click.option("-c", "--ctx-size", "n_ctx", type=tokens(0), help="Context in tokens [the model's, or what fits].")
+@engine_options
+@schedule_options
+def chat_command(
+    model: str | None,
+    model_option: str | None,
+    system: str | None,
+    think: bool | None,
+    hide_thinking: bool,
+    engine: EngineOptions,
+    schedule: ScheduleOptions,
+    **options: Any,
+) -> int:
+    """Talk to MODEL about long texts.
+
+    MODEL is a GGUF file, or one on the hub: org/name or org/name:file.gguf, which is downloaded once. Without one it is
+    the bundled model, which only knows how to answer questions about facts in a text.
+
+    The schedule is the file's; the options below replace it for this chat. The answer goes to stdout, everything else
+    to stderr. With -p, or with a question piped in, there is one answer; otherwise a conversation, where /help lists
+    the commands. Sampling defaults in the GGUF win over those below.
+
+    \b
+    swaa-local chat model.gguf
+    swaa-local chat model.gguf --file book.txt -p "Who is the narrator?"
+    man bash | swaa-local chat model.gguf -p "How do I read a file line by line?"
+    swaa-local chat model.gguf --file a.txt --file b.txt --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
+    """
+    if model is not None and model_option is not None:
+        raise click.UsageError("MODEL is given twice, by itself and with -m")
+    model = model or model_option
+    streams.need_stdout()
+    from swaa_local.chat.run import ChatOptions, chat
+    from swaa_local.chat.session import Settings
+    from swaa_local.needle.model import CHAT_SETTINGS, NOTE, bundled_model
+    from swaa_local.report.terminal import TerminalReporter
+
+    sampling = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed")
+    given = {name: value for name in sampling if (value := options.pop(name)) is not None}
+    if model is None:
+        model = str(bundled_model())
+        given = {**CHAT_SETTINGS, **given}
+        TerminalReporter().note(NOTE)
+    settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
+    return chat(
+        ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)
+    )
+
+
+main.add_command(bench_command)
+main.add_command(eval_command)
+main.add_command(demo_command)
+main.add_command(serve_command)

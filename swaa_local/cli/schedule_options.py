@@ -1,0 +1,160 @@
+"""The schedule on the command line: one decorator for every command that takes one.
+
+Knows click and the rules' names; what the values mean is in config.py. A layer list such as `1::2` has no meaning
+before the model's depth is known, so a command gets `ScheduleOptions` and asks for `config(n_layer)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import click
+
+from swaa_local.cli.click_types import tokens
+from swaa_local.schedule.config import SWAAConfig, parse_layers
+from swaa_local.schedule.presets import PRESETS, Preset, get_preset
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_NAMES = ("preset", "window", "sinks", "full_layers", "fa_decode", "fa_decode_layers", "clip_layers", "no_swaa")
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """What the user said of the schedule; None where they said nothing."""
+
+    preset: Preset | None = None
+    window: int | None = None
+    sinks: int | None = None
+    full_layers: str | None = None
+    fa_decode: bool | None = None
+    fa_decode_layers: str | None = None
+    clip_layers: bool = False
+    no_swaa: bool = False
+
+    @property
+    def given(self) -> bool:
+        """True if the user asked for a schedule."""
+        return self.preset is not None or self.window is not None
+
+    def config(self, n_layer: int) -> SWAAConfig | Literal[False] | None:
+        """The schedule for a model of this depth; False for --no-swaa, None if nothing was said.
+
+        Given options replace the preset's. Raises `ScheduleError`.
+        """
+        if self.no_swaa:
+            return False
+        if not self.given:
+            return None
+
+        def layers(text: str) -> tuple[int, ...]:
+            return parse_layers(text, n_layer, clip_layers=self.clip_layers)
+
+        window, sinks, full, decode = self.window, self.sinks, self.full_layers, self.fa_decode
+        base = SWAAConfig()
+        if self.preset is not None:
+            # Layers named by hand replace the preset's, so its depth no longer matters.
+            base = (
+                self.preset.config(n_layer, clip_layers=self.clip_layers)
+                if full is None
+                else SWAAConfig(self.preset.window, self.preset.sinks, self.preset.fa_decode)
+            )
+        return SWAAConfig(
+            sliding_window_size=base.sliding_window_size if window is None else window,
+            keep_first=base.keep_first if sinks is None else sinks,
+            force_fa_decode=(
+                layers(self.fa_decode_layers)
+                if self.fa_decode_layers is not None
+                else base.force_fa_decode
+                if decode is None
+                else decode
+            ),
+            non_sliding_layers=base.non_sliding_layers if full is None else layers(full),
+        )
+
+
+def schedule_options(command: Command) -> Command:
+    """Add the schedule's options; the command gets them as `schedule: ScheduleOptions`."""
+    options = [
+        click.option("--preset", metavar="NAME", callback=_preset, help="A published schedule; see --list-presets."),
+        click.option(
+            "--window",
+            type=tokens(1),
+            help="Sliding window W, the token itself included.",
+        ),
+        click.option("--sinks", type=tokens(0), help="First tokens that stay visible to everyone [0]."),
+        click.option(
+            "--full-layers",
+            metavar="LAYERS",
+            help="Layers that keep full attention: 1,3,5 or 0-3 or 1::2, or '' for none [none].",
+        ),
+        click.option(
+            "--fa-decode/--no-fa-decode",
+            default=None,
+            help="Full attention for generated tokens; the window is for the prompt alone.",
+        ),
+        click.option(
+            "--fa-decode-layers", metavar="LAYERS", help="FA decode in these layers only, same syntax as --full-layers."
+        ),
+        click.option(
+            "--clip-layers", is_flag=True, help="Drop listed layers past the model's last one instead of refusing."
+        ),
+        click.option("--no-swaa", is_flag=True, help="No schedule: full attention, whatever the file says."),
+        click.option(
+            "--list-presets",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_list_presets,
+            help="Show the presets and what is known about them.",
+        ),
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        schedule = ScheduleOptions(**{name: kwargs.pop(name) for name in _NAMES})
+        _check(schedule)
+        return command(*args, schedule=schedule, **kwargs)
+
+    decorated: Callable[..., Any] = wrapped
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[return-value]
+
+
+def _check(options: ScheduleOptions) -> None:
+    details = {
+        "--sinks": options.sinks is not None,
+        "--full-layers": options.full_layers is not None,
+        "--fa-decode": options.fa_decode is not None,
+        "--fa-decode-layers": options.fa_decode_layers is not None,
+        "--clip-layers": options.clip_layers,
+    }
+    said = [name for name, is_given in details.items() if is_given]
+    if options.no_swaa and (options.given or said):
+        raise click.UsageError("--no-swaa means no schedule; leave out the schedule's other options")
+    if said and not options.given and not options.no_swaa:
+        raise click.UsageError(f"{said[0]} needs a window: add --window TOKENS or --preset NAME")
+    if options.fa_decode is not None and options.fa_decode_layers is not None:
+        raise click.UsageError("--fa-decode means all layers and --fa-decode-layers some; give one of them")
+
+
+def _preset(ctx: click.Context, _param: click.Parameter, value: str | None) -> Preset | None:
+    return None if value is None else get_preset(value)
+
+
+def _list_presets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    click.echo("\n\n".join(describe_preset(preset) for preset in PRESETS.values()))
+    ctx.exit()
+
+
+def describe_preset(preset: Preset) -> str:
+    """Name, settings and what is known, on several lines."""
+    settings = f"--window {preset.window} --sinks {preset.sinks} --full-layers '{preset.full_layers}'"
+    lines = [preset.name, f"  {preset.description}", f"  {settings}{' --fa-decode' if preset.fa_decode else ''}"]
+    return "\n".join([*lines, *(f"  - {note}" for note in preset.notes)])

@@ -1,0 +1,1 @@
+"""`swaa-local demo`: the bundled model, with and without its schedule."""

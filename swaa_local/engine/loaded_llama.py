@@ -1,0 +1,294 @@
+"""What a `Llama` is before it evaluates anything: loaded as the user and the schedule want it, guarded, and closed.
+
+Knows how upstream's class builds its model and context; what is evaluated in them, and in which phase, is in `llama`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import llama_cpp
+import numpy as np
+from llama_cpp import llama_cpp as _c
+from llama_cpp._internals import LlamaContext
+
+from swaa_local.engine import crash, memory, native
+from swaa_local.engine import log as engine_log
+from swaa_local.engine.callbacks import Callbacks
+from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
+from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
+from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.limits import check_number, check_numbers
+from swaa_local.engine.message_form import FormedFormatter
+from swaa_local.engine.schedule import Wanted, apply_schedule, check_wanted, get_schedule
+from swaa_local.engine.tokens import tokenize
+from swaa_local.errors import ModelLoadError
+from swaa_local.model_file.check import check_gguf
+from swaa_local.model_file.header import GGUFError
+from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, SWAAError, default_n_ubatch
+from swaa_local.sources.find import fetch_matching
+
+_NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
+_VOCAB_N_CTX = 512  # a vocabulary has no context of its own, but upstream makes one of it
+
+Self = TypeVar("Self", bound="LoadedLlama")
+
+
+class _Path(str):
+    """Upstream encodes a path as UTF-8, which not every file's name is."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
+class LoadedLlama(llama_cpp.Llama):
+    """`llama_cpp.Llama` with a schedule; keywords and errors are described in `llama.Llama`."""
+
+    n_tokens: int
+    input_ids: Any
+    scores: Any
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        swaa: Wanted = None,
+        n_ctx: int | None = 0,
+        n_batch: int | None = None,
+        n_ubatch: int | None = None,
+        flash_attn: bool | None = None,
+        verbose: bool = False,
+        on_prefill: Callable[[int, int], None] | None = None,
+        lora_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_wanted(swaa)
+        check_numbers({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **kwargs})
+        try:
+            check_gguf(model_path)
+        except GGUFError as error:
+            raise ModelLoadError(str(error)) from error
+        for name in ("type_k", "type_v"):
+            if kwargs.get(name) is not None and kwargs[name] not in memory.KV_TYPE_NAMES:
+                known = ", ".join(f"{number} ({kind})" for number, kind in memory.KV_TYPE_NAMES.items())
+                raise ModelLoadError(f"{name} is {kwargs[name]!r}, which is no KV cache type; known are {known}")
+        self._guard = Guard()
+        self._callbacks = Callbacks(self._guard)
+        self._swaa = swaa
+        self._flash_attn = flash_attn
+        self._said_n_ctx = n_ctx or 0
+        self._said_n_ubatch = n_ubatch
+        self._said_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
+        self._adapter_path = lora_path
+        self._adapter: Any = None
+        self.schedule: Schedule | None = None
+        self.file_schedule: Schedule | None = None
+        self.on_prefill = on_prefill
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            loading = crash.step(f"loading {Path(model_path).name}")
+            with loading, Shield() as self._loading, engine_log.captured(verbose) as log:
+                try:
+                    # Upstream would choose the sizes before it knows the model; `_model` does. 1 costs nothing.
+                    sizes = {"n_ctx": 1, "n_batch": 1, "n_ubatch": 1}
+                    super().__init__(_Path(model_path), flash_attn=bool(flash_attn), verbose=verbose, **sizes, **kwargs)
+                    self._attach_adapter()
+                    self._form_chats()
+                    self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
+                    self.scores = np.zeros((self._n_ctx if self._logits_all else 1, self._n_vocab), dtype=np.single)
+                except SWAAError:
+                    raise
+                except (ValueError, RuntimeError, MemoryError) as error:
+                    raise ModelLoadError(f"{model_path}: {log.reason}" if log.reason else str(error)) from error
+                except jinja2.TemplateError as error:  # upstream compiles the GGUF's chat templates
+                    raise ModelLoadError(f"{model_path}: the chat template is broken: {error}") from error
+            undo.pop_all()
+        if kwargs.get("tokenizer") is None:
+            self.tokenizer_ = self.tokenizer()
+
+    # Upstream makes the parameters in its constructor; the progress callback is where loading can be stopped.
+
+    @property
+    def model_params(self) -> Any:
+        return self.__dict__["model_params"]
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        self.__dict__["model_params"] = params
+        loading = self._loading
+        params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not loading.raises)
+
+    # Between loading the model and creating the context, upstream assigns `_model`: the moment to set the schedule. All
+    # of upstream's methods come to the engine through `_model` and `_ctx`.
+
+    @property
+    def _model(self) -> Any:
+        self._guard.check_open()
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        self.__dict__["_model"] = model
+        model.tokenize = functools.partial(tokenize, model.vocab)
+        params = self.context_params
+        params.n_batch = self._said_n_batch
+        if self.model_params.vocab_only:
+            params.n_ctx = self._said_n_ctx or _VOCAB_N_CTX
+        else:
+            self.file_schedule = get_schedule(model.model)
+            self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
+            self._choose_parameters()
+            params.n_ctx = choose_n_ctx(
+                model, self._said_n_ctx, self.schedule, params, self.model_params, logits_all=self._logits_all
+            )
+        self.n_batch = params.n_batch = min(params.n_batch, params.n_ctx)
+        self._choose_parameters()
+        self._load_adapter()
+
+    @property
+    def _ctx(self) -> Any:
+        self._guard.check_open()
+        return self.__dict__["_ctx"]
+
+    @_ctx.setter
+    def _ctx(self, ctx: Any) -> None:
+        self.__dict__["_ctx"] = ctx
+
+    def _replace_context(self, swaa: Wanted) -> None:
+        """Another schedule on the same weights, and an empty context for it; errors as of `Llama.set_schedule`."""
+        self.schedule = apply_schedule(self.model, swaa, self.file_schedule, verbose=self.verbose)
+        self._swaa = swaa
+        self._choose_parameters()
+        self._ctx.close()  # first, so that there is never memory for two
+        with crash.step("making a context"), Shield(), engine_log.captured(self.verbose) as log:
+            try:
+                check_memory(self._model, self._n_ctx, self.schedule, self.context_params, self.model_params)
+                self._ctx = LlamaContext(model=self._model, params=self.context_params, verbose=self.verbose)
+                self._attach_adapter()
+            except SWAAError:
+                self.close()
+                raise
+            except ValueError as error:
+                self.close()
+                raise ModelLoadError(f"{self.model_path}: {log.reason or error}") from error
+
+    def _choose_parameters(self) -> None:
+        """What the user did not say and the schedule decides, among others."""
+        params, on_gpu = self.context_params, gpu_layers(self.model_params.n_gpu_layers) > 0
+        if self._flash_attn is None:
+            params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO
+        n_ubatch = self._said_n_ubatch
+        if n_ubatch is None:
+            n_ubatch = default_n_ubatch(self.schedule or Schedule.full(1), gpu=on_gpu)
+        params.n_ubatch = min(params.n_batch, n_ubatch or params.n_batch)  # 0 as in llama.cpp
+
+    def _load_adapter(self) -> None:
+        """Before there is a context: it reserves graphs for the adapters that it finds."""
+        if self._adapter_path is None:
+            return
+        with engine_log.captured(self.verbose) as log:
+            self._adapter = _c.llama_adapter_lora_init(self.model, os.fsencode(self._adapter_path))
+        if not self._adapter:
+            raise ModelLoadError(f"the LoRA adapter {self._adapter_path} does not load: {log.reason}")
+        self._stack.callback(_c.llama_adapter_lora_free, self._adapter)
+
+    def _attach_adapter(self) -> None:
+        self.lora_path, self._lora_adapter = self._adapter_path, self._adapter  # as upstream calls them
+        if self._adapter is None:
+            return
+        adapters, scales = (_c.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(self.lora_scale)
+        if _c.llama_set_adapters_lora(self.ctx, adapters, 1, scales):
+            raise ModelLoadError(f"the LoRA adapter {self._adapter_path} cannot be set")
+
+    def _form_chats(self) -> None:
+        """Make upstream's handlers of the GGUF's templates give contents as each takes them. A blank one is none."""
+        for name in list(self._chat_handlers):
+            source = self.metadata["tokenizer." + name.removesuffix(".default")]
+            if source.strip():
+                self._chat_handlers[name] = FormedFormatter.of_model(self, source).to_chat_handler()
+            else:
+                del self._chat_handlers[name]
+                if self.chat_format == name:
+                    self.chat_format: str | None = _NO_TEMPLATE
+
+    @property
+    def swaa(self) -> SWAAConfig | None:
+        """The active schedule in the paper's terms; None: full attention."""
+        return self.schedule.config() if self.schedule else None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, by llama.cpp's own accounting."""
+        with self._guard.look():
+            return int(native.llama_swaa_kv_bytes(self.ctx))
+
+    # What never changes, for any thread at any time.
+
+    n_embd = reads(llama_cpp.Llama.n_embd)
+    n_vocab = reads(llama_cpp.Llama.n_vocab)
+    token_bos = reads(llama_cpp.Llama.token_bos)
+    token_eos = reads(llama_cpp.Llama.token_eos)
+    token_nl = reads(llama_cpp.Llama.token_nl)
+
+    def n_ctx(self) -> int:
+        """Tokens of the context, as llama.cpp rounded them."""
+        self._guard.check_open()
+        return self.__dict__.get("_n_ctx") or int(super().n_ctx())
+
+    def tokenizer(self) -> GuardedTokenizer:
+        """Upstream's tokenizer; it raises `ClosedError` once this is closed."""
+        return GuardedTokenizer(self)
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
+        """Upstream's `tokenize`, with which every completion begins."""
+        self._guard.check_open()
+        return super().tokenize(*args, **kwargs)
+
+    def pooling_type(self) -> int:
+        """Upstream's `pooling_type`."""
+        with self._guard.look():
+            return int(super().pooling_type())
+
+    def set_seed(self, seed: int) -> None:
+        """Upstream's `set_seed`. Raises `OutOfRange`."""
+        super().set_seed(check_number("seed", seed))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        repo_id: str,
+        filename: str,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | Path | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Upstream's, for current releases of huggingface-hub, which no longer take `local_dir_use_symlinks`.
+
+        filename, additional_files: names or glob patterns, each of exactly one file of the hub repository.
+        """
+        patterns = [filename, *(additional_files or ())]
+        return cls(str(fetch_matching(repo_id, patterns, local_dir=local_dir, cache_dir=cache_dir)), **kwargs)
+
+    def close(self) -> None:
+        """Free the model and the context; also after a failed construction.
+
+        A call that still runs, in another thread or around this one, raises `ClosedError` at its next step; then they
+        are freed.
+        """
+        guard, stack = self.__dict__.get("_guard"), self.__dict__.get("_stack")
+        if guard is not None and stack is not None:
+            guard.close(stack.close)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Upstream's is of the sizes that were chosen, and they suit the schedule.
+        said = {"swaa": self._swaa, "flash_attn": self._flash_attn, "n_ubatch": self._said_n_ubatch}
+        return super().__getstate__() | said

@@ -1,0 +1,59 @@
+"""What a benchmark ran on and with. Knows the operating system's accounts and llama.cpp's devices."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import llama_cpp
+from llama_cpp import llama_cpp as _c
+
+from swaa_local import __version__
+from swaa_local.engine import memory
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cpu: its model's name. gpus: the names of llama.cpp's GPU devices. system_info: llama.cpp's line on the features
+    that it was built with. engine: version of llama-cpp-python. time: UTC, ISO 8601."""
+
+    cpu: str
+    gpus: tuple[str, ...]
+    system: str
+    system_info: str
+    engine: str
+    version: str
+    time: str
+
+
+def describe_machine() -> Machine:
+    return Machine(
+        cpu=cpu_name(),
+        gpus=memory.gpu_names(),
+        system=platform.platform(),
+        system_info=_c.llama_print_system_info().decode(errors="replace").strip(),
+        engine=llama_cpp_version(),
+        version=__version__,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def llama_cpp_version() -> str:
+    """With the patches' part (+swaa.N), where the distribution is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        return str(llama_cpp.__version__)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()

@@ -1,0 +1,351 @@
+"""How much context fits: what a loaded model's context costs, and what the machine has free.
+
+Knows llama.cpp's models and devices and the operating system's accounts; nothing of tokens. All sizes are in bytes
+unless named otherwise. Estimates err on the safe side: an explicit `n_ctx` overrides them, unless the machine cannot
+have what its KV cache alone takes (`most_host_bytes`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as _c
+
+from swaa_local.errors import ContextTooLarge
+from swaa_local.model_file.model_info import ModelInfo
+from swaa_local.schedule.config import CELL_PADDING, KV_TYPES, Schedule, SWAAError, kv_bytes
+
+MIN_N_CTX = 4096
+"""Tokens that `n_ctx` is never lowered below: less cannot hold a document and an answer."""
+
+_MIB = 1 << 20
+# What the context needs beside the KV cache whatever its length: activations, logits, the program itself.
+_OVERHEAD = 256 * _MIB
+# Share of the free memory that is left to others.
+_HEADROOM = 0.1
+
+KV_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
+
+# What llama.cpp keeps for each cell beside K and V: its position, its sequences (llama-kv-cells.h).
+_CELL_BYTES = 52
+
+_GPU, _IGPU = 1, 2  # ggml_backend_dev_type
+
+
+def kv_type_id(name: str) -> int:
+    """ggml's number of a KV cache type by llama.cpp's name (f16, q8_0, ...); `SWAAError` lists the names otherwise."""
+    for number, known in KV_TYPE_NAMES.items():
+        if known == name.lower():
+            return number
+    raise SWAAError(f"unknown KV cache type {name!r}; known are {', '.join(KV_TYPES)}")
+
+
+@dataclass(frozen=True)
+class ContextCost:
+    """What a context of one sequence costs, split over host and GPU as llama.cpp splits the layers.
+
+    n_embd_k, n_embd_v: elements of one layer's keys and values for one token. n_gpu_layers: layers whose KV cache is on
+    the GPU, counted from the last. n_scores: columns of the logits kept on the host per context token, 0 if none are.
+    """
+
+    schedule: Schedule
+    n_embd_k: int
+    n_embd_v: int
+    type_k: str
+    type_v: str
+    n_head: int
+    n_ubatch: int
+    flash_attn: bool
+    n_gpu_layers: int = 0
+    n_scores: int = 0
+
+    def host(self, n_ctx: int) -> int:
+        on_host = self.host_kv(n_ctx) + n_ctx * 4 * (1 + self.n_scores)
+        return on_host + (0 if self.n_gpu_layers else self._graph(n_ctx))
+
+    def host_kv(self, n_ctx: int) -> int:
+        """What is filled when the context is made, however little is read into it."""
+        split = self.schedule.n_layer - self.n_gpu_layers
+        return self.kv(n_ctx, range(split)) + _CELL_BYTES * max(self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch))
+
+    def gpu(self, n_ctx: int) -> int:
+        split = self.schedule.n_layer - self.n_gpu_layers
+        return self.kv(n_ctx, range(split, self.schedule.n_layer)) + self._graph(n_ctx) if self.n_gpu_layers else 0
+
+    def kv(self, n_ctx: int, layers: range | None = None) -> int:
+        """The KV cache of these layers; default: of all."""
+        cells = self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch)
+        one_cell = kv_bytes(1, self.n_embd_k, self.n_embd_v, self.type_k, self.type_v)
+        return one_cell * sum(cells if layers is None else (cells[i] for i in layers))
+
+    def _graph(self, n_ctx: int) -> int:
+        """The part of the compute buffer that grows with the widest layer's cache, which a ring may be: the mask (f32
+        and f16), and without flash attention the scores of all heads."""
+        widest = max(self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch))
+        return widest * self.n_ubatch * (6 if self.flash_attn else 8 + 4 * self.n_head)
+
+
+def longest_n_ctx(
+    model: Any,
+    schedule: Schedule | None,
+    params: Any,
+    *,
+    n_ubatch: int,
+    n_gpu_layers: int,
+    logits_all: bool,
+    mapped: bool,
+) -> int:
+    """The longest context, up to the model's own, that this machine's free memory holds; see `fit_n_ctx`.
+
+    model: a loaded `llama_model_p`. params: the `llama_context_params` to be, but for n_ubatch. mapped: the weights are
+    a mapped file, which must stay in memory though the system counts it as free.
+    """
+    cost = context_cost(model, schedule, params, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, logits_all=logits_all)
+    on_host = _c.llama_model_size(model) * (1 - cost.n_gpu_layers / cost.schedule.n_layer) if mapped else 0
+    return fit_n_ctx(
+        cost,
+        _c.llama_model_n_ctx_train(model),
+        free_host=free_host_bytes(mapped=int(on_host)),
+        free_gpu=free_gpu_bytes() if cost.n_gpu_layers else None,
+    )
+
+
+def context_cost(
+    model: Any, schedule: Schedule | None, params: Any, *, n_ubatch: int, n_gpu_layers: int, logits_all: bool
+) -> ContextCost:
+    """What a context of `model` costs; arguments as in `longest_n_ctx`."""
+    arch = _meta(model, "general.architecture") or ""
+    n_head = max(1, _c.llama_model_n_head(model))
+    head_dim = _c.llama_model_n_embd(model) // n_head
+    n_head_kv = max(1, _c.llama_model_n_head_kv(model))
+    schedule = schedule or Schedule.full(max(1, _c.llama_model_n_layer(model)))
+    on_gpu = n_gpu_layers - 1 if params.offload_kqv else 0  # llama.cpp counts the output as one more layer
+    return ContextCost(
+        schedule=schedule,
+        n_embd_k=n_head_kv * int(_meta(model, f"{arch}.attention.key_length") or head_dim),
+        n_embd_v=n_head_kv * int(_meta(model, f"{arch}.attention.value_length") or head_dim),
+        type_k=KV_TYPE_NAMES[params.type_k],
+        type_v=KV_TYPE_NAMES[params.type_v],
+        n_head=n_head,
+        n_ubatch=n_ubatch,
+        flash_attn=params.flash_attn_type != _c.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+        n_gpu_layers=max(0, min(on_gpu, schedule.n_layer)),
+        n_scores=_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(model)) if logits_all else 0,
+    )
+
+
+def header_cost(
+    info: ModelInfo,
+    schedule: Schedule | None,
+    *,
+    n_ubatch: int,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    n_gpu_layers: int = 0,
+) -> ContextCost:
+    """What a context costs of a model whose cache is a plain one, by its header. Arguments as in `longest_n_ctx`."""
+    schedule = schedule or Schedule.full(info.n_layer)
+    return ContextCost(
+        schedule=schedule,
+        n_embd_k=min(info.n_embd_k),  # of layers that differ, the least
+        n_embd_v=min(info.n_embd_v),
+        type_k=type_k,
+        type_v=type_v,
+        n_head=max(info.n_head),
+        n_ubatch=n_ubatch,
+        flash_attn=True,
+        n_gpu_layers=max(0, min(n_gpu_layers - 1, schedule.n_layer)),
+    )
+
+
+def fit_n_ctx(cost: ContextCost, n_ctx_train: int, *, free_host: int | None, free_gpu: int | None) -> int:
+    """The largest context in tokens, at most the model's own, that fits; `MIN_N_CTX` (or the model's own) if none does.
+
+    free_host, free_gpu: None where the machine does not tell; then it does not limit.
+    """
+    fits = largest_n_ctx(cost, n_ctx_train, free_host=free_host, free_gpu=free_gpu)
+    return max(fits, min(MIN_N_CTX, n_ctx_train))
+
+
+def largest_n_ctx(cost: ContextCost, n_ctx: int, *, free_host: int | None, free_gpu: int | None) -> int:
+    """The largest context in tokens, at most n_ctx, that fits; 0 if none does. Arguments as in `fit_n_ctx`."""
+
+    def fits(tokens: int) -> bool:
+        return _within(cost.host(tokens), free_host) and (not cost.n_gpu_layers or _within(cost.gpu(tokens), free_gpu))
+
+    if n_ctx and fits(n_ctx):
+        return n_ctx
+    low, high = 0, n_ctx // CELL_PADDING  # in padded steps: `low` fits or is none, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * CELL_PADDING) else (low, middle)
+    return low * CELL_PADDING
+
+
+def _within(cost: int, free: int | None) -> bool:
+    return free is None or cost + _OVERHEAD <= free * (1 - _HEADROOM)
+
+
+def check_fits(cost: ContextCost, n_ctx: int) -> None:
+    """Raise `ContextTooLarge` for a context whose KV cache the host cannot have, whatever it swaps out.
+
+    The host fills it when the context is made, and the kernel kills who fills more than there is. GPUs refuse by
+    themselves.
+    """
+    most, needed = most_host_bytes(), cost.host_kv(n_ctx)
+    if most is not None and needed > most:
+        free = free_host_bytes()
+        fits = largest_n_ctx(cost, n_ctx, free_host=most if free is None else min(most, free), free_gpu=None)
+        raise ContextTooLarge(n_ctx, needed, most, fits)
+
+
+def free_host_bytes(*, mapped: int = 0) -> int | None:
+    """Memory that can be taken without swapping; None if the system does not tell.
+
+    mapped: bytes of a mapped model file that must stay in memory, which the system counts as free.
+    """
+    free = min((n for source in (_meminfo, _cgroup, _physical) if (n := source()) is not None), default=None)
+    return None if free is None else max(0, free - mapped)
+
+
+def free_gpu_bytes() -> int | None:
+    """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell."""
+    lib, found = _c._lib, 0
+    for device in _gpus():
+        size_p = ctypes.POINTER(ctypes.c_size_t)
+        lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size_p, size_p]
+        lib.ggml_backend_dev_memory.restype = None
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found += free.value
+    return found or None
+
+
+def gpu_names() -> tuple[str, ...]:
+    """What llama.cpp calls its GPU devices."""
+    names = []
+    for device in _gpus():
+        describe = _c._lib.ggml_backend_dev_description
+        describe.argtypes, describe.restype = [ctypes.c_void_p], ctypes.c_char_p
+        names.append(describe(device).decode(errors="replace"))
+    return tuple(names)
+
+
+def _gpus() -> list[int]:
+    """llama.cpp's GPU devices, `ggml_backend_dev_t`."""
+    lib = _c._lib
+    if not hasattr(lib, "ggml_backend_dev_count"):
+        return []
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    lib.ggml_backend_dev_type.argtypes, lib.ggml_backend_dev_type.restype = [ctypes.c_void_p], ctypes.c_int
+    devices = [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
+    return [device for device in devices if lib.ggml_backend_dev_type(device) in (_GPU, _IGPU)]
+
+
+def most_host_bytes() -> int | None:
+    """Memory that this process could get at the very most, swap included; None if the system does not tell.
+
+    Errs on the large side: whoever asks for more than this would not get it.
+    """
+    total, available, swap = (_meminfo_of(key) for key in ("MemTotal:", "MemAvailable:", "SwapFree:"))
+    if total is None or available is None:
+        return _total()
+    # The system's estimate of what is available leaves out some of the caches, among them all of ZFS's.
+    most = available + (swap or 0) + _zfs_cache() + total // 20
+    group = _cgroup()
+    return most if group is None else min(most, group + (swap or 0) + total // 20)
+
+
+def _meminfo() -> int | None:
+    """Linux: free memory and what the kernel can reclaim."""
+    return _meminfo_of("MemAvailable:")
+
+
+def _meminfo_of(key: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def _zfs_cache() -> int:
+    try:
+        lines = Path("/proc/spl/kstat/zfs/arcstats").read_text().splitlines()
+        return next(int(line.split()[2]) for line in lines if line.startswith("size "))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
+
+
+def _cgroup() -> int | None:
+    """A container's limit less its use; its file cache, which can be reclaimed, is not counted as use."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "file "),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache "),
+    ):
+        try:
+            bound = (root / limit).read_text().strip()
+            lines = (root / stat).read_text().splitlines()
+            reclaimable = sum(int(line.split()[1]) for line in lines if line.startswith(cache))
+            if bound != "max":
+                return int(bound) - int((root / used).read_text()) + reclaimable
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
+def _physical() -> int | None:
+    """Where nothing better is known (macOS): three quarters of the machine's memory."""
+    total = _total()
+    return None if total is None else total * 3 // 4
+
+
+def _total() -> int | None:
+    """The machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _meta(model: Any, key: str) -> str | None:
+    buffer = ctypes.create_string_buffer(256)
+    read: Callable[..., int] = _c.llama_model_meta_val_str
+    return buffer.value.decode() if read(model, key.encode(), buffer, len(buffer)) >= 0 else None
+
+
+# What this process takes. Linux tells, and lets its high-water mark be reset; other systems only know that of its life.
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not tell."""
+    return _status("VmRSS:")
+
+
+def reset_peak_rss() -> bool:
+    """Begin to count the peak of resident memory anew; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak of resident memory since `reset_peak_rss`."""
+    return _status("VmHWM:")
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)

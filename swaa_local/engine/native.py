@@ -1,0 +1,100 @@
+"""The C interface that the patches add to `llama.h`, declared for ctypes, and the sentinel beside it; nothing else.
+
+Pointers are the ones that `llama_cpp.llama_cpp` hands out (`llama_model_p`, `llama_context_p`). Importing this module
+loads the engine, and fails with one sentence if the installed llama-cpp-python is not the patched build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+from swaa_local.schedule.config import SWAAError
+
+REMEDY = "run `pip install ./patches` (or `uv sync`) in a checkout of swaa-local to build the patched one"
+
+
+class EngineMissing(SWAAError, ImportError):
+    """The patched llama-cpp-python is not installed, or does not load."""
+
+
+try:
+    import llama_cpp
+    from llama_cpp import llama_cpp as _c
+except ImportError as error:
+    raise EngineMissing(f"llama-cpp-python does not import ({error}); {REMEDY}") from error
+except (OSError, RuntimeError) as error:  # upstream's loader: no library, or one that does not load
+    if hasattr(error, "lacking"):  # llama_cpp._sentinel.UnsuitableCPU, which names its own remedy
+        raise EngineMissing(str(error)) from error
+    raise EngineMissing(f"llama-cpp-python's library does not load ({error}); {REMEDY}") from error
+
+
+def _load_sentinel() -> ctypes.CDLL | None:
+    try:
+        from llama_cpp._sentinel import find_sentinel
+    except ImportError:  # a build of before there was one
+        return None
+    path = find_sentinel(Path(_c._lib._name).parent)
+    return None if path is None else ctypes.CDLL(str(path))
+
+
+sentinel = _load_sentinel()
+"""sentinel/sentinel.h in the engine's sources; None in a build without it."""
+
+
+def _declare(name: str, argtypes: list[Any], restype: Any) -> Any:
+    try:
+        function = getattr(_c._lib, name)
+    except AttributeError:
+        raise EngineMissing(
+            f"the installed llama-cpp-python {llama_cpp.__version__} lacks the attention schedule ({name}); {REMEDY}"
+        ) from None
+    function.argtypes = argtypes
+    function.restype = restype
+    return function
+
+
+# int32_t llama_model_swaa_set(
+#     struct llama_model *, uint32_t window, uint32_t sinks, const uint8_t * modes, size_t n_layer)
+# Replaces the schedule of the model; before a context is created. 0 on success; the reason of a failure is logged.
+llama_model_swaa_set = _declare(
+    "llama_model_swaa_set",
+    [
+        _c.llama_model_p_ctypes,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.POINTER(ctypes.c_uint8),
+        ctypes.c_size_t,
+    ],
+    ctypes.c_int32,
+)
+
+# bool llama_model_swaa_get(
+#     const struct llama_model *, uint32_t * window, uint32_t * sinks, uint8_t * modes, size_t n_layer)
+# False: the model has no schedule.
+llama_model_swaa_get = _declare(
+    "llama_model_swaa_get",
+    [
+        _c.llama_model_p_ctypes,
+        ctypes.POINTER(ctypes.c_uint32),
+        ctypes.POINTER(ctypes.c_uint32),
+        ctypes.POINTER(ctypes.c_uint8),
+        ctypes.c_size_t,
+    ],
+    ctypes.c_bool,
+)
+
+# void llama_swaa_set_prompt_end(struct llama_context *, llama_seq_id, llama_pos)
+# Positions from `pos` on are decode for this sequence; -1: automatic.
+llama_swaa_set_prompt_end = _declare(
+    "llama_swaa_set_prompt_end", [_c.llama_context_p_ctypes, _c.llama_seq_id, _c.llama_pos], None
+)
+
+# size_t llama_swaa_kv_bytes(const struct llama_context *)
+# Bytes of the context's KV cache, rings included, by the engine's own accounting.
+llama_swaa_kv_bytes = _declare("llama_swaa_kv_bytes", [_c.llama_context_p_ctypes], ctypes.c_size_t)
+
+# ggml_abort_callback_t ggml_set_abort_callback(ggml_abort_callback_t)
+# Upstream's: called with the reason instead of printing it and a backtrace, before the process is aborted.
+ggml_set_abort_callback = _declare("ggml_set_abort_callback", [ctypes.c_void_p], ctypes.c_void_p)

@@ -1,0 +1,56 @@
+"""The schedule of a loaded model, in the engine: read it, replace it. Models are `llama_model_p`.
+
+What a schedule is, `config` knows; when it may be changed, `llama`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, TypeAlias
+
+from llama_cpp import llama_cpp as _c
+
+from swaa_local.engine import log as engine_log
+from swaa_local.engine import native
+from swaa_local.schedule.config import Schedule, ScheduleError, SWAAConfig
+
+Wanted: TypeAlias = SWAAConfig | Schedule | bool | None
+"""None: the file's schedule; False: full attention; True is refused."""
+
+
+def check_wanted(swaa: object) -> None:
+    """Raise `ScheduleError` for what is no `Wanted`."""
+    if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
+        raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
+
+
+def get_schedule(model: Any) -> Schedule | None:
+    """The model's schedule; None for full attention."""
+    n_layer = _c.llama_model_n_layer(model)
+    window, sinks, modes = ctypes.c_uint32(), ctypes.c_uint32(), (ctypes.c_uint8 * max(1, n_layer))()
+    if not native.llama_model_swaa_get(model, ctypes.byref(window), ctypes.byref(sinks), modes, n_layer):
+        return None
+    schedule = Schedule(window.value, sinks.value, tuple(modes))
+    return None if schedule.is_full else schedule
+
+
+def apply_schedule(model: Any, wanted: Wanted, of_file: Schedule | None, *, verbose: bool) -> Schedule | None:
+    """Make the model's schedule what is wanted, and return it. Contexts that exist keep theirs.
+
+    Raises `ScheduleError` with the engine's reason, or if the schedule does not fit the number of layers.
+    """
+    n_layer = _c.llama_model_n_layer(model)
+    full = Schedule.full(max(1, n_layer))
+    if isinstance(wanted, SWAAConfig):
+        wanted = wanted.schedule(n_layer)
+    elif wanted is None:
+        wanted = of_file or full
+    elif not isinstance(wanted, Schedule):
+        wanted = full
+    if wanted != (get_schedule(model) or full):
+        modes = (ctypes.c_uint8 * wanted.n_layer)(*wanted.layer_modes)
+        with engine_log.captured(verbose) as log:
+            code = native.llama_model_swaa_set(model, wanted.window, wanted.sinks, modes, wanted.n_layer)
+        if code != 0:
+            raise ScheduleError(log.reason or f"the engine refused the schedule (code {code})")
+    return get_schedule(model)

@@ -1,0 +1,1 @@
+"""`swaa-local eval`: what schedules answer."""

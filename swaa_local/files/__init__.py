@@ -1,0 +1,1 @@
+"""Files and child processes: input, output that appears complete or not at all, signals."""

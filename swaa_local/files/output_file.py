@@ -1,0 +1,155 @@
+"""A large output that appears under its name when it is complete and not before.
+
+Until then it is in a hidden folder beside its place, which goes away whatever happens: at once, or with the next
+output if the program was killed. Knows files and signals only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swaa_local.schedule.config import SWAAError
+
+_PREFIX, _NEW = ".swaa-local-", ".swaa-new-"
+
+
+class OutputError(SWAAError):
+    """An output that cannot be written, or must not be; the message says what to do."""
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Raise `OutputError` for a place where no file can be, or where one is that may not be replaced."""
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; name a file in it: -o {output / 'model.gguf'}")
+    try:
+        exists = output.exists()
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}") from None
+    if exists and not force:
+        raise OutputError(f"{output} exists; pass --force to replace it")
+    if exists and not output.is_file():
+        raise OutputError(f"{output} is not a regular file")
+    if not output.parent.is_dir():
+        raise OutputError(f"cannot write {output}: {output.parent} is not a directory")
+
+
+def publish(result: Path, output: Path, *, force: bool) -> None:
+    """Give the complete result its name. Raises `OutputError` if a file has got it meanwhile."""
+    with open(result, "rb") as file:
+        os.fsync(file.fileno())
+    try:
+        place(result, output, overwrite=force)
+    except FileExistsError:
+        raise OutputError(f"{output} has come into being meanwhile; pass --force to replace it") from None
+
+
+def place(result: Path, output: Path, *, overwrite: bool) -> None:
+    """Move a complete file to its name, on the same file system. Raises OSError: FileExistsError if the name is taken,
+    unless `overwrite`, which takes the place of a regular file alone: /dev/null would be gone for everybody."""
+    if overwrite:
+        if output.exists() and not output.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        os.replace(result, output)
+        return
+    try:
+        os.link(result, output)  # unlike a rename, a link never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here, as on FAT and some network mounts: take the name first, and then replace what is ours.
+        os.close(os.open(output, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(result, output)
+        except BaseException:
+            os.unlink(output)
+            raise
+    else:
+        os.unlink(result)
+
+
+@contextmanager
+def workplace(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, gone at the end. Raises `OutputError` for what the system refuses.
+
+    A program that is killed leaves its folder; the next one removes it. A lock that ends with the process tells which
+    one nobody uses any more.
+    """
+    try:
+        folder, lock = _make_locked(output.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write to {output.parent.resolve()}: {error.strerror}") from None
+    try:
+        if lock is not None:
+            _remove_left_behind(folder)
+        yield folder
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_locked(parent: Path) -> tuple[Path, int | None]:
+    """A new folder, and the lock on it; None where the system or the disk has no locks."""
+    made = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
+    lock = _lock(made)
+    # Under its name it is locked from the start: nobody must take it for one that was left behind.
+    folder = made.with_name(_PREFIX + made.name.removeprefix(_NEW))
+    made.rename(folder)
+    return folder, lock
+
+
+def _remove_left_behind(own: Path) -> None:
+    for other in own.parent.glob(f"{_PREFIX}*"):
+        if other == own or other.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # it is gone meanwhile, or somebody else's
+            if other.stat().st_uid == os.getuid() and (lock := _lock(other)) is not None:
+                shutil.rmtree(other, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder, until it is closed or the process ends; None if another process has it, or nobody can."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that nothing is left behind."""
+
+    def stop(signum: int, _frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # A program that ignores SIGHUP was started by nohup.
+    previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

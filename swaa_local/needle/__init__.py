@@ -1,0 +1,1 @@
+"""The bundled model: its file, its documents and their words."""

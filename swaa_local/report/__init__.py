@@ -1,0 +1,1 @@
+"""What several commands print with: units, tables, spread, plots, progress. Knows nothing of models."""

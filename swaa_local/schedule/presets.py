@@ -1,0 +1,142 @@
+"""Presets: the published schedules by model, generic ones to start from, and what is known about each.
+
+Knows no model file; the rules that a preset is held to are in `config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swaa_local.schedule.config import ScheduleError, SWAAConfig, parse_layers
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A known schedule, and what is known about it."""
+
+    name: str
+    description: str
+    notes: tuple[str, ...]
+    window: int = 2048
+    sinks: int = 100
+    full_layers: str = ""
+    """In the syntax of `parse_layers`."""
+    fa_decode: bool = True
+    n_layer: int | None = None
+    """Depth of the model it was published for; None: a generic preset for any depth."""
+
+    def config(self, n_layer: int | None = None, *, clip_layers: bool = False) -> SWAAConfig:
+        """The schedule for a model of `n_layer` layers (may be left out where the preset is for one model).
+
+        Raises `ScheduleError` if the preset was published for a model of another depth; `clip_layers` applies it to a
+        shorter one knowingly.
+        """
+        depth = n_layer if n_layer is not None else self.n_layer
+        if depth is None:
+            raise ScheduleError(f"preset {self.name} fits models of any depth; pass n_layer")
+        if self.n_layer is not None and depth != self.n_layer and not (clip_layers and depth < self.n_layer):
+            way_out = (
+                "or pass --clip-layers to drop its layers past the last one"
+                if depth < self.n_layer
+                else "or name the layers yourself with --full-layers"
+            )
+            raise ScheduleError(
+                f"preset {self.name} was published for a model of {self.n_layer} layers, and this one has {depth}; "
+                f"start from a generic preset ({', '.join(GENERIC_PRESETS)}), {way_out}"
+            )
+        return SWAAConfig(
+            sliding_window_size=self.window,
+            keep_first=self.sinks,
+            force_fa_decode=self.fa_decode,
+            non_sliding_layers=parse_layers(self.full_layers, depth, clip_layers=clip_layers),
+        )
+
+
+_PAPER = "Published configuration of SWAA (arXiv 2512.10411), measured there on long chat histories (LongMemEval, 24k)."
+_FA_DECODE = "FA decode speeds up reading the prompt, not writing the answer, and saves no memory."
+_LAYERS_DIFFER = (
+    "Which layers must stay full differs from model to model: the other half can be far worse, so measure before you "
+    "rely on it."
+)
+_WIDER = "The wider window keeps more detail and saves less: prompts of up to 4096 tokens gain nothing."
+_GIST = (
+    "Without full layers the model keeps the gist and loses details: recall in the paper's RULER runs stays under 20 %."
+)
+_LIGHT = (
+    "Layers chosen by LightTransfer (arXiv 2410.13846) from attention weights; the authors of SWAA report no stable "
+    "improvement from choosing layers this way."
+)
+
+
+def _published(stem: str, model: str, n_layer: int, parity: str, full_layers: str) -> list[Preset]:
+    def preset(name: str, description: str, notes: tuple[str, ...], window: int = 2048, layers: str = "") -> Preset:
+        return Preset(name, description, notes, window=window, full_layers=layers, n_layer=n_layer)
+
+    return [
+        preset(
+            stem,
+            f"{model}: window 2048, {parity} layers full, FA decode",
+            (_PAPER, _LAYERS_DIFFER, _FA_DECODE),
+            layers=full_layers,
+        ),
+        preset(
+            f"{stem}-w4096",
+            f"{model}: window 4096, {parity} layers full, FA decode",
+            (_PAPER, _LAYERS_DIFFER, _WIDER, _FA_DECODE),
+            window=4096,
+            layers=full_layers,
+        ),
+    ]
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in [
+        *_published("qwen3-4b", "Qwen3-4B (Instruct and Thinking 2507)", 36, "odd", "1::2"),
+        *_published("qwen3-30b-a3b", "Qwen3-30B-A3B (Instruct and Thinking 2507)", 48, "even", "0::2"),
+        *_published("llama-3.1-8b", "Llama-3.1-8B-Instruct", 32, "even", "0::2"),
+        Preset(
+            "llama-3.1-8b-lighttransfer",
+            "Llama-3.1-8B-Instruct: window 2048, LightTransfer's layers full, FA decode",
+            (_LIGHT, _FA_DECODE),
+            full_layers="0,1,4,5,8-11,13,14,21,23-27",
+            n_layer=32,
+        ),
+        Preset(
+            "half",
+            "any model: window 2048, even layers full, FA decode; where to start with an unlisted model",
+            ("Not measured for your model.", _LAYERS_DIFFER, "Compare with half-odd.", _FA_DECODE),
+            full_layers="0::2",
+        ),
+        Preset(
+            "half-odd",
+            "any model: window 2048, odd layers full, FA decode",
+            ("Not measured for your model.", _LAYERS_DIFFER, "Compare with half.", _FA_DECODE),
+            full_layers="1::2",
+        ),
+        Preset(
+            "fa-decode",
+            "any model: window 2048, no full layers, FA decode; the fastest reading",
+            (_GIST, "Thinking models lose less, as they look facts up again while they decode.", _FA_DECODE),
+        ),
+        Preset(
+            "streaming",
+            "any model: window 2048 always, no full layers; constant memory",
+            (
+                _GIST,
+                "The model forgets what has left the window: for endless chat, not for questions about a long text.",
+            ),
+            fa_decode=False,
+        ),
+    ]
+}
+
+GENERIC_PRESETS: tuple[str, ...] = tuple(name for name, preset in PRESETS.items() if preset.n_layer is None)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of this name; `ScheduleError` lists the names otherwise."""
+    try:
+        return PRESETS[name.lower()]
+    except KeyError:
+        raise ScheduleError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}") from None

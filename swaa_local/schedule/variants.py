@@ -1,0 +1,189 @@
+"""Variants of one model: the schedules that a command compares, each under the words that the user gave it.
+
+Grammar: variants separated by commas; a variant is a name (`full`, `file`, `naive`, or a preset's) or words separated
+by blanks:
+
+    w2048      the window, in tokens            naive      the file's window
+    k100       sinks, in tokens                 sinks      as many as the file has
+    fadec      FA decode in all layers          layers     the full layers of the file
+    1::2       full layers: 1,3,5 or 0-3 too
+
+For `eval` either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other
+variants. For `bench` words say how the engine runs it: `fa` or `nofa` (flash attention), and a type of the KV cache,
+such as `f16` or `q8_0`.
+
+Pure: knows the rules of schedules; nothing of files, of the engine or of the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from swaa_local.schedule.config import (
+    KV_TYPES,
+    LayerMode,
+    Schedule,
+    ScheduleError,
+    SWAAConfig,
+    compact_layers,
+    format_layers,
+    parse_layers,
+)
+from swaa_local.schedule.presets import PRESETS, get_preset
+
+FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
+THINK = {"think": True, "direct": False}
+FLASH_ATTN = {"fa": True, "nofa": False}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A schedule with the name it is shown under. think: whether to think first. flash_attn: whether to run with it.
+    cache_type: of keys and values. None where it does not say."""
+
+    name: str
+    schedule: Schedule
+    think: bool | None = None
+    flash_attn: bool | None = None
+    cache_type: str | None = None
+
+    @property
+    def window(self) -> int | None:
+        """In tokens; None where no layer slides."""
+        return None if self.is_full else self.schedule.window
+
+    @property
+    def is_full(self) -> bool:
+        """True for full attention."""
+        return self.schedule.is_full
+
+    @property
+    def is_naive(self) -> bool:
+        """True for a window in all layers and nothing else."""
+        return self.schedule.sinks == 0 and set(self.schedule.layer_modes) == {LayerMode.ALWAYS}
+
+
+def parse_variants(
+    text: str, n_layer: int, of_file: Schedule | None, *, words: Literal["thinking", "engine"] = "thinking"
+) -> list[Variant]:
+    """The variants of a list such as `full,naive,file,w2048 k100 fadec 1::2` for a model of this depth.
+
+    of_file: the schedule that the file has. words: those that say something else than the schedule. Raises
+    `ScheduleError`, naming the variant, for words that mean nothing, for what the file lacks, and for a variant that is
+    given twice.
+    """
+    variants: list[Variant] = []
+    # A layer list may hold commas: an item that does not begin with a letter continues it.
+    for item in re.split(r",(?!\s*[\d:-])", text):
+        name = " ".join(item.split())
+        if not name:
+            raise ScheduleError(f"empty variant in {text!r}; write for instance full,naive,file")
+        if any(variant.name == name for variant in variants):
+            raise ScheduleError(f"variant {name!r} is given twice")
+        try:
+            variants.append(_parse(name, n_layer, of_file, words))
+        except ScheduleError as error:
+            raise ScheduleError(f"variant {name!r}: {error}") from None
+    return variants
+
+
+def in_words(schedule: Schedule) -> str:
+    """A schedule as a variant: what `parse_variants` reads back, but for schedules with FA decode in some layers only,
+    for which there are no words."""
+    if schedule.is_full:
+        return FULL
+    prefill, always = schedule.layers(LayerMode.PREFILL), schedule.layers(LayerMode.ALWAYS)
+    words = [f"w{schedule.window}", f"k{schedule.sinks}"]
+    if prefill:
+        words.append(f"{FA_DECODE} in {format_layers(prefill)}" if always else FA_DECODE)
+    if full := schedule.layers(LayerMode.FULL):
+        words.append(compact_layers(full, schedule.n_layer))
+    return " ".join(words)
+
+
+def without_schedule(unsupported: str | None) -> tuple[str, str]:
+    """What to compare where neither the user nor the file names a schedule, and what to say of it. unsupported: why
+    none can apply, if so."""
+    if unsupported:
+        return FULL, f"full attention alone is measured: {unsupported}"
+    names = f"{FULL},half,streaming"
+    return names, f"comparing {names} (choose with --variants)"
+
+
+def whole_in_window(variants: Sequence[Variant], n_tokens: int) -> str | None:
+    """What to say where nothing that is measured is longer than a variant's window, which then changes nothing."""
+    names = [variant.name for variant in variants if variant.window is not None and variant.window >= n_tokens]
+    if not names:
+        return None
+    whole = f"at most {n_tokens} tokens are measured, which the window of {' and of '.join(names)} holds whole"
+    return f"{whole}: longer ones tell what it changes"
+
+
+def _parse(name: str, n_layer: int, of_file: Schedule | None, words: str) -> Variant:
+    if words == "engine":
+        return _parse_engine_words(name, n_layer, of_file)
+    rest, _, last = name.rpartition(" ")
+    if rest and last in THINK:
+        return Variant(name, _schedule(rest, n_layer, of_file), THINK[last])
+    return Variant(name, _schedule(name, n_layer, of_file))
+
+
+def _parse_engine_words(name: str, n_layer: int, of_file: Schedule | None) -> Variant:
+    said = name.split(" ")
+    flash_attn = [word for word in said[1:] if word in FLASH_ATTN]
+    cache_types = [word for word in said[1:] if word in KV_TYPES]
+    for group in (flash_attn, cache_types):
+        if len(group) > 1:
+            raise ScheduleError(f"{group[0]!r} and {group[1]!r} exclude each other")
+    schedule = _schedule(" ".join(word for word in said if word not in {*flash_attn, *cache_types}), n_layer, of_file)
+    return Variant(
+        name,
+        schedule,
+        flash_attn=FLASH_ATTN[flash_attn[0]] if flash_attn else None,
+        cache_type=cache_types[0] if cache_types else None,
+    )
+
+
+def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
+    if name == FULL:
+        return Schedule.full(n_layer)
+    if name == FILE:
+        return _stored(of_file)
+    if name.lower() in PRESETS:
+        return get_preset(name).config(n_layer).schedule(n_layer)
+    window: int | None = None
+    sinks, fa_decode = 0, False
+    layers: list[int] = []
+    # Blanks around a comma belong to the layer list.
+    for word in re.sub(r"\s*,\s*", ",", name).split(" "):
+        if word == NAIVE:
+            window = _stored(of_file).window
+        elif match := re.fullmatch(r"w(\d+)", word):
+            window = int(match[1])
+        elif word == SINKS:
+            sinks = _stored(of_file).sinks
+        elif match := re.fullmatch(r"k(\d+)", word):
+            sinks = int(match[1])
+        elif word == LAYERS:
+            layers += _stored(of_file).layers(LayerMode.FULL)
+        elif word == FA_DECODE:
+            fa_decode = True
+        elif re.fullmatch(r"[\d:,-]+", word):
+            layers += parse_layers(word, n_layer)
+        else:
+            raise ScheduleError(
+                f"{word!r} means nothing; a variant is full, naive, file, a preset ({', '.join(PRESETS)}), or words "
+                "such as w2048 k100 fadec 1::2"
+            )
+    if window is None:
+        raise ScheduleError("it needs a window: w2048, or naive for that of the file")
+    return SWAAConfig(window, sinks, fa_decode, layers).schedule(n_layer)
+
+
+def _stored(of_file: Schedule | None) -> Schedule:
+    if of_file is None:
+        raise ScheduleError("the file has no schedule; write the window and the rest in words, for instance w2048 k100")
+    return of_file

@@ -1,0 +1,1 @@
+"""`swaa-local serve`: llama-server with a schedule."""

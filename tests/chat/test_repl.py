@@ -1,0 +1,298 @@
+"""The conversation on a terminal: `swaa-local chat MODEL` driven through a pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from swaa_local import Llama
+from swaa_local.chat.repl import converse
+from swaa_local.chat.session import Session, Settings
+from swaa_local.chat.terminal import Terminal
+from tests.support.program import environment
+from tests.support.scripted import thinker
+
+pexpect = pytest.importorskip("pexpect")
+
+PROMPT = ">>>"
+DIM = "\x1b[2;3m"  # and slanted: a thought
+BABBLE = r"[ -~]{150}"  # an answer that is under way: nothing else is as long
+
+
+class Talk:
+    """A chat in a terminal of 200 columns. prompt_toolkit redraws lines, so texts are looked for, not compared."""
+
+    def __init__(self, model: Path, *args: object, state: Path) -> None:
+        env = environment(TERM="xterm", XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
+        env.pop("NO_COLOR")
+        command = ["-m", "swaa_local", "chat", str(model), "-t", "1", *map(str, args)]
+        self.child = pexpect.spawn(sys.executable, command, env=env, encoding="utf-8", timeout=60, dimensions=(50, 200))
+        self.child.expect(PROMPT)
+
+    def type(self, line: str) -> None:
+        self.child.send(f"{line}\r")
+
+    def say(self, line: str, *expected: str) -> str:
+        """Type a line and wait for each text, and for the next prompt; all that was shown between."""
+        self.type(line)
+        shown = ""
+        for text in (*expected, PROMPT):
+            self.child.expect(re.escape(text))
+            shown += self.child.before + text
+        return shown
+
+    def leave(self) -> int:
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return thinker(tmp_path / "thinker.gguf")
+
+
+@pytest.fixture
+def talk(tmp_path):
+    started = []
+
+    def start(model: Path, *args: object) -> Talk:
+        started.append(Talk(model, *(args or ("-c", "1024")), state=tmp_path / "state"))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.child.close(force=True)
+
+
+def test_a_conversation(talk, model, tmp_path):
+    (tmp_path / "a.txt").write_text("a text " * 20)
+    t = talk(model)
+    t.say("Is it?", DIM + "h", "Y", "prompt", "generated 9 tokens", "KV")
+    assert "cached" in t.say("And that?", "Yes!", "KV")
+    t.say(f"/read {tmp_path / 'a.txt'}", "a.txt: 140 tokens, goes with your next message")
+    t.say("Is it there?", "Yes!", "KV")
+    t.say("/regen", "Yes!", "cached", "KV")
+    t.say("/info", "a.txt (140 characters)")
+    t.say("/set hide-thinking on", "hide-thinking on")
+    assert DIM not in t.say("Is it?", "Yes!", "KV")
+    t.say("/nonsense", "there is no command /nonsense")
+    t.say("/read /no/such/file", "cannot read /no/such/file")
+    t.say("/clear", "cleared")
+    t.type("/exit")
+    assert t.leave() == 0
+
+
+def test_several_lines_are_one_message(talk, model, tmp_path):
+    t = talk(model)
+    t.type('"""first')
+    t.child.expect(r"\.\.\.")
+    t.type("/second")
+    t.child.expect(r"\.\.\.")
+    t.say('third"""', "Yes!", "KV")
+    t.say(f"/save {tmp_path / 'c.json'}", "saved 2 messages")
+    assert json.loads((tmp_path / "c.json").read_text())["turns"][0]["text"] == "first\n/second\nthird"
+
+
+def test_saving_never_overwrites_and_loading_goes_on(talk, model, tmp_path):
+    t, path = talk(model), tmp_path / "c.json"
+    path.write_text("precious")
+    t.say("Is it?", "Yes!", "KV")
+    t.say(f"/save {path}", "exists; /save -f")
+    assert path.read_text() == "precious"
+    t.say(f"/save -f {path}", "saved 2 messages")
+    t.type("/exit")
+    t.leave()
+    again = talk(model)
+    again.say(f"/load {path}", "loaded 2 messages")
+    again.say("/regen", "Yes!", "KV")
+
+
+def test_the_schedule_is_switched_in_a_running_conversation(talk, model):
+    t = talk(model, "-c", "1024", "--window", "24", "--sinks", "4")
+    t.say("Is it?", "Yes!", "KV")
+    t.say("/swaa off", "none: full attention")
+    t.say("/regen", "Yes!", "KV")
+    t.say("/swaa on", "window 24, 4 sinks")
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk, tiny_model_factory):
+    t = talk(tiny_model_factory(n_ctx_train=100_000), "-c", "100000")
+    t.type("hi")
+    t.child.expect(BABBLE)
+    t.child.sendintr()
+    for text in ("stopped", "generated", PROMPT):
+        t.child.expect(text)
+    t.say("/set max-tokens 3", "max-tokens 3")
+    t.say("more", "stopped after 3 tokens", "cached", "KV")
+    t.child.sendintr()
+    t.child.expect("Ctrl-C once more leaves")
+    t.child.expect(PROMPT)
+    t.child.sendintr()
+    assert t.leave() == 0
+
+
+def test_ctrl_c_right_after_a_stopped_answer_leaves(talk, tiny_model_factory):
+    t = talk(tiny_model_factory(n_ctx_train=100_000), "-c", "100000")
+    t.type("hi")
+    t.child.expect(BABBLE)
+    t.child.sendintr()
+    for text in ("stopped", PROMPT):
+        t.child.expect(text)
+    t.child.sendintr()
+    assert t.leave() == 0
+
+
+def test_ctrl_c_while_reading_takes_the_message_back_and_keeps_what_was_read(talk, tiny_model_factory, tmp_path):
+    (tmp_path / "long.txt").write_text("x" * 60_000)
+    t = talk(tiny_model_factory(n_ctx_train=100_000), "-c", "100000", "--file", tmp_path / "long.txt", "-n", "3")
+    t.type("hi")
+    t.child.expect("reading")
+    t.child.expect(r"[1-9][\d,]*/60,")  # some of it is read
+    t.child.sendintr()
+    for text in ("taken back", PROMPT):
+        t.child.expect(text)
+    t.say("/info", "long.txt (60,000 characters)")
+    t.type("/exit")
+    assert t.leave() == 0
+
+
+def test_a_document_that_does_not_fit_is_put_away(talk, model, tmp_path):
+    (tmp_path / "long.txt").write_text("x" * 3000)
+    t = talk(model, "-c", "1024", "--file", tmp_path / "long.txt")
+    t.say("Is it?", "but the context is 1024; shorten the file, or start chat with -c 3584", "put away")
+    t.say("Is it?", "Yes!", "KV")
+
+
+LINES = [
+    b"caf\xe9",  # a terminal in Latin-1
+    "caf\u00e9".encode()[:-1],
+    b"/read ~no-such-user.txt",
+    b"/save ~no-such-user/c.json",
+    b"/load ~no-such-user.json",
+    b"/read \x11\x00x",  # a zero byte, quoted
+    b"/save \x11\x00x",
+    b"/load /dev/zero",
+    b"/read /dev/zero",
+    b"/set system \xe9",
+    b"/\xe9",
+    b"/set top-k 99999999999999999999",
+]
+
+
+def test_no_line_ends_the_conversation(talk, model, tmp_path):
+    t = talk(model)
+    t.say("Is it?", "Yes!", "KV")
+    for line in LINES:
+        os.write(t.child.child_fd, line + b"\r")
+        t.child.expect("UTF-8|cannot|there is no command|must be")
+        t.child.expect(PROMPT)
+    t.say("Is it still there?", "Yes!", "KV")
+    t.say(f"/save {tmp_path / 'c.json'}", "saved 4 messages")
+    history = (tmp_path / "state" / "swaa-local" / "chat_history").read_text()
+    assert "Is it still there?" in history
+
+
+def test_a_name_that_is_no_utf8_can_be_read_and_saved(talk, model, tmp_path):
+    t, name = talk(model), os.fsencode(tmp_path) + b"/caf\xe9"
+    Path(os.fsdecode(name)).write_text("a text")
+    for command, said in ((b"/read ", "6 tokens"), (b"/save -f ", "saved 0 messages"), (b"/load ", "loaded 0")):
+        os.write(t.child.child_fd, command + name + b"\r")
+        t.child.expect(said)
+        t.child.expect(PROMPT)
+
+
+def test_a_dropped_file_is_read(talk, model, tmp_path):
+    (tmp_path / "My File (1).txt").write_text("a text " * 20)
+    t, spelled = talk(model), str(tmp_path).replace(" ", r"\ ") + r"/My\ File\ \(1\).txt"
+    t.say(f"/read {spelled} ", "My File (1).txt: 140 tokens")
+    t.say(f"/read '{tmp_path}/My File (1).txt'", "My File (1).txt: 140 tokens")
+    t.say(f"/save {tmp_path}/my\\ talk.json", "saved 0 messages")
+    assert (tmp_path / "my talk.json").exists()
+    t.say(spelled, "there is no command", "to read a file: /read /")
+
+
+def test_a_mistake_of_ours_does_not_end_it(model, tmp_path, monkeypatch, capsys):
+    """Also when the line editor itself fails: the conversation goes on without it."""
+    session = Session(lambda full: Llama(str(model), n_ctx=1024, n_threads=1), Settings())
+    lines = iter(["Is it?", "/clear", f"/save {tmp_path / 'c.json'}"])
+
+    def read_line(_prompt: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise ZeroDivisionError("in the editor")
+        return line
+
+    monkeypatch.setattr(session, "clear", lambda: 1 / 0)
+    monkeypatch.setattr("builtins.input", _inputs("Is it there?", f"/save -f {tmp_path / 'c.json'}"))
+    with closing(session):
+        converse(session, Terminal(), read_line)
+    errors = capsys.readouterr().err
+    assert "please report it (ZeroDivisionError: division by zero)" in errors
+    assert "the conversation is still here; /save PATH writes it to a file" in errors
+    assert "in the editor); going on without line editing" in errors
+    assert [turn["text"] for turn in json.loads((tmp_path / "c.json").read_text())["turns"]] == [
+        "Is it?",
+        "Yes!",
+        "Is it there?",
+        "Yes!",
+    ]
+
+
+def _inputs(*lines: str) -> Callable[[], str]:
+    """An `input()` that returns these, and then finds the end."""
+    left = list(lines)
+
+    def read() -> str:
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    return read
+
+
+def test_advice_is_what_can_be_typed(talk, model, tmp_path):
+    """-c and -n are for the command line."""
+    t = talk(model)
+    t.say("x" * 600, "Yes!", "KV")
+    shown = t.say("x" * 600, "but the context is 1024; /save PATH keeps the conversation, and then /clear makes room")
+    assert "-c" not in shown
+    t.say("/clear", "cleared")
+    t.say("/set max-tokens 3", "max-tokens 3")
+    assert "-n" not in t.say("Is it?", "stopped after 3 tokens; /set max-tokens allows more")
+
+
+def test_a_full_context_says_how_to_make_room(talk, tiny_model_factory):
+    t = talk(tiny_model_factory(), "-c", "256", "--temp", "0")
+    t.say("hi", "tokens is full, so the answer is cut; /save PATH keeps the conversation, and then /clear makes room")
+
+
+def test_history_is_kept_and_its_loss_is_harmless(talk, model, tmp_path):
+    t = talk(model)
+    t.say("Is it history?", "Yes!", "KV")
+    t.type("/exit")
+    t.leave()
+    history = tmp_path / "state" / "swaa-local" / "chat_history"
+    assert "Is it history?" in history.read_text()
+    again = talk(model)
+    again.child.send("\x1b[A\x1b[A")  # up twice: past /exit
+    again.child.expect("Is it history")
+    again.child.send("\r")
+    again.child.expect("Yes!")
+    again.child.close(force=True)
+    history.unlink()
+    history.mkdir()
+    t = talk(model)
+    t.say("Is it?", "Yes!", "KV")
+
+
+def test_ctrl_d_leaves(talk, model):
+    t = talk(model)
+    t.child.sendeof()
+    assert t.leave() == 0

@@ -1,0 +1,190 @@
+"""`swaa-local inspect`: the layer map and the figures, on files with and without a schedule."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from shlex import split
+
+import pytest
+
+from swaa_local import Llama
+from swaa_local.chat.commands import run_command
+from swaa_local.chat.session import Session, Settings
+from swaa_local.inspect.run import compact_layers, layer_strip
+from swaa_local.schedule.config import LayerMode
+from tests.support.gguf_edit import SWAA, i32s, u32, write_header_model
+from tests.support.program import ROOT, fails, run, succeeds
+from tests.support.tiny import TinyShape, tiny_weights
+
+F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
+
+# Qwen3-4B's shape: 36 layers, 8 KV heads of dimension 128.
+QWEN3_4B = {
+    "qwen3.embedding_length": u32(2560),
+    "qwen3.attention.head_count": u32(32),
+    "qwen3.attention.head_count_kv": u32(8),
+    "qwen3.attention.key_length": u32(128),
+    "qwen3.attention.value_length": u32(128),
+    "qwen3.context_length": u32(262144),
+    "swaa.version": u32(1),
+    "swaa.window": u32(2048),
+    "swaa.sinks": u32(100),
+}
+
+
+def write_qwen3_4b(path, modes):
+    return write_header_model(path, QWEN3_4B | {"swaa.layer_modes": i32s(list(modes))}, n_layer=36)
+
+
+def test_a_model_has_one_size_everywhere(tiny_model_factory):
+    """llama.cpp's own description guesses it from the shape: 256M for one of 135 million, `?B` for a tiny one."""
+    model = tiny_model_factory()
+    n_params = json.loads(succeeds("inspect", model, "--json"))["model"]["n_params"]
+    assert n_params == sum(array.size for array in tiny_weights(TinyShape()).values())
+    told = f"qwen3, {n_params / 1000:.2f} k parameters, F32"
+    assert told in succeeds("inspect", model)
+    arguments = split("-p 16 -n 0 -r 1 -t 1 -fa on --no-swaa")
+    assert f"({told})" in succeeds("bench", model, *arguments)
+    [line] = succeeds("bench", model, *arguments, "-o", "jsonl").splitlines()
+    assert (json.loads(line)["model_type"], json.loads(line)["model_n_params"]) == (told, n_params)
+    session = Session(lambda full: Llama(str(model), n_ctx=256), Settings())
+    with closing(session):
+        said: list[str] = []
+        run_command(session, "/info", said.append)
+    assert f"({told})" in said[0]
+
+
+@pytest.mark.parametrize("extra", [{"qwen3.ssm.state_size": 4}, {"qwen3.nextn_predict_layers": 1}])
+def test_nothing_is_promised_where_no_schedule_can_apply(tiny_model_factory, extra, tmp_path):
+    model = tiny_model_factory(extra=extra)
+    text = succeeds("inspect", model)
+    assert "schedule   none\n" in text
+    assert "adds one" not in text
+    assert "No schedule can apply here: architecture 'qwen3'" in text
+    assert "no schedule to show; none can apply: architecture 'qwen3'" in fails("demo", "-m", model)
+    done = run("convert", model, "-o", tmp_path / "o.gguf", "--outtype", "q8_0", "--dry-run")
+    assert "note      no schedule can apply: architecture 'qwen3'" in done.stdout
+
+
+def test_published_schedule_of_qwen3_4b(tmp_path):
+    path = write_qwen3_4b(tmp_path / "m.gguf", [1, 0] * 18)
+    text = succeeds("inspect", path)
+    for part in (
+        "window 2048, sinks 100, 36 layers",
+        "pFpFpFpFpFpFpFpFpFpFpFpFpFpFpFpFpFpF",
+        "18 x full attention: 1::2",
+        "18 x window while prefilling, full attention while decoding: 0::2",
+        "at 32768 tokens (-c), KV f16",
+        "4.5 GiB",  # 32768 cells x 36 layers x 2 x 1024 x 2 bytes, by hand
+    ):
+        assert part in text
+    assert "ring" not in text
+
+
+def test_figures_of_rings_as_json(tmp_path):
+    path = write_qwen3_4b(tmp_path / "m.gguf", [0] * 4 + [2] * 32)
+    data = json.loads(succeeds("inspect", path, "-c", 40000, "-ctk", "q8_0", "-ctv", "Q8_0", "--json"))
+    full_row, cells = 2 * 1024 // 32 * 34, 40192
+    assert data["full"]["kv_bytes"] == 36 * cells * full_row
+    assert data["scheduled"]["kv_bytes"] == (4 * cells + 32 * 2816) * full_row
+    assert data["scheduled"]["kv_cells"] == [cells] * 4 + [2816] * 32
+    n, w, k = 40000, 2048, 100
+    windowed = sum(min(p + 1, w + min(k, max(0, p + 1 - w))) for p in range(n))
+    assert data["full"]["prefill_pairs"] == 36 * n * (n + 1) // 2
+    assert data["scheduled"]["prefill_pairs"] == 4 * n * (n + 1) // 2 + 32 * windowed
+    assert data["scheduled"]["decode_keys"] == 4 * n + 32 * (w + k)
+    assert data["schedule"]["swaa_config"] == {
+        "sliding_window_size": 2048,
+        "keep_first": 100,
+        "force_fa_decode": False,
+        "non_sliding_layers": [0, 1, 2, 3],
+    }
+    assert "2816 cells" in succeeds("inspect", path, "-c", 40000)
+    assert "2304 cells" in succeeds("inspect", path, "-c", 40000, "-ub", 128)
+
+
+def test_kv_bytes_are_what_the_engine_allocates(tiny_model_factory, load_model):
+    from tests.support.masks import Sched
+    from tests.support.tiny import ScheduleKeys
+
+    modes = (0, 1, 2, 2)
+    path = tiny_model_factory(schedule=ScheduleKeys(100, 10, modes))
+    data = json.loads(succeeds("inspect", path, "-c", 3000, "-ub", 64, "--json"))
+    from tests.support.engine import _lib
+
+    context = load_model(Sched(100, 10, modes)).context(n_ctx=3000, n_batch=64)
+    assert data["scheduled"]["kv_bytes"] == _lib.llama_swaa_kv_bytes(context.ptr)
+    assert data["full"]["kv_bytes"] == 4 * 3072 * 2 * 64 * 2
+
+
+def test_a_file_without_a_schedule_says_so(tiny_model):
+    text = succeeds("inspect", tiny_model)
+    assert "schedule   none: full attention everywhere" in text
+    assert "saved" not in text
+    data = json.loads(succeeds("inspect", tiny_model, "--json"))
+    assert data["schedule"] is None
+    assert data["scheduled"] is None
+    assert data["n_ctx"] == 4096
+
+
+def test_a_stored_schedule_of_full_layers(tmp_path):
+    text = succeeds("inspect", write_qwen3_4b(tmp_path / "m.gguf", [0] * 36))
+    assert "full attention in all 36 layers" in text
+
+
+def test_no_figures_where_the_cache_is_no_plain_one(tmp_path):
+    path = write_header_model(tmp_path / "m.gguf", {"gemma3.attention.sliding_window": u32(512)}, arch="gemma3")
+    text = succeeds("inspect", path)
+    assert "architecture 'gemma3' has a sliding window of its own (512 tokens)" in text
+    assert "at 4096 tokens" not in text
+    assert json.loads(succeeds("inspect", path, "--json"))["full"] is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"swaa.version": u32(2)}, "swaa.version is 2"),
+        ({"swaa.window": u32(0)}, "swaa.window is 0"),
+        ({"swaa.sinks": None}, "key swaa.sinks is missing"),
+        ({"swaa.layer_modes": i32s([0, 1, 2])}, "swaa.layer_modes has 3 entries, but the model has 4 layers"),
+        ({"swaa.layer_modes": i32s([0, 1, 2, 3])}, "swaa.layer_modes[3] is 3"),
+    ],
+)
+def test_malformed_schedules(tmp_path, keys, message):
+    path = write_header_model(tmp_path / "bad.gguf", SWAA | keys)
+    line = fails("inspect", path)
+    assert message in line
+    assert str(path) in line
+
+
+def test_a_kv_type_that_does_not_fit_the_heads(tmp_path):
+    path = write_header_model(tmp_path / "m.gguf", {"qwen3.attention.key_length": u32(40)})
+    assert "needs rows of a multiple of 32 elements, not 80" in fails("inspect", path, "-ctk", "q8_0")
+
+
+def test_missing_file_and_directory(tmp_path):
+    assert "none.gguf: cannot read it: No such file" in fails("inspect", tmp_path / "none.gguf")
+    assert "Is a directory" in fails("inspect", tmp_path)
+
+
+def test_layer_strip_breaks_long_models_with_their_first_index():
+    assert layer_strip([F, P, A]) == ["0 Fpw"]
+    assert layer_strip([F] * 10 + [A] * 5, width=8) == [" 0 FFFFFFFF", " 8 FFwwwww"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [((), ""), ((1, 3, 5, 7), "1::2"), ((0, 4), "0,4"), ((1, 3, 5), "1,3,5"), ((0, 1, 2, 6), "0-2,6"), ((7,), "7")],
+)
+def test_compact_layers_are_the_command_lines_own_syntax(layers, text):
+    from swaa_local.schedule.config import parse_layers
+
+    assert compact_layers(layers, 8) == text
+    assert parse_layers(text, 8) == layers
+
+
+def test_it_needs_no_engine(tiny_model, tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("raise RuntimeError('the engine was loaded')")
+    done = run("inspect", tiny_model, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 0, done.stderr

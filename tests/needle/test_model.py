@@ -1,0 +1,71 @@
+"""The bundled model's accuracy on fixed questions: a broken mask, phase or cache shows here as a collapse.
+
+The document is more than 8 windows long. With full attention and with the schedule in the file the model answers; with
+the window alone, or with any single strategy, it cannot know. Bounds are far from what it does (100 % and 0 to 10 %).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swaa_local.cli.engine_options import EngineOptions
+from swaa_local.demo.run import Outcome, run_demo
+from swaa_local.eval.run import EvalRequest, evaluate
+from swaa_local.eval.table import figures
+from swaa_local.model_file.model_info import read_schedule
+from swaa_local.needle.model import bundled_model
+from swaa_local.schedule.config import SWAAConfig
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+N = 20
+ENGINE = EngineOptions(n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def outcome() -> Outcome:
+    return run_demo(bundled_model(), n_questions=N, seed=11, length=2560, engine=ENGINE)
+
+
+def test_it_is_small_and_has_a_schedule():
+    assert bundled_model().stat().st_size <= 12 << 20
+    schedule = read_schedule(bundled_model())
+    assert schedule is not None
+    assert schedule.window * 8 <= 2560 - 160
+
+
+def test_its_schedule_is_the_one_that_the_training_log_chose():
+    log = Path(__file__).resolve().parents[2] / "docs" / "needle-log.json"
+    chosen = json.loads(log.read_text())["evaluation"]
+    schedule = read_schedule(bundled_model())
+    assert schedule is not None
+    assert schedule.config() == SWAAConfig(chosen["window"], chosen["sinks"], True, chosen["full_layers"])
+
+
+@pytest.mark.parametrize("title", ["full attention", "all four"])
+def test_full_attention_and_the_recipe_find_the_facts(outcome, title):
+    [row] = [row for row in outcome.rows if row.title == title]
+    assert row.right >= 0.9 * N, [verdict.answer for verdict in row.verdicts]
+
+
+@pytest.mark.parametrize("title", ["naive window", "+ sinks", "+ FA decode", "+ full layers", "+ thinking first"])
+def test_a_window_with_one_strategy_alone_does_not(outcome, title):
+    [row] = [row for row in outcome.rows if row.title == title]
+    assert row.right <= 0.3 * N, [verdict.answer for verdict in row.verdicts]
+
+
+def test_eval_finds_the_same_on_documents_that_are_read_anew(tmp_path: Path):
+    request = EvalRequest(
+        bundled_model(), tmp_path / "r.jsonl", lengths=[1152], samples=4, variants="full,naive,file", engine=ENGINE
+    )
+    cells = {(cell.task, cell.variant): cell for cell in figures(evaluate(request))}
+    for task in ("facts_statements", "facts_sections"):
+        assert cells[task, "full"].accuracy.right >= 3
+        assert cells[task, "file"].accuracy.right >= 3
+        beyond = cells[task, "naive"].beyond
+        assert beyond is not None
+        assert beyond.n >= 3
+        assert beyond.right <= 1

@@ -1,0 +1,238 @@
+"""The rules of a schedule: paper's configurations, layer lists, presets, and the formulas of its cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swaa_local.schedule.config import (
+    MAX_TOKENS,
+    LayerMode,
+    Schedule,
+    ScheduleError,
+    SWAAConfig,
+    SWAAError,
+    format_layers,
+    full_cells,
+    kv_bytes,
+    parse_layers,
+    window_keys,
+    window_pairs,
+)
+from swaa_local.schedule.presets import GENERIC_PRESETS, PRESETS, get_preset
+
+F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
+
+
+def test_a_config_of_the_papers_code_can_be_pasted():
+    config = SWAAConfig(sliding_window_size=2048, keep_first=100, force_fa_decode=True, non_sliding_layers=[1, 3, 5])
+    assert config.schedule(6) == Schedule(2048, 100, (P, F, P, F, P, F))
+
+
+@pytest.mark.parametrize(
+    ("config", "modes"),
+    [
+        (SWAAConfig(), (F, F, F)),
+        (SWAAConfig(non_sliding_layers=[0], force_fa_decode=True), (F, F, F)),
+        (SWAAConfig(8), (A, A, A)),
+        (SWAAConfig(8, force_fa_decode=True), (P, P, P)),
+        (SWAAConfig(8, force_fa_decode=[]), (A, A, A)),
+        (SWAAConfig(8, force_fa_decode=[1]), (A, P, A)),
+        (SWAAConfig(8, non_sliding_layers=[2]), (A, A, F)),
+        (SWAAConfig(8, force_fa_decode=[0, 2], non_sliding_layers=[2]), (P, A, F)),
+    ],
+)
+def test_mode_of_each_layer(config, modes):
+    schedule = config.schedule(3)
+    assert schedule.layer_modes == modes
+    assert schedule.config().schedule(3) == schedule
+    assert schedule.is_full == (set(modes) == {F})
+    assert schedule.has_ring == (A in modes)
+
+
+def test_lists_become_sorted_tuples_so_equal_schedules_are_equal():
+    assert SWAAConfig(8, non_sliding_layers=[3, 1, 3]) == SWAAConfig(8, non_sliding_layers=(1, 3))
+    assert SWAAConfig(8, force_fa_decode=[]) == SWAAConfig(8)
+    assert hash(SWAAConfig(8, non_sliding_layers=[1])) == hash(SWAAConfig(8, non_sliding_layers=(1,)))
+    numpy: Any = (np.int64(8), np.int32(2), False, np.arange(2))
+    assert SWAAConfig(*numpy) == SWAAConfig(8, 2, False, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window_size": 0}, "sliding_window_size is 0"),
+        ({"sliding_window_size": -5}, "sliding_window_size is -5"),
+        ({"sliding_window_size": MAX_TOKENS + 1}, str(MAX_TOKENS + 1)),
+        ({"sliding_window_size": 2048.5}, "whole number, not 2048.5"),
+        ({"sliding_window_size": True}, "whole number, not True"),
+        ({"sliding_window_size": "2048"}, "whole number, not '2048'"),
+        ({"keep_first": -1}, "keep_first is -1"),
+        ({"keep_first": None}, "whole number, not None"),
+        ({"non_sliding_layers": [0, -2]}, "non_sliding_layers lists layer -2"),
+        ({"non_sliding_layers": "1,3"}, "list of layer numbers, not '1,3'"),
+        ({"non_sliding_layers": [1.5]}, "whole number, not 1.5"),
+        ({"force_fa_decode": [-1]}, "force_fa_decode lists layer -1"),
+        ({"force_fa_decode": 1}, "list of layer numbers, not 1"),
+        ({"force_fa_decode": None}, "list of layer numbers, not None"),
+    ],
+)
+def test_bad_values_are_refused_with_the_value(fields, message):
+    with pytest.raises(ScheduleError, match=message):
+        SWAAConfig(**fields)
+
+
+@pytest.mark.parametrize("field", ["non_sliding_layers", "force_fa_decode"])
+def test_layers_past_the_last_one_name_the_layer_count(field):
+    listing: dict[str, Any] = {field: [1, 3, 4]}
+    config = SWAAConfig(8, **listing)
+    with pytest.raises(ScheduleError, match=rf"{field} lists layer 3, but the model has 3 layers .*--clip-layers"):
+        config.schedule(3)
+    assert config.schedule(3, clip_layers=True) == SWAAConfig(8, **(listing | {field: [1]})).schedule(3)
+
+
+def test_errors_are_of_the_library_and_value_errors():
+    assert issubclass(ScheduleError, SWAAError)
+    assert issubclass(ScheduleError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((0, 0, (0,)), "window is 0"),
+        ((1, -1, (0,)), "sinks is -1"),
+        ((1, 0, ()), "layer_modes is empty"),
+        ((1, 0, (0, 3)), r"layer_modes\[1\] is 3"),
+        ((1, 0, (0, -1)), r"layer_modes\[1\] is -1"),
+    ],
+)
+def test_a_schedule_outside_the_format_is_refused(args, message):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule(*args)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("", ()),
+        ("  ", ()),
+        ("1,3,5", (1, 3, 5)),
+        ("5, 3,3", (3, 5)),
+        ("0-3", (0, 1, 2, 3)),
+        ("2-2", (2,)),
+        ("1::2", (1, 3, 5, 7)),
+        ("0::2", (0, 2, 4, 6)),
+        ("::3", (0, 3, 6)),
+        (":2", (0, 1)),
+        ("6:", (6, 7)),
+        (":", tuple(range(8))),
+        ("-2:", (6, 7)),
+        (":-6", (0, 1)),
+        ("2:8:3", (2, 5)),
+        ("0-1,5,6::1", (0, 1, 5, 6, 7)),
+    ],
+)
+def test_layer_lists(text, layers):
+    assert parse_layers(text, 8) == layers
+    assert parse_layers(format_layers(layers), 8) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8", "'8' goes past the model's 8 layers"),
+        ("6-9", "'6-9' goes past"),
+        ("9::2", "'9::2' goes past"),
+        ("0:9", "'0:9' goes past"),
+        ("3-1", "runs backwards"),
+        ("1::0", "step 0"),
+        ("7::-1", "step -1"),
+        ("1,,2", "empty item"),
+        ("1,", "empty item"),
+        ("odd", "cannot read layer list item 'odd'"),
+        ("-1", "cannot read layer list item '-1'"),
+        ("1.5", "cannot read"),
+    ],
+)
+def test_bad_layer_lists(text, message):
+    with pytest.raises(ScheduleError, match=message):
+        parse_layers(text, 8)
+
+
+def test_clip_layers_drops_what_is_past_the_last_layer():
+    assert parse_layers("1,9,6-12,0:40:4", 8, clip_layers=True) == (0, 1, 4, 6, 7)
+
+
+def test_published_presets():
+    odd, even = tuple(range(1, 36, 2)), tuple(range(0, 48, 2))
+    assert get_preset("qwen3-4b").config() == SWAAConfig(2048, 100, True, odd)
+    assert get_preset("Qwen3-4B-w4096").config() == SWAAConfig(4096, 100, True, odd)
+    assert get_preset("qwen3-30b-a3b").config() == SWAAConfig(2048, 100, True, even)
+    assert get_preset("llama-3.1-8b").config(32) == SWAAConfig(2048, 100, True, even[:16])
+    light = (0, 1, 4, 5, 8, 9, 10, 11, 13, 14, 21, 23, 24, 25, 26, 27)
+    assert get_preset("llama-3.1-8b-lighttransfer").config() == SWAAConfig(2048, 100, True, light)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_every_preset_resolves_and_says_what_is_known_about_it(preset):
+    n_layer = preset.n_layer or 28
+    assert not preset.config(n_layer).schedule(n_layer).is_full
+    assert preset.description
+    assert preset.notes
+
+
+def test_a_preset_for_another_depth_is_refused():
+    preset = get_preset("qwen3-4b")
+    with pytest.raises(ScheduleError, match=r"36 layers, and this one has 28.*half.*--clip-layers"):
+        preset.config(28)
+    with pytest.raises(ScheduleError, match=r"36 layers, and this one has 40.*--full-layers"):
+        preset.config(40, clip_layers=True)
+    assert preset.config(28, clip_layers=True).non_sliding_layers == tuple(range(1, 28, 2))
+    assert "half" in GENERIC_PRESETS
+    with pytest.raises(ScheduleError, match="pass n_layer"):
+        get_preset("half").config()
+
+
+def test_an_unknown_preset_lists_the_names():
+    with pytest.raises(ScheduleError, match=r"unknown preset 'qwen'; known are .*qwen3-4b"):
+        get_preset("qwen")
+
+
+def test_ring_cells_are_padded_and_never_more_than_full():
+    schedule = SWAAConfig(2048, 100).schedule(2)
+    assert schedule.ring_cells(32768) == 2816  # 100 + 2048 + 512 = 2660
+    assert schedule.ring_cells(32768, n_ubatch=32) == 2304
+    assert schedule.ring_cells(2000) == 2048
+    assert schedule.ring_cells(32768, n_seq_max=4, unified=True) == 9216  # 4 * 2148 + 512 = 9104
+    assert schedule.ring_cells(32768, n_seq_max=4, unified=False) == 2816
+
+
+def test_kv_cells_of_a_mixed_schedule():
+    schedule = SWAAConfig(256, 16, force_fa_decode=[1], non_sliding_layers=[0]).schedule(3)
+    assert schedule.kv_cells(4000) == (4096, 4096, 1024)
+    assert full_cells(4000, n_seq_max=3) == 1536  # 4096 // 3 = 1365
+    assert full_cells(4000, n_seq_max=3, unified=True) == 4096
+
+
+def test_kv_bytes_by_type():
+    assert kv_bytes(256, 1024, 1024) == 256 * 4096
+    assert kv_bytes(256, 1024, 512, "q8_0", "F32") == 256 * (1088 + 2048)
+    with pytest.raises(SWAAError, match="multiple of 32 elements, not 80"):
+        kv_bytes(256, 80, 80, "q8_0")
+    with pytest.raises(SWAAError, match="unknown KV cache type 'q9_0'; known are f32, f16"):
+        kv_bytes(256, 64, 64, "q9_0")
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 50])
+@pytest.mark.parametrize("sinks", [0, 1, 5, 40])
+def test_attention_work_is_the_size_of_the_mask(window, sinks):
+    n = 30
+    p1, p0 = np.mgrid[:n, :n]
+    visible = (p0 <= p1) & ((p1 - p0 < window) | (p0 < sinks))
+    assert [window_keys(p, window, sinks) for p in range(n)] == visible.sum(1).tolist()
+    assert window_pairs(n, window, sinks) == visible.sum()
+    schedule = SWAAConfig(window, sinks, force_fa_decode=[1], non_sliding_layers=[0]).schedule(3)
+    assert schedule.prefill_pairs(n) == (n * (n + 1) // 2, visible.sum(), visible.sum())
+    assert schedule.decode_keys(n - 1) == (n, n, visible[-1].sum())

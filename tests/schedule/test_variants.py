@@ -1,0 +1,151 @@
+"""The grammar of variants."""
+
+from __future__ import annotations
+
+import pytest
+
+from swaa_local.schedule.config import LayerMode, Schedule, ScheduleError
+from swaa_local.schedule.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
+
+F, P, A = LayerMode
+STORED = Schedule(256, 16, (F, P, F, P))
+
+
+def parse(text: str, of_file: Schedule | None = STORED) -> list[Variant]:
+    return parse_variants(text, 4, of_file)
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("full", Schedule.full(4)),
+        ("file", STORED),
+        ("naive", Schedule(256, 0, (A, A, A, A))),
+        ("naive sinks", Schedule(256, 16, (A, A, A, A))),
+        ("naive fadec", Schedule(256, 0, (P, P, P, P))),
+        ("naive layers", Schedule(256, 0, (F, A, F, A))),
+        ("naive sinks layers fadec", STORED),
+        ("w2048 k100 fadec 1::2", Schedule(2048, 100, (P, F, P, F))),
+        ("1,3 w64", Schedule(64, 0, (A, F, A, F))),
+        ("w64  0-2", Schedule(64, 0, (F, F, F, A))),
+        ("half", Schedule(2048, 0, (F, P, F, P))),
+        ("streaming", Schedule(2048, 0, (A, A, A, A))),
+    ],
+)
+def test_a_variant_is_a_name_or_words(text, schedule):
+    [variant] = parse(text)
+    if text in ("half", "streaming"):  # presets bring their own sinks
+        schedule = Schedule(schedule.window, variant.schedule.sinks, schedule.layer_modes)
+    assert variant == Variant(" ".join(text.split()), schedule)
+
+
+def test_think_and_direct_go_with_any_variant():
+    assert [(v.name, v.think) for v in parse("full think,file direct,w8 k1 direct,naive")] == [
+        ("full think", True),
+        ("file direct", False),
+        ("w8 k1 direct", False),
+        ("naive", None),
+    ]
+
+
+def test_commas_separate_variants_and_layers():
+    names = [variant.name for variant in parse("full, w8 1,3 fadec,naive,w8 0-1, 3 ,file")]
+    assert names == ["full", "w8 1,3 fadec", "naive", "w8 0-1, 3", "file"]
+    assert parse("w8 0-1, 3")[0].schedule.layers(F) == (0, 1, 3)
+
+
+def test_the_window_is_known_where_there_is_one():
+    assert [variant.window for variant in parse("full,naive")] == [None, 256]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("full,full", "'full' is given twice"),
+        ("full,,file", "empty variant"),
+        ("", "empty variant"),
+        ("k100", "'k100': it needs a window: w2048, or naive"),
+        ("fadec", "needs a window"),
+        ("think", "'think' means nothing"),
+        ("w2048 wide", "'wide' means nothing; a variant is full, naive, file, a preset"),
+        ("w0", "between 1 and"),
+        ("w8 4", "past the model's 4 layers"),
+        ("qwen3-4b", "'qwen3-4b': preset qwen3-4b was published for a model of 36 layers"),
+    ],
+)
+def test_what_means_nothing_is_refused(text, reason):
+    with pytest.raises(ScheduleError, match=reason):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["file", "naive", "w8 sinks", "w8 layers"])
+def test_a_file_without_a_schedule_has_nothing_to_take(text):
+    with pytest.raises(ScheduleError, match=f"'{text}': the file has no schedule"):
+        parse(text, None)
+
+
+def test_baselines_are_known_by_what_they_are():
+    variants = parse("full direct,file,naive think,w8,naive sinks,naive fadec")
+    assert [variant.is_full for variant in variants] == [True, False, False, False, False, False]
+    assert [variant.is_naive for variant in variants] == [False, False, True, True, False, False]
+
+
+def test_what_is_compared_without_a_schedule():
+    """At least two known schedules with full attention, unless none can apply."""
+    names, said = without_schedule(None)
+    variants = parse_variants(names, 4, None)
+    assert variants[0].is_full
+    assert [variant.is_full for variant in variants[1:]] == [False, False]
+    assert names in said
+    assert "--variants" in said
+    names, said = without_schedule("architecture 'x' has recurrent layers")
+    assert [variant.is_full for variant in parse_variants(names, 4, None)] == [True]
+    assert said.endswith(": architecture 'x' has recurrent layers")
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "named"), [(9, []), (8, ["w8", "w8 k1 fadec 1"]), (16, []), (3, ["w8", "w8 k1 fadec 1"])]
+)
+def test_a_window_that_holds_all_is_named(n_tokens, named):
+    note = whole_in_window(parse("full,w8,w8 k1 fadec 1"), n_tokens)
+    assert (note is None) == (named == [])
+    assert all(name in (note or "") for name in named)
+
+
+@pytest.mark.parametrize(
+    ("text", "flash_attn", "cache_type", "schedule"),
+    [
+        ("full nofa", False, None, Schedule.full(4)),
+        ("file fa", True, None, STORED),
+        ("w8 q8_0 k1 fa 1", True, "q8_0", Schedule(8, 1, (A, F, A, A))),
+        ("naive f16", None, "f16", Schedule(256, 0, (A, A, A, A))),
+    ],
+)
+def test_where_the_engine_matters_variants_say_how_it_runs_them(text, flash_attn, cache_type, schedule):
+    [variant] = parse_variants(text, 4, STORED, words="engine")
+    assert variant == Variant(text, schedule, flash_attn=flash_attn, cache_type=cache_type)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "reason"),
+    [
+        ("full fa", "thinking", "means nothing"),
+        ("full think", "engine", "means nothing"),
+        ("fa", "engine", "'fa' means nothing"),
+        ("file fa nofa", "engine", "'fa' and 'nofa' exclude each other"),
+        ("file q8_0 f16", "engine", "'q8_0' and 'f16' exclude each other"),
+    ],
+)
+def test_words_of_another_command_and_contradictions_are_refused(text, words, reason):
+    with pytest.raises(ScheduleError, match=reason):
+        parse_variants(text, 4, STORED, words=words)
+
+
+@pytest.mark.parametrize("text", ["full", "w8 k0", "w8 k1 fadec 0-2", "w8 k1 0-1,3", "w2048 k100 fadec 1,3"])
+def test_a_schedule_has_words_that_mean_it(text):
+    [variant] = parse(text)
+    assert in_words(variant.schedule) == text
+
+
+def test_a_schedule_without_words_still_has_a_name():
+    assert in_words(Schedule(8, 1, (F, P, A, P))) == "w8 k1 fadec in 1,3 0"

@@ -1,0 +1,56 @@
+"""transformers with explicit per-layer masks: the independent reference of the parity test.
+
+The whole sequence, prompt and answer, goes through in one pass in float64 with eager attention. That is exact: keys
+and values of a prompt token come from its own prefill, whatever is decoded later, and the mask of a PREFILL layer
+depends on the position of the query. A hook hands every attention module the mask of its layer. Knows `masks`, not
+`swaa_local`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from tests.support.masks import Sched, layer_masks
+
+
+class TransformersModel:
+    """A checkpoint in float64 on one thread."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        torch.set_num_threads(1)
+        auto = transformers.AutoModelForCausalLM
+        self.model = auto.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager").eval()
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")  # the default takes no float64
+        self._masks: list[torch.Tensor] = []
+        self._asked: set[int] = set()
+        for layer, module in enumerate(self.model.model.layers):
+            module.self_attn.register_forward_pre_hook(self._give_mask(layer), with_kwargs=True)
+
+    def _give_mask(self, layer: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if "attention_mask" not in kwargs:
+                raise RuntimeError("transformers no longer passes attention_mask to self_attn by name")
+            self._asked.add(layer)
+            return args, {**kwargs, "attention_mask": self._masks[layer]}
+
+        return hook
+
+    def logits(self, tokens: Sequence[int], schedule: Sched, prompt_end: int) -> np.ndarray:
+        """(n, n_vocab), tokens from `prompt_end` on being decoded."""
+        self._masks = [
+            torch.from_numpy(np.where(mask, 0.0, np.finfo(np.float64).min))[None, None]
+            for mask in layer_masks(schedule, len(tokens), prompt_end)
+        ]
+        self._asked.clear()
+        with torch.inference_mode():
+            out = self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
+        if self._asked != set(range(len(schedule.layer_modes))):
+            raise RuntimeError(f"only layers {sorted(self._asked)} were given a mask")
+        return out

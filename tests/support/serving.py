@@ -1,0 +1,144 @@
+"""Runs `swaa-local serve` as a user does, and stops it: one process, one address, every wait with an end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.program import environment
+
+START_S = 120.0
+STOP_S = 30.0
+
+
+@dataclass
+class Running:
+    """A server that answers at `url`. `log` holds what it wrote to stderr so far."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def post(self, path: str, body: Any, *, key: str | None = None, timeout: float = 120) -> tuple[int, Any]:
+        """Status and JSON of a POST; `body` is sent as it is if it is bytes."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._ask(urllib.request.Request(self.url + path, data=data, method="POST"), key, timeout)
+
+    def get(self, path: str, *, key: str | None = None) -> tuple[int, Any]:
+        return self._ask(urllib.request.Request(self.url + path), key, 30)
+
+    def _ask(self, request: urllib.request.Request, key: str | None, timeout: float) -> tuple[int, Any]:
+        request.add_header("Content-Type", "application/json")
+        if key is not None:
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+    def stream(self, path: str, body: Any, timeout: float = 120) -> Iterator[Any]:
+        """The JSON of each server-sent event. Closing the iterator closes the connection."""
+        request = urllib.request.Request(self.url + path, data=json.dumps(body | {"stream": True}).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            for line in response:
+                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                    yield json.loads(line[6:])
+
+    def complete(self, prompt: Any, n_predict: int = 12, **options: Any) -> dict[str, Any]:
+        """llama-server's own endpoint, greedy: `tokens`, `content` and `timings` among others."""
+        body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "return_tokens": True} | options
+        status, answer = self.post("/completion", body, timeout=300)
+        assert status == 200, answer
+        return answer
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal as a service manager would, to the command alone; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=STOP_S)
+
+
+@contextmanager
+def serving(model: Path | str | None, *args: object, **env: str) -> Iterator[Running]:
+    """A server on a free port, one thread; gone when the block is left."""
+    words = [*([] if model is None else [str(model)]), "--port", "0", "-t", "1", *map(str, args)]
+    with tempfile.TemporaryDirectory(prefix="swaa-serve-") as tmp:
+        log, out = Path(tmp, "stderr"), Path(tmp, "stdout")
+        with open(log, "w") as stderr, open(out, "w") as stdout:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "swaa_local", "serve", *words],
+                env=environment(**env),
+                stdout=stdout,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        try:
+            deadline = time.monotonic() + START_S
+            while not (url := out.read_text()).endswith("\n"):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, f"no address after {START_S} s: {log.read_text()}"
+                time.sleep(0.02)
+            yield Running(process, url.strip(), log)
+            if process.poll() is None:
+                process.terminate()
+                process.wait(timeout=STOP_S)
+        finally:
+            if process.poll() is None:
+                process.kill()  # the server itself goes with it
+                process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these started (Linux)."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def is_running(pid: int) -> bool:
+    """True unless the process ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(done: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not done():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
+        time.sleep(0.02)
+
+
+def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Call all at once; their results in order."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        results[index] = calls[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    return results
