@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.signals import ended_by
-from swaa_local.schedule.config import SWAAError
 
 LIBRARY_PATH = "LLAMA_CPP_LIB_PATH"
 # Tokens that are evaluated before their keys and values are repeated.
@@ -169,9 +169,10 @@ class _Engine:
 
         from swaa_local.engine import log as engine_log
         from swaa_local.engine import memory
+        from swaa_local.engine.kv_types import kv_type_id
 
         self._c = c
-        self._kv_type_id = memory.kv_type_id
+        self._kv_type_id = kv_type_id
         self.free_bytes = memory.free_host_bytes
         self._captured = engine_log.captured
         self._contexts: dict[Cache, _Context] = {}
@@ -187,7 +188,7 @@ class _Engine:
                 raise BuildError(f"{error}: {log.reason}" if log.reason else str(error)) from None
 
     def load(self, path: str, n_threads: int, cpu_time: bool) -> BuildInfo:
-        from swaa_local.engine.machine import cpu_name
+        from swaa_local.bench.machine import cpu_name
 
         c = self._c
         self._n_threads = n_threads

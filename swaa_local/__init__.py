@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from swaa_local.errors import ScheduleError, SWAAError
     from swaa_local.llama import Llama, PromptTooLong
-    from swaa_local.model_file.model_info import read_schedule
-    from swaa_local.schedule.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
+    from swaa_local.model_file.schedule_keys import read_schedule
+    from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
     from swaa_local.schedule.presets import PRESETS, Preset
 
 __all__ = [
@@ -37,10 +38,10 @@ _HOME = {
     "Preset": "schedule.presets",
     "PromptTooLong": "llama",
     "SWAAConfig": "schedule.config",
-    "SWAAError": "schedule.config",
+    "SWAAError": "errors",
     "Schedule": "schedule.config",
-    "ScheduleError": "schedule.config",
-    "read_schedule": "model_file.model_info",
+    "ScheduleError": "errors",
+    "read_schedule": "model_file.schedule_keys",
 }
 
 

@@ -1,14 +1,27 @@
-"""Errors of running a model. Each is also the built-in error that `llama_cpp.Llama` raises in its place.
-
-Those of files and schedules are in `config` and `gguf_meta`.
+"""The errors that users catch. Those of running a model are also the built-in error that `llama_cpp.Llama` raises in
+their place. Imports nothing but the words for sizes; errors of one command live with it.
 """
 
 from __future__ import annotations
 
 from swaa_local.report.units import format_bytes
-from swaa_local.schedule.config import CELL_PADDING, SWAAError
 
 _ROOM_TO_ANSWER = 512  # tokens
+_CONTEXT_STEP = 256  # tokens; llama.cpp pads contexts to it
+
+
+class SWAAError(Exception):
+    """Base of the library's errors; the message is one sentence for the user. exit_code: of a command that it ends."""
+
+    exit_code = 1
+
+
+class ScheduleError(SWAAError, ValueError):
+    """A schedule that makes no sense, or not for this model."""
+
+
+class GGUFError(SWAAError):
+    """The file cannot be read as GGUF, or not as the model it should be; the message names the file."""
 
 
 class ModelLoadError(SWAAError, ValueError):
@@ -43,7 +56,7 @@ class PromptTooLong(SWAAError, ValueError):
     @property
     def n_ctx_needed(self) -> int:
         """Tokens of context that would hold the prompt and an answer."""
-        return -(-(self.n_prompt + _ROOM_TO_ANSWER) // CELL_PADDING) * CELL_PADDING
+        return -(-(self.n_prompt + _ROOM_TO_ANSWER) // _CONTEXT_STEP) * _CONTEXT_STEP
 
     def advice(self, option: str, what: str = "it") -> str:
         """The message, with the option that raises the context as the caller spells it: `-c {}`, `n_ctx={}`."""

@@ -35,10 +35,10 @@ from swaa_local.errors import (
     ModelLoadError,
     PromptTooLong,
     StateError,
+    SWAAError,
     TemplateError,
     TextTooLong,
 )
-from swaa_local.schedule.config import SWAAError
 
 __all__ = [
     "BusyError",

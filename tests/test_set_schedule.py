@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from swaa_local.errors import ScheduleError, SWAAError
 from swaa_local.llama import Llama
-from swaa_local.schedule.config import LayerMode, Schedule, ScheduleError, SWAAConfig, SWAAError
+from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
 from tests.support.tiny import ScheduleKeys, random_tokens
 
 FULL, PREFILL, ALWAYS = LayerMode

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.bench.plan import BenchError, Setting, Size
-from swaa_local.cli.engine_options import EngineOptions
+from swaa_local.bench.results import BenchError, Setting, Size
 from swaa_local.engine import log as engine_log
 from swaa_local.engine import memory, native
 from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.kv_types import kv_type_id
 from swaa_local.engine.limits import check_numbers
+from swaa_local.engine.options import EngineOptions
 from swaa_local.engine.schedule import apply_schedule, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
 from swaa_local.report.units import format_bytes
@@ -84,8 +85,8 @@ class BenchModel:
         params.n_threads = self.n_threads
         params.n_threads_batch = self.n_threads_batch
         params.flash_attn_type = _FLASH_ATTN[setting.flash_attn]
-        params.type_k = memory.kv_type_id(setting.type_k)
-        params.type_v = memory.kv_type_id(setting.type_v)
+        params.type_k = kv_type_id(setting.type_k)
+        params.type_v = kv_type_id(setting.type_v)
         return params
 
     def check_memory(self, setting: Setting, size: Size) -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeAlias
 
-from swaa_local.bench.plan import Row, Sample, Setting, Size
-from swaa_local.bench.run import Bench
+from swaa_local.bench.results import Bench, Probe, Row, Sample, Setting, Size
 from swaa_local.report.spread import Spread
 
 Measure: TypeAlias = Callable[[Sample], float | None]
@@ -163,3 +162,19 @@ def _most(values: Iterator[int | None]) -> int | None:
 
 def _spread_of(values: Sequence[float]) -> Spread | None:
     return Spread.of(values) if values else None
+
+
+def describe_probe(probe: Probe, taken: Sequence[bool] = ()) -> str:
+    """Both figures, and what was taken, in one sentence."""
+    figures = "; ".join(
+        f"{name} {prefill:.4g} tok/s prefill and {decode:.4g} tok/s decode"
+        for name, prefill, decode in (
+            ("on", probe.prefill_on, probe.decode_on),
+            ("off", probe.prefill_off, probe.decode_off),
+        )
+    )
+    said = " and ".join({True: "on", False: "off"}[way] for way in taken)
+    return (
+        f"full attention at {probe.n_prompt} tokens (KV {probe.type_k}/{probe.type_v}, n_ubatch {probe.n_ubatch}) with "
+        f"flash attention {figures}" + (f"; taken: {said}" if said else "")
+    )

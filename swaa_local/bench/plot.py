@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.bench.figures import RowFigures, figures
-from swaa_local.bench.plan import Setting
-from swaa_local.bench.run import Bench, BenchError
+from swaa_local.bench.results import Bench, Setting
+from swaa_local.bench.run import BenchError
 from swaa_local.report.plotting import MARKERS, as_title, check_plot, make_figure, save_figure
 from swaa_local.report.spread import Spread
 

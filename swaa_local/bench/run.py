@@ -14,25 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swaa_local.bench.engine import BenchContext, BenchModel
-from swaa_local.bench.plan import (
-    BenchError,
-    Choices,
-    Row,
-    Sample,
-    Setting,
-    Size,
-    limit_prompt,
-    make_settings,
-    make_sizes,
-)
+from swaa_local.bench.figures import describe_probe
+from swaa_local.bench.machine import describe_machine
+from swaa_local.bench.plan import Choices, make_settings, make_sizes
+from swaa_local.bench.results import Bench, BenchError, ModelFacts, Probe, Row, Sample, Setting, Size, limit_prompt
 from swaa_local.bench.watch import SILENT, Visit, Watch
-from swaa_local.cli.engine_options import EngineOptions
 from swaa_local.engine import memory
 from swaa_local.engine.context_length import beyond_training, gpu_layers
-from swaa_local.engine.machine import Machine, describe_machine
-from swaa_local.model_file.model_info import ModelInfo, describe_model, read_model_info, read_schedule
-from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAError
-from swaa_local.schedule.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
+from swaa_local.engine.options import EngineOptions
+from swaa_local.errors import SWAAError
+from swaa_local.model_file.model_info import ModelInfo, read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
+from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule
+from swaa_local.schedule.text import in_words
+from swaa_local.schedule.variants import Variant, parse_variants, whole_in_window, without_schedule
 
 PROBE_TOKENS = 4096
 """Tokens of the prompt with which full attention's better setting is found, at most."""
@@ -61,56 +56,6 @@ class BenchRequest:
     n_ubatch: Sequence[int] = ()
     limit: bool = True
     engine: EngineOptions = field(default_factory=EngineOptions)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Full attention with and without flash attention on the same short prompt; tokens a second, the better of the
-    rounds. n_prompt: its tokens, which are also the depth of the decode."""
-
-    n_prompt: int
-    n_ubatch: int
-    type_k: str
-    type_v: str
-    prefill_on: float
-    prefill_off: float
-    decode_on: float
-    decode_off: float
-
-    def best(self, *, prefill: bool) -> bool:
-        """Whether flash attention is the faster one."""
-        return self.prefill_on >= self.prefill_off if prefill else self.decode_on >= self.decode_off
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """size_bytes: of the weights."""
-
-    path: str
-    architecture: str
-    size_bytes: int
-    n_params: int
-    n_layer: int
-    file_type: str
-
-    @property
-    def description(self) -> str:
-        return describe_model(self.architecture, self.n_params, self.file_type)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What came out. complete: False if it was stopped; then rows may have fewer samples, or be missing."""
-
-    model: ModelFacts
-    machine: Machine
-    n_threads: int
-    n_threads_batch: int
-    n_gpu_layers: int
-    repetitions: int
-    probes: tuple[Probe, ...]
-    rows: tuple[Row, ...]
-    complete: bool = True
 
 
 class BenchInterrupted(KeyboardInterrupt):
@@ -374,19 +319,3 @@ class _Run:
                 update(i + 1)
         (prefill_on, decode_on), (prefill_off, decode_off) = best[True], best[False]
         return Probe(n_prompt, n_ubatch, type_k, type_v, prefill_on, prefill_off, decode_on, decode_off)
-
-
-def describe_probe(probe: Probe, taken: Sequence[bool] = ()) -> str:
-    """Both figures, and what was taken, in one sentence."""
-    figures = "; ".join(
-        f"{name} {prefill:.4g} tok/s prefill and {decode:.4g} tok/s decode"
-        for name, prefill, decode in (
-            ("on", probe.prefill_on, probe.decode_on),
-            ("off", probe.prefill_off, probe.decode_off),
-        )
-    )
-    said = " and ".join({True: "on", False: "off"}[way] for way in taken)
-    return (
-        f"full attention at {probe.n_prompt} tokens (KV {probe.type_k}/{probe.type_v}, n_ubatch {probe.n_ubatch}) with "
-        f"flash attention {figures}" + (f"; taken: {said}" if said else "")
-    )

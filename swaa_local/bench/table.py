@@ -10,9 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from swaa_local.bench.figures import RowFigures, figures, growth
-from swaa_local.bench.plan import Row, Setting
-from swaa_local.bench.run import Bench, describe_probe
+from swaa_local.bench.figures import RowFigures, describe_probe, figures, growth
+from swaa_local.bench.results import Bench, Row, Setting
 from swaa_local.report.printable import printable, printable_json
 from swaa_local.report.spread import Spread
 from swaa_local.report.tables import markdown_table

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from swaa_local.bench.figures import decode_rate, prefill_rate
-from swaa_local.bench.plan import Sample, Setting
+from swaa_local.bench.results import Sample, Setting
 from swaa_local.bench.watch import Visit, Watch
 from swaa_local.report.printable import printable
 from swaa_local.report.progress import TimeLeft

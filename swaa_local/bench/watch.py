@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from swaa_local.bench.plan import Sample, Setting, Size
+from swaa_local.bench.results import Sample, Setting, Size
 
 
 @dataclass(frozen=True)

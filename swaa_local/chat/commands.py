@@ -20,7 +20,7 @@ from swaa_local.files.user_input import pasted_path, require_utf8
 from swaa_local.generation.thinking import Piece
 from swaa_local.model_file.model_info import describe_model, file_type_name, read_model_info
 from swaa_local.report.units import format_bytes
-from swaa_local.schedule.config import LayerMode, Schedule, format_layers
+from swaa_local.schedule.text import in_one_line
 
 HELP = """\
 /read PATH        add a text file to your next message
@@ -160,7 +160,7 @@ def _info(session: Session, argument: str, say: Say) -> None:
         file_type_name(llm.metadata.get("general.file_type")),
     )
     say(f"model      {llm.model_path} ({model})")
-    say(f"schedule   {describe_schedule(llm.schedule)}")
+    say(f"schedule   {in_one_line(llm.schedule)}")
     say(f"context    {llm.n_tokens:,} of {llm.n_ctx():,} tokens, KV {format_bytes(llm.kv_bytes)}")
     say(f"batches    n_batch {llm.n_batch}, n_ubatch {llm.context_params.n_ubatch}, flash attention {_flash(llm)}")
     say(f"threads    {llm.n_threads} to generate, {llm.n_threads_batch} to read")
@@ -171,21 +171,6 @@ def _info(session: Session, argument: str, say: Say) -> None:
 
 def _flash(llm: Any) -> str:
     return {-1: "auto", 0: "off", 1: "on"}.get(llm.context_params.flash_attn_type, "unknown")
-
-
-def describe_schedule(schedule: Schedule | None) -> str:
-    """One line about a schedule."""
-    if schedule is None:
-        return "none: full attention"
-    parts = [f"window {schedule.window}, {schedule.sinks} sinks"]
-    for mode, what in (
-        (LayerMode.FULL, "full attention"),
-        (LayerMode.PREFILL, "window while reading"),
-        (LayerMode.ALWAYS, "window always"),
-    ):
-        if layers := schedule.layers(mode):
-            parts.append(f"{what} in layers {format_layers(layers)}")
-    return "; ".join(parts)
 
 
 def _swaa(session: Session, argument: str, say: Say) -> None:
@@ -199,7 +184,7 @@ def _swaa(session: Session, argument: str, say: Say) -> None:
             if reason
             else "this model has no schedule; start with --window or --preset to give it one"
         )
-    say(describe_schedule(session.llm.schedule))
+    say(in_one_line(session.llm.schedule))
 
 
 def _save(session: Session, argument: str, say: Say) -> None:

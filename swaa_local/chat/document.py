@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import user_path
 from swaa_local.report.printable import printable
-from swaa_local.schedule.config import SWAAError
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -20,9 +20,8 @@ from prompt_toolkit.output import create_output
 from swaa_local.chat.commands import COMMANDS, run_command
 from swaa_local.chat.session import Session
 from swaa_local.chat.terminal import Terminal
-from swaa_local.errors import PromptTooLong
+from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.generation.thinking import Piece
-from swaa_local.schedule.config import SWAAError
 
 _FENCE = '"""'
 _ROOM = "/save PATH keeps the conversation, and then /clear makes room"

@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swaa_local.chat.commands import NO_SYSTEM, describe_schedule
+from swaa_local.chat.commands import NO_SYSTEM
 from swaa_local.chat.document import Document, decode_document, read_document
 from swaa_local.chat.repl import converse, say_reply, too_long
 from swaa_local.chat.session import ChatError, Session, Settings
 from swaa_local.chat.terminal import Terminal
-from swaa_local.cli.engine_options import EngineOptions
-from swaa_local.cli.schedule_options import ScheduleOptions
+from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import PromptTooLong
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama
 from swaa_local.model_file.model_info import read_model_info
+from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.schedule.text import in_one_line
 from swaa_local.sources.find import find_gguf
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
@@ -118,7 +119,7 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
 
 def _greet(session: Session, terminal: Terminal) -> None:
     llm = session.llm
-    terminal.note(f"{Path(llm.model_path).name} · context {llm.n_ctx():,} tokens · {describe_schedule(llm.schedule)}")
+    terminal.note(f"{Path(llm.model_path).name} · context {llm.n_ctx():,} tokens · {in_one_line(llm.schedule)}")
     for document in session.pending:
         n_tokens = len(llm.tokenize(document.text.encode(), add_bos=False))
         terminal.note(f"{document.name}: {n_tokens:,} tokens, goes with your first message")

@@ -16,11 +16,10 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.chat.document import Document, compose_message
 from swaa_local.engine.run_stats import RunStats
-from swaa_local.errors import ContextFull, PromptTooLong
+from swaa_local.errors import ContextFull, PromptTooLong, SWAAError
 from swaa_local.generation.template import ChatTemplate, token_bytes
 from swaa_local.generation.thinking import Piece, ThinkingSplitter
 from swaa_local.llama import Llama
-from swaa_local.schedule.config import SWAAError
 
 _INT_MAX = (1 << 31) - 1
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from swaa_local.chat.document import Document
 from swaa_local.chat.session import Turn
+from swaa_local.errors import SWAAError
 from swaa_local.files.input_file import read_input
 from swaa_local.files.output_file import place
 from swaa_local.files.user_input import require_utf8, user_path
-from swaa_local.schedule.config import SWAAError
 
 _FORMAT, _VERSION = "swaa-local-chat", 1
 

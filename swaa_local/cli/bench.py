@@ -10,8 +10,10 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, Numbers
-from swaa_local.cli.engine_options import EngineOptions, engine_options
-from swaa_local.cli.schedule_options import ScheduleOptions, schedule_options
+from swaa_local.cli.engine_options import engine_options
+from swaa_local.cli.schedule_options import schedule_options
+from swaa_local.engine.options import EngineOptions
+from swaa_local.schedule.choice import ScheduleOptions
 
 _FROM_0, _FROM_1 = Numbers(0, "numbers from 0 on,"), Numbers(1, "numbers from 1 on,")
 

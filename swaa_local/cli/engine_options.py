@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -15,39 +15,13 @@ import click
 from swaa_local.cli.click_types import Number, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
-from swaa_local.schedule.config import KV_TYPES
+from swaa_local.engine.options import EngineOptions
+from swaa_local.schedule.cost import KV_TYPES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
 _THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What the user said of the engine; None where they said nothing. Threads and tokens are counts."""
-
-    n_gpu_layers: int = -1
-    n_threads: int | None = None
-    n_threads_batch: int | None = None
-    n_batch: int | None = None
-    n_ubatch: int | None = None
-    flash_attn: bool | None = None
-    type_k: str | None = None
-    type_v: str | None = None
-    verbose: bool = False
-
-    def arguments(self) -> dict[str, Any]:
-        """Keywords of `Llama`. Threads of -t serve the prompt too where -tb is not given."""
-        from swaa_local.engine.memory import kv_type_id
-
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        given["n_threads_batch"] = self.n_threads_batch or self.n_threads
-        for name in ("type_k", "type_v"):
-            given[name] = None if given[name] is None else kv_type_id(given[name])
-        if self.n_ubatch is None:
-            del given["n_ubatch"]
-        return given
 
 
 def engine_options(command: Command, *, without: Collection[str] = ()) -> Command:

@@ -9,7 +9,8 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, Numbers, tokens
-from swaa_local.cli.engine_options import EngineOptions, engine_options
+from swaa_local.cli.engine_options import engine_options
+from swaa_local.engine.options import EngineOptions
 
 _COUNT = click.IntRange(1)
 _LENGTHS = Numbers(1, "positive numbers")

@@ -20,12 +20,15 @@ from swaa_local import __version__
 from swaa_local.cli import streams
 from swaa_local.cli.bench import bench_command
 from swaa_local.cli.click_types import PATH, Number, tokens
-from swaa_local.cli.engine_options import EngineOptions, engine_options
+from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
-from swaa_local.cli.schedule_options import ScheduleOptions, schedule_options
+from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.cli.serve import serve_command
+from swaa_local.engine.options import EngineOptions
+from swaa_local.errors import SWAAError
 from swaa_local.report.printable import printable, printable_json, printable_lines
-from swaa_local.schedule.config import KV_TYPES, SWAAError
+from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.presets import PRESETS
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -155,7 +158,8 @@ def inspect_command(
     swaa-local inspect model.gguf -c 131072 -ctk q8_0 -ctv q8_0
     swaa-local inspect model.gguf --json | jq .schedule.swaa_config
     """
-    from swaa_local.inspect.run import as_dict, inspect_gguf, report
+    from swaa_local.inspect.run import inspect_gguf
+    from swaa_local.inspect.table import as_dict, report
 
     inspection = inspect_gguf(file, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=cache_type_k, type_v=cache_type_v)
     if as_json:

@@ -8,72 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from swaa_local.cli.click_types import tokens
-from swaa_local.schedule.config import SWAAConfig, parse_layers
+from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.presets import PRESETS, Preset, get_preset
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _NAMES = ("preset", "window", "sinks", "full_layers", "fa_decode", "fa_decode_layers", "clip_layers", "no_swaa")
-
-
-@dataclass(frozen=True)
-class ScheduleOptions:
-    """What the user said of the schedule; None where they said nothing."""
-
-    preset: Preset | None = None
-    window: int | None = None
-    sinks: int | None = None
-    full_layers: str | None = None
-    fa_decode: bool | None = None
-    fa_decode_layers: str | None = None
-    clip_layers: bool = False
-    no_swaa: bool = False
-
-    @property
-    def given(self) -> bool:
-        """True if the user asked for a schedule."""
-        return self.preset is not None or self.window is not None
-
-    def config(self, n_layer: int) -> SWAAConfig | Literal[False] | None:
-        """The schedule for a model of this depth; False for --no-swaa, None if nothing was said.
-
-        Given options replace the preset's. Raises `ScheduleError`.
-        """
-        if self.no_swaa:
-            return False
-        if not self.given:
-            return None
-
-        def layers(text: str) -> tuple[int, ...]:
-            return parse_layers(text, n_layer, clip_layers=self.clip_layers)
-
-        window, sinks, full, decode = self.window, self.sinks, self.full_layers, self.fa_decode
-        base = SWAAConfig()
-        if self.preset is not None:
-            # Layers named by hand replace the preset's, so its depth no longer matters.
-            base = (
-                self.preset.config(n_layer, clip_layers=self.clip_layers)
-                if full is None
-                else SWAAConfig(self.preset.window, self.preset.sinks, self.preset.fa_decode)
-            )
-        return SWAAConfig(
-            sliding_window_size=base.sliding_window_size if window is None else window,
-            keep_first=base.keep_first if sinks is None else sinks,
-            force_fa_decode=(
-                layers(self.fa_decode_layers)
-                if self.fa_decode_layers is not None
-                else base.force_fa_decode
-                if decode is None
-                else decode
-            ),
-            non_sliding_layers=base.non_sliding_layers if full is None else layers(full),
-        )
 
 
 def schedule_options(command: Command) -> Command:

@@ -9,7 +9,8 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE
-from swaa_local.cli.schedule_options import ScheduleOptions, schedule_options
+from swaa_local.cli.schedule_options import schedule_options
+from swaa_local.schedule.choice import ScheduleOptions
 
 _EXTRA = "swaa_local.extra"
 
@@ -132,9 +133,9 @@ def serve_command(
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option or os.environ.get("LLAMA_ARG_MODEL")
     import swaa_local.engine.native  # noqa: F401 first: it says in a sentence why the engine does not load
-    from swaa_local.chat.commands import describe_schedule
     from swaa_local.needle.model import NOTE, bundled_model
     from swaa_local.report.terminal import TerminalReporter
+    from swaa_local.schedule.text import in_one_line
     from swaa_local.serve.run import Ready, ServeOptions, serve
 
     reporter = TerminalReporter()
@@ -145,7 +146,7 @@ def serve_command(
     def announce(ready: Ready) -> None:
         requests = "1 request" if ready.n_slots == 1 else f"{ready.n_slots} requests"
         size = f"{requests} at once of up to {ready.n_ctx:,} tokens · " if ready.n_slots else ""
-        reporter.note(f"{ready.model.name} · {size}{describe_schedule(ready.schedule)}")
+        reporter.note(f"{ready.model.name} · {size}{in_one_line(ready.schedule)}")
         page = f"web page {ready.url}/" if ready.has_page else "no web page (--no-ui)"
         if not ready.has_page and not {"--no-ui", "--no-webui"} & set(ctx.meta[_EXTRA]):
             page = "no web page in this build (that needs Node.js 20 with npm)"

@@ -12,24 +12,24 @@ from typing import Literal
 from swaa_local.convert import checkpoint as hf
 from swaa_local.convert.checkpoint import Checkpoint
 from swaa_local.convert.quantize import OutType, parse_out_type, quantized_types
+from swaa_local.errors import SWAAError
 from swaa_local.files.output_file import check_output
 from swaa_local.files.user_input import user_path
-from swaa_local.inspect.run import describe_schedule
 from swaa_local.model_file.copy import encode_header
 from swaa_local.model_file.header import DEFAULT_ALIGNMENT, GGUFFile
-from swaa_local.model_file.model_info import ModelInfo, has_schedule_keys, model_info_of, schedule_of
+from swaa_local.model_file.model_info import ModelInfo, model_info_of
+from swaa_local.model_file.schedule_keys import has_schedule_keys, schedule_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.report.printable import printable
 from swaa_local.report.units import format_bytes
-from swaa_local.schedule.config import Schedule, SWAAConfig, SWAAError
+from swaa_local.schedule.choice import ScheduleChoice
+from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.text import layer_by_layer
 from swaa_local.sources import hub
 
 _NO_SCHEDULE = "no schedule: the file will run with full attention; --preset or --window adds one"
 # What a checkpoint becomes is known once it is converted.
 _NO_SCHEDULE_YET = f"{_NO_SCHEDULE} if its architecture takes one"
-
-ScheduleChoice = SWAAConfig | Literal[False] | None
-"""A schedule, False to have none, None to keep the source's."""
 
 
 class ConvertError(SWAAError):
@@ -322,7 +322,7 @@ def describe_plan(plan: Plan) -> str:
         f"model     {printable(plan.architecture or 'known after the download')}{depth}",
     ]
     if plan.schedule is not None:
-        first, *rest = describe_schedule(plan.schedule)
+        first, *rest = layer_by_layer(plan.schedule)
         lines += [f"schedule  {first}", *rest]
     else:
         unknown = plan.architecture is None

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.child_process import ChildError, run_child
 from swaa_local.files.signals import FAULTS, name_of
 from swaa_local.model_file.header import GGUFFile
-from swaa_local.schedule.config import SWAAError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from swaa_local.chat.run import ChatOptions, chat
 from swaa_local.chat.session import Settings
-from swaa_local.cli.engine_options import EngineOptions
-from swaa_local.cli.schedule_options import ScheduleOptions
 from swaa_local.demo.run import Asked
+from swaa_local.engine.options import EngineOptions
 from swaa_local.needle.model import CHAT_SETTINGS
+from swaa_local.schedule.choice import ScheduleOptions
 
 _N_EXAMPLES = 3
 

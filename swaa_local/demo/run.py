@@ -18,12 +18,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from swaa_local.cli.engine_options import EngineOptions
+from swaa_local.engine.options import EngineOptions
+from swaa_local.errors import SWAAError
 from swaa_local.eval.scoring import MISS, score
 from swaa_local.eval.tasks.facts_task import spread
-from swaa_local.model_file.model_info import read_model_info, read_schedule
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.needle import documents as facts
-from swaa_local.schedule.config import SWAAError
 from swaa_local.schedule.variants import Variant, parse_variants
 
 MAX_LENGTH = 7680

@@ -19,20 +19,20 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
-from swaa_local.engine import crash, memory, native
+from swaa_local.engine import crash, native
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.callbacks import Callbacks
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
 from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.engine.limits import check_number, check_numbers
 from swaa_local.engine.message_form import FormedFormatter
 from swaa_local.engine.schedule import Wanted, apply_schedule, check_wanted, get_schedule
 from swaa_local.engine.tokens import tokenize
-from swaa_local.errors import ModelLoadError
+from swaa_local.errors import GGUFError, ModelLoadError, SWAAError
 from swaa_local.model_file.check import check_gguf
-from swaa_local.model_file.header import GGUFError
-from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, SWAAError, default_n_ubatch
+from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, default_n_ubatch
 from swaa_local.sources.find import fetch_matching
 
 _NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
@@ -76,8 +76,8 @@ class LoadedLlama(llama_cpp.Llama):
         except GGUFError as error:
             raise ModelLoadError(str(error)) from error
         for name in ("type_k", "type_v"):
-            if kwargs.get(name) is not None and kwargs[name] not in memory.KV_TYPE_NAMES:
-                known = ", ".join(f"{number} ({kind})" for number, kind in memory.KV_TYPE_NAMES.items())
+            if kwargs.get(name) is not None and kwargs[name] not in KV_TYPE_NAMES:
+                known = ", ".join(f"{number} ({kind})" for number, kind in KV_TYPE_NAMES.items())
                 raise ModelLoadError(f"{name} is {kwargs[name]!r}, which is no KV cache type; known are {known}")
         self._guard = Guard()
         self._callbacks = Callbacks(self._guard)

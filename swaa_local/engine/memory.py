@@ -16,9 +16,11 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
+from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.errors import ContextTooLarge
 from swaa_local.model_file.model_info import ModelInfo
-from swaa_local.schedule.config import CELL_PADDING, KV_TYPES, Schedule, SWAAError, kv_bytes
+from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.cost import CELL_PADDING, kv_bytes
 
 MIN_N_CTX = 4096
 """Tokens that `n_ctx` is never lowered below: less cannot hold a document and an answer."""
@@ -29,20 +31,11 @@ _OVERHEAD = 256 * _MIB
 # Share of the free memory that is left to others.
 _HEADROOM = 0.1
 
-KV_TYPE_NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
 
 # What llama.cpp keeps for each cell beside K and V: its position, its sequences (llama-kv-cells.h).
 _CELL_BYTES = 52
 
 _GPU, _IGPU = 1, 2  # ggml_backend_dev_type
-
-
-def kv_type_id(name: str) -> int:
-    """ggml's number of a KV cache type by llama.cpp's name (f16, q8_0, ...); `SWAAError` lists the names otherwise."""
-    for number, known in KV_TYPE_NAMES.items():
-        if known == name.lower():
-            return number
-    raise SWAAError(f"unknown KV cache type {name!r}; known are {', '.join(KV_TYPES)}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import SWAAError
 
 REMEDY = "run `pip install ./patches` (or `uv sync`) in a checkout of swaa-local to build the patched one"
 

@@ -12,7 +12,8 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import log as engine_log
 from swaa_local.engine import native
-from swaa_local.schedule.config import Schedule, ScheduleError, SWAAConfig
+from swaa_local.errors import ScheduleError
+from swaa_local.schedule.config import Schedule, SWAAConfig
 
 Wanted: TypeAlias = SWAAConfig | Schedule | bool | None
 """None: the file's schedule; False: full attention; True is refused."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import SWAAError
 
 _TOO_MANY = -(1 << 31)
 

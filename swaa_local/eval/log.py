@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import SWAAError
+from swaa_local.eval.results import AnswerRecord, QuestionRecord
 from swaa_local.schedule.variants import Variant
 
 FORMAT = 1
@@ -23,42 +24,6 @@ FORMAT = 1
 
 class EvalLogError(SWAAError):
     """A results file that cannot be used; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class QuestionRecord:
-    """A question as it was asked. length: as wanted, in tokens; None for a dataset's. tokens_after: between the needle
-    and the end of the prompt; None if there is not one needle."""
-
-    id: str
-    task: str
-    length: int | None
-    index: int
-    prompt: str
-    answer_prefix: str
-    references: tuple[str, ...]
-    metric: str
-    max_tokens: int
-    prompt_tokens: int
-    depth: float | None
-    tokens_after: int | None
-
-
-@dataclass(frozen=True)
-class AnswerRecord:
-    """What a variant answered, what it is worth, and what it took. Times in seconds, cache in bytes."""
-
-    question: str
-    variant: str
-    answer: str
-    thinking: str
-    finish: str
-    share: float
-    correct: bool
-    prefill_s: float
-    generated_tokens: int
-    decode_s: float
-    kv_bytes: int
 
 
 class EvalLog:

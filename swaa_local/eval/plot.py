@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swaa_local.eval.run import Evaluation
+from swaa_local.eval.results import Evaluation
 from swaa_local.eval.table import N_DEPTHS, Accuracy, CellFigures, figures
 from swaa_local.report.plotting import MARKERS, as_title, check_plot, make_figure, save_figure
 

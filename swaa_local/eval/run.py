@@ -15,15 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swaa_local.cli.engine_options import EngineOptions
-from swaa_local.eval.log import AnswerRecord, EvalLog, QuestionRecord
+from swaa_local.engine.options import EngineOptions
+from swaa_local.errors import SWAAError
+from swaa_local.eval.log import EvalLog
+from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
 from swaa_local.eval.scoring import MISS, Metric, Score, score
 from swaa_local.eval.tasks import Question, Task, make_tasks, needs_haystack
 from swaa_local.eval.tasks.datasets import Dataset, read_dataset
 from swaa_local.eval.tasks.essay import read_essay
-from swaa_local.eval.watch import SILENT, Cell, Watch
-from swaa_local.model_file.model_info import ModelInfo, read_model_info, read_schedule
-from swaa_local.schedule.config import SWAAError, default_n_ubatch
+from swaa_local.eval.watch import SILENT, Watch
+from swaa_local.model_file.model_info import ModelInfo, read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
+from swaa_local.schedule.config import default_n_ubatch
 from swaa_local.schedule.variants import FILE, FULL, NAIVE, Variant, parse_variants, whole_in_window, without_schedule
 
 _WARM_UP_TOKENS = 64
@@ -58,27 +61,6 @@ class EvalRequest:
     think_tokens: int = 2048
     max_tokens: int | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came out: the cells of the plan in order, and the records of their questions and answers."""
-
-    model: str
-    variants: tuple[Variant, ...]
-    cells: tuple[Cell, ...]
-    questions: dict[str, QuestionRecord]
-    answers: dict[tuple[str, str], AnswerRecord]
-
-    @property
-    def full(self) -> str | None:
-        """The first variant with full attention."""
-        return next((variant.name for variant in self.variants if variant.is_full), None)
-
-    @property
-    def naive(self) -> str | None:
-        """The first variant with a window and nothing else."""
-        return next((variant.name for variant in self.variants if variant.is_naive), None)
 
 
 @dataclass(frozen=True)

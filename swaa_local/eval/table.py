@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from swaa_local.eval.log import AnswerRecord, QuestionRecord
-from swaa_local.eval.run import Evaluation
+from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
 from swaa_local.eval.scoring import wilson
-from swaa_local.eval.watch import Cell
 from swaa_local.report.printable import printable, printable_json
 from swaa_local.report.tables import markdown_table
 from swaa_local.report.units import format_bytes

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from swaa_local.eval.log import AnswerRecord, EvalLog, QuestionRecord
-from swaa_local.eval.watch import Cell, Watch
+from swaa_local.eval.log import EvalLog
+from swaa_local.eval.results import AnswerRecord, Cell, QuestionRecord
+from swaa_local.eval.watch import Watch
 from swaa_local.report.printable import printable
 from swaa_local.report.progress import TimeLeft
 from swaa_local.report.terminal import Console, TerminalReporter

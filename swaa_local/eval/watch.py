@@ -4,24 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from swaa_local.eval.log import AnswerRecord, EvalLog, QuestionRecord
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The questions of one task and length under one variant: what a row of the tables is made of."""
-
-    task: str
-    length: int | None
-    variant: str
-    questions: tuple[str, ...]
-
-    @property
-    def keys(self) -> list[tuple[str, str]]:
-        """Of its answers in the results file."""
-        return [(question, self.variant) for question in self.questions]
+from swaa_local.eval.log import EvalLog
+from swaa_local.eval.results import AnswerRecord, Cell, QuestionRecord
 
 
 class Watch:

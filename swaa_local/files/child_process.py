@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.output_tail import OutputTail
 from swaa_local.files.signals import ENGINE, ended_by
 from swaa_local.report.printable import printable_lines
-from swaa_local.schedule.config import SWAAError
 
 Event = dict[str, Any]
 

@@ -11,8 +11,8 @@ import stat
 from pathlib import Path
 from typing import IO
 
+from swaa_local.errors import SWAAError
 from swaa_local.report.units import format_bytes
-from swaa_local.schedule.config import SWAAError
 
 MAX_TEXT_BYTES = 256 << 20
 """More text than any context holds."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import SWAAError
 
 _PREFIX, _NEW = ".swaa-local-", ".swaa-new-"
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import SWAAError
 
 _CONTEXT = 20  # characters of a text that show where it goes wrong
 

@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from swaa_local.model_file.header import GGUFError, GGUFFile, KeyValue, ValueType
+from swaa_local.errors import GGUFError
+from swaa_local.model_file.header import GGUFFile, KeyValue, ValueType
 from swaa_local.model_file.split import open_gguf
 from swaa_local.report.printable import printable
 from swaa_local.schedule.config import MAX_TOKENS

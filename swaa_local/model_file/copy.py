@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swaa_local.model_file.header import MAGIC, GGUFFile, iter_chunks
-from swaa_local.model_file.model_info import encode_schedule
+from swaa_local.model_file.schedule_keys import KEY_PREFIX, encode_schedule
 from swaa_local.model_file.split import KEY_PREFIX as SPLIT_PREFIX
 from swaa_local.model_file.split import SplitGGUF
-from swaa_local.schedule.config import KEY_PREFIX, Schedule
+from swaa_local.schedule.config import Schedule
 
 
 def copy_gguf(

@@ -16,17 +16,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import GGUFError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 KEY_ALIGNMENT = "general.alignment"
 _MAX_ARRAY_DEPTH = 4
-
-
-class GGUFError(SWAAError):
-    """The file cannot be read as GGUF, or not as the model it should be; the message names the file."""
 
 
 class ValueType(IntEnum):

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from swaa_local.model_file.header import GGUFError, GGUFFile, Segment, TensorInfo, encode_tensor_info
+from swaa_local.errors import GGUFError
+from swaa_local.model_file.header import GGUFFile, Segment, TensorInfo, encode_tensor_info
 
 KEY_PREFIX = "split."
 KEY_COUNT, KEY_NUMBER, KEY_TENSORS = "split.count", "split.no", "split.tensors.count"

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from swaa_local.schedule.config import SWAAError
+from swaa_local.errors import SWAAError
 
 NAME = "needle.gguf"
 TEMPLATE = "needle.jinja"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from swaa_local.errors import SWAAError
 from swaa_local.report.printable import printable
-from swaa_local.schedule.config import SWAAError
 
 MARKERS = "osD^vP*X<>"
 FORMATS = (".png", ".svg", ".pdf")

@@ -7,49 +7,19 @@ Source of the semantics: SWAA, arXiv 2512.10411.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
-KEY_PREFIX = "swaa."
-KEY_VERSION = "swaa.version"
-KEY_WINDOW = "swaa.window"
-KEY_SINKS = "swaa.sinks"
-KEY_LAYER_MODES = "swaa.layer_modes"
-SCHEDULE_VERSION = 1
+from swaa_local.errors import ScheduleError
+from swaa_local.schedule.cost import full_cells, full_pairs, pad_cells, window_keys, window_pairs
 
 # The engine's own limit (llama-swaa.cpp): sums of positions, windows and sinks must fit a 32-bit position.
 MAX_TOKENS = 1 << 30
 
 DEFAULT_N_BATCH = 2048
 """Tokens of a `llama_decode` call where the user does not say, as of llama.cpp's own tools."""
-
-# llama.cpp pads contexts and rings to this number of cells.
-CELL_PADDING = 256
-
-# KV cache types by llama.cpp's names: (elements in a block, bytes of a block).
-KV_TYPES: dict[str, tuple[int, int]] = {
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "iq4_nl": (32, 18),
-    "q5_0": (32, 22),
-    "q5_1": (32, 24),
-}
-
-
-class SWAAError(Exception):
-    """Base of the library's errors; the message is one sentence for the user. exit_code: of a command that it ends."""
-
-    exit_code = 1
-
-
-class ScheduleError(SWAAError, ValueError):
-    """A schedule that makes no sense, or not for this model."""
 
 
 class LayerMode(IntEnum):
@@ -166,6 +136,10 @@ class Schedule:
     def n_layer(self) -> int:
         return len(self.layer_modes)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: modes as numbers."""
+        return {"window": self.window, "sinks": self.sinks, "layer_modes": [int(mode) for mode in self.layer_modes]}
+
     @property
     def is_full(self) -> bool:
         """True if no layer slides; window and sinks then mean nothing."""
@@ -198,7 +172,7 @@ class Schedule:
         `n_ctx` as the user gives it, in tokens for all sequences together.
         """
         held = (self.sinks + self.window) * (n_seq_max if unified else 1) + n_ubatch
-        return min(_pad(held), full_cells(n_ctx, n_seq_max=n_seq_max, unified=unified))
+        return min(pad_cells(held), full_cells(n_ctx, n_seq_max=n_seq_max, unified=unified))
 
     def kv_cells(
         self, n_ctx: int, *, n_ubatch: int = 512, n_seq_max: int = 1, unified: bool = False
@@ -229,118 +203,6 @@ def default_n_ubatch(schedule: Schedule, *, gpu: bool) -> int:
     return 1024 if gpu and not schedule.is_full else 512
 
 
-def full_cells(n_ctx: int, *, n_seq_max: int = 1, unified: bool = False) -> int:
-    """Cells of a full layer's KV cache, per stream (llama-context.cpp pads the context and each sequence's share)."""
-    if n_ctx < 1:
-        raise ScheduleError(f"a context has at least 1 token, not {n_ctx}")
-    cells = _pad(n_ctx)
-    return cells if unified else _pad(cells // n_seq_max)
-
-
-def kv_bytes(cells: int, n_embd_k: int, n_embd_v: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of one layer's K and V for `cells` cells of n_head_kv * head_dim elements each."""
-    return cells * (_row_bytes(n_embd_k, type_k) + _row_bytes(n_embd_v, type_v))
-
-
-def _row_bytes(n_elements: int, kv_type: str) -> int:
-    try:
-        block, size = KV_TYPES[kv_type.lower()]
-    except KeyError:
-        raise SWAAError(f"unknown KV cache type {kv_type!r}; known are {', '.join(KV_TYPES)}") from None
-    if n_elements % block:
-        raise SWAAError(f"KV cache type {kv_type} needs rows of a multiple of {block} elements, not {n_elements}")
-    return n_elements // block * size
-
-
-def full_pairs(n_tokens: int) -> int:
-    """Visible query-key pairs of causal full attention over `n_tokens`."""
-    return n_tokens * (n_tokens + 1) // 2
-
-
-def window_keys(position: int, window: int, sinks: int) -> int:
-    """Keys that the query at `position` sees through the window: p0 <= p1 and (p1 - p0 < W or p0 < k)."""
-    return min(position + 1, window + min(sinks, max(0, position + 1 - window)))
-
-
-def window_pairs(n_tokens: int, window: int, sinks: int) -> int:
-    """Sum of `window_keys` over positions 0 to n_tokens - 1."""
-    inside = min(n_tokens, window)
-    outside = n_tokens - inside
-    # Past the window a query sees W keys and the sinks that the window has left behind: 1, 2, ... up to k.
-    growing = min(outside, sinks)
-    return full_pairs(inside) + outside * window + full_pairs(growing) + (outside - growing) * sinks
-
-
-def parse_layers(text: str, n_layer: int, *, clip_layers: bool = False) -> tuple[int, ...]:
-    """Layer numbers from a comma-separated list of numbers (`1`), ranges (`0-3`, both ends) and slices (`1::2`).
-
-    Slices are Python's: negative bounds count from the end, a missing bound is the end. An empty string is no layer.
-    A number or a bound past the model's last layer is a `ScheduleError` unless `clip_layers` drops it.
-    """
-    layers: set[int] = set()
-    for item in (part.strip() for part in text.split(",")):
-        if not item:
-            if text.strip():
-                raise ScheduleError(f"empty item in layer list {text!r}; write for instance 1,3,5 or 0-3 or 1::2")
-            continue
-        layers.update(_parse_item(item, n_layer, clip_layers))
-    return tuple(sorted(layers))
-
-
-def format_layers(layers: Iterable[int]) -> str:
-    """The shortest of a slice-free list: `0-3,7`; what `parse_layers` reads back. Empty: an empty string."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def compact_layers(layers: Sequence[int], n_layer: int) -> str:
-    """Layer numbers in the shorter of the forms that the command line takes: a slice, or numbers and ranges."""
-    if len(layers) > 2:
-        step = layers[1] - layers[0]
-        if step > 1 and list(range(layers[0], n_layer, step)) == list(layers):
-            return f"{layers[0]}::{step}"
-    return format_layers(layers)
-
-
-def _parse_item(item: str, n_layer: int, clip: bool) -> Iterable[int]:
-    def beyond(number: int, limit: int) -> bool:
-        if number <= limit:
-            return False
-        if not clip:
-            raise ScheduleError(
-                f"layer list item {item!r} goes past the model's {n_layer} layers (0 to {n_layer - 1}); "
-                "shorten it, or pass --clip-layers to drop layers past the last one"
-            )
-        return True
-
-    if re.fullmatch(r"\d+", item):
-        number = int(item)
-        return () if beyond(number, n_layer - 1) else (number,)
-    if match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", item):
-        first, last = int(match[1]), int(match[2])
-        if first > last:
-            raise ScheduleError(f"layer range {item!r} runs backwards; write {last}-{first}")
-        beyond(last, n_layer - 1)
-        return range(first, min(last, n_layer - 1) + 1)
-    if match := re.fullmatch(r"(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?)?", item):
-        start, stop, step = (int(group) if group else None for group in match.groups())
-        if step is not None and step < 1:
-            raise ScheduleError(f"layer slice {item!r} has step {step}; it must be at least 1")
-        if start is not None:
-            beyond(start, n_layer - 1)
-        if stop is not None:
-            beyond(stop, n_layer)
-        return range(n_layer)[start:stop:step]
-    raise ScheduleError(
-        f"cannot read layer list item {item!r}; write numbers (1,3,5), ranges (0-3) or Python slices (1::2)"
-    )
-
-
 def _tokens(name: str, value: object, *, least: int) -> int:
     number = _integer(name, value)
     if not least <= number <= MAX_TOKENS:
@@ -365,7 +227,3 @@ def _integer(name: str, value: object) -> int:
         except TypeError:
             pass
     raise ScheduleError(f"{name} must be a whole number, not {value!r}")
-
-
-def _pad(cells: int) -> int:
-    return -(-cells // CELL_PADDING) * CELL_PADDING

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swaa_local.schedule.config import ScheduleError, SWAAConfig, parse_layers
+from swaa_local.errors import ScheduleError
+from swaa_local.schedule.config import SWAAConfig
+from swaa_local.schedule.layers import parse_layers
 
 
 @dataclass(frozen=True)

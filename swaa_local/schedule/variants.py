@@ -22,16 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swaa_local.schedule.config import (
-    KV_TYPES,
-    LayerMode,
-    Schedule,
-    ScheduleError,
-    SWAAConfig,
-    compact_layers,
-    format_layers,
-    parse_layers,
-)
+from swaa_local.errors import ScheduleError
+from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
+from swaa_local.schedule.cost import KV_TYPES
+from swaa_local.schedule.layers import parse_layers
 from swaa_local.schedule.presets import PRESETS, get_preset
 
 FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
@@ -88,20 +82,6 @@ def parse_variants(
         except ScheduleError as error:
             raise ScheduleError(f"variant {name!r}: {error}") from None
     return variants
-
-
-def in_words(schedule: Schedule) -> str:
-    """A schedule as a variant: what `parse_variants` reads back, but for schedules with FA decode in some layers only,
-    for which there are no words."""
-    if schedule.is_full:
-        return FULL
-    prefill, always = schedule.layers(LayerMode.PREFILL), schedule.layers(LayerMode.ALWAYS)
-    words = [f"w{schedule.window}", f"k{schedule.sinks}"]
-    if prefill:
-        words.append(f"{FA_DECODE} in {format_layers(prefill)}" if always else FA_DECODE)
-    if full := schedule.layers(LayerMode.FULL):
-        words.append(compact_layers(full, schedule.n_layer))
-    return " ".join(words)
 
 
 def without_schedule(unsupported: str | None) -> tuple[str, str]:

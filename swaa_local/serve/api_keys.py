@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.input_file import InputTooLarge, read_input
-from swaa_local.schedule.config import SWAAError
 
 _MAX_BYTES = 1 << 20
 

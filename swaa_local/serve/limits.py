@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from swaa_local.engine.context_length import beyond_training, gpu_layers, shortened
 from swaa_local.engine.limits import MAX_THREADS
 from swaa_local.engine.memory import check_fits, fit_n_ctx, free_host_bytes, header_cost
+from swaa_local.errors import SWAAError
 from swaa_local.model_file.model_info import ModelInfo
 from swaa_local.report.progress import Reporter
-from swaa_local.schedule.config import KV_TYPES, MAX_TOKENS, Schedule, SWAAError, default_n_ubatch
+from swaa_local.schedule.config import MAX_TOKENS, Schedule, default_n_ubatch
+from swaa_local.schedule.cost import KV_TYPES
 
 _N_CTX = ("-c", "--ctx-size", "LLAMA_ARG_CTX_SIZE")
 _N_UBATCH = ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH")

@@ -15,15 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swaa_local.cli.schedule_options import ScheduleOptions
 from swaa_local.engine import native
 from swaa_local.engine.context_length import has_gpu
+from swaa_local.errors import SWAAError
 from swaa_local.files.signals import ended_by
 from swaa_local.files.user_input import user_path
-from swaa_local.model_file.model_info import read_model_info, read_schedule
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.needle.model import bundled_template, is_bundled
 from swaa_local.report.progress import SILENT, Reporter
-from swaa_local.schedule.config import LayerMode, Schedule, SWAAError, default_n_ubatch
+from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.schedule.config import Schedule, default_n_ubatch
+from swaa_local.schedule.text import letters_of
 from swaa_local.serve.api_keys import handed_over, keys_of_file, keys_of_variable
 from swaa_local.serve.limits import context_arguments
 from swaa_local.serve.process import Address, ServerProcess
@@ -31,7 +34,6 @@ from swaa_local.sources.find import find_gguf
 
 _c = native.llama_cpp.llama_cpp
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-_MODE_LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
 _WARNINGS = "2"  # of llama-server's --verbosity
 
@@ -195,7 +197,7 @@ def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | 
     schedule = config.schedule(n_layer) if config else full
     if schedule == (of_file or full):
         return of_file, []
-    letters = "".join(_MODE_LETTERS[mode] for mode in schedule.layer_modes)
+    letters = letters_of(schedule.layer_modes)
     if len(letters) > _MAX_OVERRIDE:
         raise ServeError(
             f"the model has {n_layer} layers and llama-server takes a schedule for {_MAX_OVERRIDE} at most; "

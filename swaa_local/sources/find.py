@@ -6,9 +6,9 @@ import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.split import whole_models
-from swaa_local.schedule.config import SWAAError
 from swaa_local.sources import hub
 
 

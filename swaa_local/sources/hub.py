@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from swaa_local.convert.checkpoint import checkpoint_files
+from swaa_local.errors import SWAAError
 from swaa_local.model_file.split import PartName, whole_models
 from swaa_local.report.printable import printable
 from swaa_local.report.units import format_bytes
-from swaa_local.schedule.config import SWAAError
+from swaa_local.sources.checkpoint_files import checkpoint_files
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")

@@ -138,8 +138,8 @@ def test_what_is_measured_is_what_the_engine_runs(model):
 
     from swaa_local import Llama
     from swaa_local.bench.engine import BenchModel
-    from swaa_local.bench.plan import Setting
-    from swaa_local.cli.engine_options import EngineOptions
+    from swaa_local.bench.results import Setting
+    from swaa_local.engine.options import EngineOptions
     from swaa_local.schedule.config import Schedule
 
     schedule = Schedule(32, 2, (PREFILL, ALWAYS, PREFILL, ALWAYS))
@@ -332,7 +332,7 @@ def test_ctrl_c_shows_the_figures_so_far(model):
 def test_a_failure_in_the_middle_loses_no_figures(model, monkeypatch):
     from swaa_local.bench.engine import BenchModel
     from swaa_local.bench.run import BenchFailed, BenchRequest, bench
-    from swaa_local.cli.engine_options import EngineOptions
+    from swaa_local.engine.options import EngineOptions
     from swaa_local.errors import ModelLoadError
 
     make, made = BenchModel.context, []

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from swaa_local.convert import checkpoint
-from swaa_local.model_file.model_info import read_model_info, read_schedule
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.config import LayerMode, Schedule
 from tests.support.program import ROOT, fails, interrupt, run, succeeds
 

@@ -328,7 +328,7 @@ def test_quantizing_again_has_to_be_allowed(tmp_path, tiny_model):
 
 def test_dry_run_shows_the_plan_and_does_nothing(tmp_path, tiny_model):
     text = succeeds("convert", tiny_model, "-o", tmp_path / "o.gguf", *OPTIONS, "--outtype", "q4_k_m", "--dry-run")
-    for part in ("qwen3, 4 layers", "window 8, sinks 2", "FpFp", "quantize", "Q4_K_M", "write the schedule", "o.gguf"):
+    for part in ("qwen3, 4 layers", "window 8, sinks 2", "FPFP", "quantize", "Q4_K_M", "write the schedule", "o.gguf"):
         assert part in text
     assert nothing_left(tmp_path)
     assert "copy all tensors byte for byte" in succeeds(

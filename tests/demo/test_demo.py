@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from swaa_local.cli.engine_options import EngineOptions
 from swaa_local.demo import run as demo
+from swaa_local.engine.options import EngineOptions
 from swaa_local.needle import documents as facts
 from tests.support.program import environment, fails, run
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys

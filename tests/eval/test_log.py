@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from swaa_local.eval.log import AnswerRecord, EvalLog, EvalLogError, QuestionRecord
+from swaa_local.eval.log import EvalLog, EvalLogError
+from swaa_local.eval.results import AnswerRecord, QuestionRecord
 from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.schedule.variants import Variant
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from swaa_local.eval.log import AnswerRecord, EvalLog, QuestionRecord
+from swaa_local.eval.log import EvalLog
+from swaa_local.eval.results import AnswerRecord, Cell, QuestionRecord
 from swaa_local.eval.terminal import TerminalWatch
-from swaa_local.eval.watch import Cell
 from swaa_local.report.progress import TimeLeft
 from swaa_local.report.units import format_duration
 from swaa_local.schedule.config import Schedule

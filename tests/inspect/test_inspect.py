@@ -11,8 +11,9 @@ import pytest
 from swaa_local import Llama
 from swaa_local.chat.commands import run_command
 from swaa_local.chat.session import Session, Settings
-from swaa_local.inspect.run import compact_layers, layer_strip
 from swaa_local.schedule.config import LayerMode
+from swaa_local.schedule.layers import compact_layers
+from swaa_local.schedule.text import layer_strip
 from tests.support.gguf_edit import SWAA, i32s, u32, write_header_model
 from tests.support.program import ROOT, fails, run, succeeds
 from tests.support.tiny import TinyShape, tiny_weights
@@ -72,7 +73,7 @@ def test_published_schedule_of_qwen3_4b(tmp_path):
     text = succeeds("inspect", path)
     for part in (
         "window 2048, sinks 100, 36 layers",
-        "pFpFpFpFpFpFpFpFpFpFpFpFpFpFpFpFpFpF",
+        "PFPFPFPFPFPFPFPFPFPFPFPFPFPFPFPFPFPF",
         "18 x full attention: 1::2",
         "18 x window while prefilling, full attention while decoding: 0::2",
         "at 32768 tokens (-c), KV f16",
@@ -169,8 +170,8 @@ def test_missing_file_and_directory(tmp_path):
 
 
 def test_layer_strip_breaks_long_models_with_their_first_index():
-    assert layer_strip([F, P, A]) == ["0 Fpw"]
-    assert layer_strip([F] * 10 + [A] * 5, width=8) == [" 0 FFFFFFFF", " 8 FFwwwww"]
+    assert layer_strip([F, P, A]) == ["0 FPA"]
+    assert layer_strip([F] * 10 + [A] * 5, width=8) == [" 0 FFFFFFFF", " 8 FFAAAAA"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_layer_strip_breaks_long_models_with_their_first_index():
     [((), ""), ((1, 3, 5, 7), "1::2"), ((0, 4), "0,4"), ((1, 3, 5), "1,3,5"), ((0, 1, 2, 6), "0-2,6"), ((7,), "7")],
 )
 def test_compact_layers_are_the_command_lines_own_syntax(layers, text):
-    from swaa_local.schedule.config import parse_layers
+    from swaa_local.schedule.layers import parse_layers
 
     assert compact_layers(layers, 8) == text
     assert parse_layers(text, 8) == layers

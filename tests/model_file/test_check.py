@@ -11,9 +11,8 @@ import pytest
 import gguf_faults
 from gguf_faults import FAULTS, write_faults
 from swaa_local import Llama
-from swaa_local.errors import ModelLoadError
+from swaa_local.errors import GGUFError, ModelLoadError
 from swaa_local.model_file.check import check_gguf
-from swaa_local.model_file.header import GGUFError
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.needle.model import bundled_model
 from tests.support.gguf_edit import Typed, i32s, u32, write_header_model

@@ -9,8 +9,11 @@ from typing import Any
 import gguf
 import pytest
 
-from swaa_local.model_file.header import GGUFError, GGUFFile, ValueType
-from swaa_local.model_file.model_info import read_model_info, read_schedule, unsupported_reason
+from swaa_local.errors import GGUFError
+from swaa_local.model_file.header import GGUFFile, ValueType
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
+from swaa_local.model_file.unsupported import unsupported_reason
 from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule
 from tests.support.gguf_edit import ODD_VALUES, SWAA, Typed, i32s, patch_bytes, set_version, u32, write_header_model
 from tests.support.tiny import write_tiny_gguf

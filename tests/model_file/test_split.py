@@ -11,9 +11,8 @@ import pytest
 
 import gguf_faults
 from swaa_local import Llama, read_schedule
-from swaa_local.errors import ModelLoadError
+from swaa_local.errors import GGUFError, ModelLoadError
 from swaa_local.inspect.run import inspect_gguf
-from swaa_local.model_file.header import GGUFError
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.split import PartName, open_gguf, whole_models
 from tests.support.gguf_edit import T, Typed, u32, write_header_model, write_split

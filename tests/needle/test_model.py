@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from swaa_local.cli.engine_options import EngineOptions
 from swaa_local.demo.run import Outcome, run_demo
+from swaa_local.engine.options import EngineOptions
 from swaa_local.eval.run import EvalRequest, evaluate
 from swaa_local.eval.table import figures
-from swaa_local.model_file.model_info import read_schedule
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.needle.model import bundled_model
 from swaa_local.schedule.config import SWAAConfig
 

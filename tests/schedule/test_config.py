@@ -7,20 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swaa_local.schedule.config import (
-    MAX_TOKENS,
-    LayerMode,
-    Schedule,
-    ScheduleError,
-    SWAAConfig,
-    SWAAError,
-    format_layers,
-    full_cells,
-    kv_bytes,
-    parse_layers,
-    window_keys,
-    window_pairs,
-)
+from swaa_local.errors import ScheduleError, SWAAError
+from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule, SWAAConfig
+from swaa_local.schedule.cost import full_cells, kv_bytes, window_keys, window_pairs
+from swaa_local.schedule.layers import format_layers, parse_layers
 from swaa_local.schedule.presets import GENERIC_PRESETS, PRESETS, get_preset
 
 F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS

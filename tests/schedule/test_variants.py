@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from swaa_local.schedule.config import LayerMode, Schedule, ScheduleError
-from swaa_local.schedule.variants import Variant, in_words, parse_variants, whole_in_window, without_schedule
+from swaa_local.errors import ScheduleError
+from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.text import in_words
+from swaa_local.schedule.variants import Variant, parse_variants, whole_in_window, without_schedule
 
 F, P, A = LayerMode
 STORED = Schedule(256, 16, (F, P, F, P))

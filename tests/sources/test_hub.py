@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from swaa_local.convert.checkpoint import checkpoint_files
-from swaa_local.model_file.model_info import read_schedule
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.sources.checkpoint_files import checkpoint_files
 from swaa_local.sources.hub import HubId, parse_hub_id
 from tests.support.fake_hub import COMMIT, FakeHub
 from tests.support.gguf_edit import write_split
@@ -185,7 +185,7 @@ def test_dry_run_fetches_no_weights(hub, env, tmp_path):
     assert hub.bodies() == []
     pytest.importorskip("torch", reason="PyTorch is not installed, so no checkpoint is converted")
     text = succeeds("convert", "org/hf", "-o", tmp_path / "o.gguf", *OPTIONS, "--dry-run", **env)
-    for part in ("Qwen3ForCausalLM, 4 layers", "FpFp", "in 3 files to"):
+    for part in ("Qwen3ForCausalLM, 4 layers", "FPFP", "in 3 files to"):
         assert part in text
     assert [name for name, _ in hub.bodies()] == ["config.json"]
 

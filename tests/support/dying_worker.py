@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.child_process import child_main
-from swaa_local.schedule.config import SWAAError
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:

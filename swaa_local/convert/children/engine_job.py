@@ -55,7 +55,7 @@ def _quantize(emit: Callable[..., None], source: str, target: str, ftype: int, r
 
 def _check(emit: Callable[..., None], path: str) -> None:
     """Events: refused (why the engine will not run the file), or unchecked (why nobody can tell)."""
-    from swaa_local.schedule.config import SWAAError
+    from swaa_local.errors import SWAAError
 
     try:
         c = _engine()

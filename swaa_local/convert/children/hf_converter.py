@@ -96,7 +96,7 @@ def _judge_settings(directory: Path, emit: Callable[..., None]) -> None:
     import gguf
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
-    from swaa_local.model_file.model_info import unsupported_reason
+    from swaa_local.model_file.unsupported import unsupported_reason
 
     hparams = ModelBase.load_hparams(directory, False)
     model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
@@ -132,8 +132,14 @@ def _wrap_pre_tokenizer(name: str | None, emit: Callable[..., None]) -> None:
 def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> None:
     import gguf
 
-    from swaa_local.model_file.model_info import unsupported_reason
-    from swaa_local.schedule.config import KEY_LAYER_MODES, KEY_SINKS, KEY_VERSION, KEY_WINDOW, SCHEDULE_VERSION
+    from swaa_local.model_file.schedule_keys import (
+        KEY_LAYER_MODES,
+        KEY_SINKS,
+        KEY_VERSION,
+        KEY_WINDOW,
+        SCHEDULE_VERSION,
+    )
+    from swaa_local.model_file.unsupported import unsupported_reason
 
     original = gguf.GGUFWriter.write_header_to_file
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from swaa_local.errors import SWAAError
 from swaa_local.eval.scoring import Metric
-from swaa_local.schedule.config import SWAAError
 
 
 class TaskError(SWAAError, ValueError):

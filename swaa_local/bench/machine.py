@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -11,21 +10,8 @@ import llama_cpp
 from llama_cpp import llama_cpp as _c
 
 from swaa_local import __version__
+from swaa_local.bench.results import Machine
 from swaa_local.engine import memory
-
-
-@dataclass(frozen=True)
-class Machine:
-    """cpu: its model's name. gpus: the names of llama.cpp's GPU devices. system_info: llama.cpp's line on the features
-    that it was built with. engine: version of llama-cpp-python. time: UTC, ISO 8601."""
-
-    cpu: str
-    gpus: tuple[str, ...]
-    system: str
-    system_info: str
-    engine: str
-    version: str
-    time: str
 
 
 def describe_machine() -> Machine:

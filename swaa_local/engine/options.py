@@ -1,0 +1,33 @@
+"""How the engine is to run, as a user asks for it: plain data, importable without the engine. Names are llama.cpp's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the user said of the engine; None where they said nothing. Threads and tokens are counts."""
+
+    n_gpu_layers: int = -1
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    flash_attn: bool | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    verbose: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of `Llama`. Threads of -t serve the prompt too where -tb is not given."""
+        from swaa_local.engine.kv_types import kv_type_id
+
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["n_threads_batch"] = self.n_threads_batch or self.n_threads
+        for name in ("type_k", "type_v"):
+            given[name] = None if given[name] is None else kv_type_id(given[name])
+        if self.n_ubatch is None:
+            del given["n_ubatch"]
+        return given

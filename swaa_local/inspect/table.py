@@ -1,0 +1,135 @@
+"""What was found in a file, as text for people and as plain data."""
+
+from __future__ import annotations
+
+from swaa_local.inspect.run import Cost, Inspection
+from swaa_local.model_file.model_info import ModelInfo, describe_model
+from swaa_local.report.printable import printable
+from swaa_local.report.units import format_bytes, format_count
+from swaa_local.schedule.cost import full_cells
+from swaa_local.schedule.text import layer_by_layer
+
+
+def report(inspection: Inspection) -> str:
+    """The inspection as text for people."""
+    model, schedule = inspection.model, inspection.schedule
+    lines = [
+        f"file       {printable(inspection.path)} ({format_bytes(model.file_bytes)})",
+        f"model      {printable(model.name or 'unnamed')}, "
+        + printable(describe_model(model.architecture, model.n_params, model.file_type)),
+        f"layers     {model.n_layer}, {_heads(model)}",
+        f"trained to {model.n_ctx_train if model.n_ctx_train is not None else 'an unknown number of'} tokens",
+    ]
+    if model.n_split > 1:
+        lines.append(f"split      into {model.n_split} files, of which this is the first; figures are of all")
+    lines.append("")
+    if schedule is None:
+        can = "" if model.unsupported else ": full attention everywhere; swaa-local convert adds one"
+        lines.append(f"schedule   none{can}")
+    else:
+        first, *rest = layer_by_layer(schedule)
+        lines += [f"schedule   {first}", *rest]
+    if model.unsupported is not None:
+        lines += ["", f"No schedule can apply here: {model.unsupported}. Its KV cache is not a plain one; no figures."]
+        return "\n".join(lines)
+    assert inspection.full is not None
+    lines += ["", *_costs(inspection, inspection.full)]
+    return "\n".join(lines)
+
+
+def _costs(inspection: Inspection, full: Cost) -> list[str]:
+    scheduled, schedule, type_k, type_v = (
+        inspection.scheduled,
+        inspection.schedule,
+        inspection.type_k,
+        inspection.type_v,
+    )
+    kv_type = type_k if type_k == type_v else f"K {type_k}, V {type_v}"
+    rows = [[f"at {inspection.n_ctx} tokens (-c), KV {kv_type}", "full", "scheduled", "saved"]]
+    for label, field, show in (
+        ("KV cache", "kv_bytes", format_bytes),
+        ("prefill: query-key pairs", "prefill_pairs", format_count),
+        ("decode: keys read for one token", "decode_keys", format_count),
+    ):
+        before, after = getattr(full, field), getattr(scheduled or full, field)
+        rows.append([label, show(before), show(after), f"{1 - after / before:.0%}" if before else "-"])
+    if scheduled is None:
+        rows = [row[:2] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    if schedule is not None and schedule.has_ring:
+        ring, whole = schedule.ring_cells(inspection.n_ctx, n_ubatch=inspection.n_ubatch), full_cells(inspection.n_ctx)
+        lines.append(
+            f"ring of a 'A' layer: {ring} cells for sinks + window + n_ubatch {inspection.n_ubatch} "
+            f"(a full layer: {whole})"
+        )
+    return lines
+
+
+def _heads(model: ModelInfo) -> str:
+    if not any(model.n_head):
+        return "no attention heads"
+    kv = sorted(set(model.n_head_kv))
+    heads = f"{model.n_head[0]} heads, {kv[0] if len(kv) == 1 else f'{kv[0]} to {kv[-1]}'} KV heads"
+    dims = (
+        model.head_dim_k if model.head_dim_k == model.head_dim_v else f"{model.head_dim_k} (K), {model.head_dim_v} (V)"
+    )
+    return f"{heads} of dimension {dims}"
+
+
+def as_dict(inspection: Inspection) -> dict[str, object]:
+    """The inspection as plain data for `--json`."""
+    model, schedule = inspection.model, inspection.schedule
+
+    def cost(value: Cost | None) -> dict[str, object] | None:
+        if value is None:
+            return None
+        return {
+            "kv_bytes": value.kv_bytes,
+            "kv_cells": list(value.kv_cells),
+            "prefill_pairs": value.prefill_pairs,
+            "decode_keys": value.decode_keys,
+        }
+
+    config = None
+    if schedule is not None:
+        paper = schedule.config()
+        config = schedule.as_dict() | {
+            "swaa_config": {
+                "sliding_window_size": paper.sliding_window_size,
+                "keep_first": paper.keep_first,
+                "force_fa_decode": paper.force_fa_decode
+                if isinstance(paper.force_fa_decode, bool)
+                else list(paper.force_fa_decode),
+                "non_sliding_layers": list(paper.non_sliding_layers),
+            },
+        }
+    return {
+        "path": inspection.path,
+        "model": {
+            "architecture": model.architecture,
+            "name": model.name,
+            "n_layer": model.n_layer,
+            "n_ctx_train": model.n_ctx_train,
+            "n_embd": model.n_embd,
+            "n_head": list(model.n_head),
+            "n_head_kv": list(model.n_head_kv),
+            "head_dim_k": model.head_dim_k,
+            "head_dim_v": model.head_dim_v,
+            "n_params": model.n_params,
+            "file_bytes": model.file_bytes,
+            "file_type": model.file_type,
+            "n_split": model.n_split,
+            "unsupported": model.unsupported,
+        },
+        "schedule": config,
+        "n_ctx": inspection.n_ctx,
+        "n_ubatch": inspection.n_ubatch,
+        "type_k": inspection.type_k,
+        "type_v": inspection.type_v,
+        "full": cost(inspection.full),
+        "scheduled": cost(inspection.scheduled),
+    }

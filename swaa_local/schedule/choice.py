@@ -1,0 +1,71 @@
+"""What a user asked for as a schedule, before the model is known: a preset, settings, none, or nothing at all.
+
+A list of layers such as `1::2` has no meaning before the model's depth is known, so a command gets `ScheduleOptions`
+and asks for `config(n_layer)`. Knows nothing of the command line that fills it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from swaa_local.schedule.config import SWAAConfig
+from swaa_local.schedule.layers import parse_layers
+from swaa_local.schedule.presets import Preset
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """What the user said of the schedule; None where they said nothing."""
+
+    preset: Preset | None = None
+    window: int | None = None
+    sinks: int | None = None
+    full_layers: str | None = None
+    fa_decode: bool | None = None
+    fa_decode_layers: str | None = None
+    clip_layers: bool = False
+    no_swaa: bool = False
+
+    @property
+    def given(self) -> bool:
+        """True if the user asked for a schedule."""
+        return self.preset is not None or self.window is not None
+
+    def config(self, n_layer: int) -> SWAAConfig | Literal[False] | None:
+        """The schedule for a model of this depth; False for --no-swaa, None if nothing was said.
+
+        Given options replace the preset's. Raises `ScheduleError`.
+        """
+        if self.no_swaa:
+            return False
+        if not self.given:
+            return None
+
+        def layers(text: str) -> tuple[int, ...]:
+            return parse_layers(text, n_layer, clip_layers=self.clip_layers)
+
+        window, sinks, full, decode = self.window, self.sinks, self.full_layers, self.fa_decode
+        base = SWAAConfig()
+        if self.preset is not None:
+            # Layers named by hand replace the preset's, so its depth no longer matters.
+            base = (
+                self.preset.config(n_layer, clip_layers=self.clip_layers)
+                if full is None
+                else SWAAConfig(self.preset.window, self.preset.sinks, self.preset.fa_decode)
+            )
+        return SWAAConfig(
+            sliding_window_size=base.sliding_window_size if window is None else window,
+            keep_first=base.keep_first if sinks is None else sinks,
+            force_fa_decode=(
+                layers(self.fa_decode_layers)
+                if self.fa_decode_layers is not None
+                else base.force_fa_decode
+                if decode is None
+                else decode
+            ),
+            non_sliding_layers=base.non_sliding_layers if full is None else layers(full),
+        )
+
+
+ScheduleChoice = SWAAConfig | Literal[False] | None
+"""A schedule, False to have none, None to keep the source's."""

@@ -1,0 +1,77 @@
+"""A schedule for people: in one line, in the words of `--variants`, in letters (F P A), and layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.layers import compact_layers, format_layers
+from swaa_local.schedule.variants import FA_DECODE, FULL
+
+LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
+"""Of the modes, here as in the engine's log and its `swaa.layer_modes` override (llama-swaa.cpp)."""
+
+
+MEANINGS = {
+    LayerMode.FULL: "full attention",
+    LayerMode.PREFILL: "window while prefilling, full attention while decoding",
+    LayerMode.ALWAYS: "window always, KV cache is a ring",
+}
+
+
+_STRIP_WIDTH = 64
+
+
+def letters_of(modes: Sequence[LayerMode]) -> str:
+    """One letter a layer."""
+    return "".join(LETTERS[mode] for mode in modes)
+
+
+def layer_strip(modes: Sequence[LayerMode], width: int = _STRIP_WIDTH) -> list[str]:
+    """One letter a layer, in lines of `width` with the first one's index."""
+    letters = letters_of(modes)
+    margin = len(str(max(0, len(letters) - 1)))
+    return [f"{start:>{margin}} {letters[start : start + width]}" for start in range(0, len(letters), width)]
+
+
+def layer_by_layer(schedule: Schedule) -> list[str]:
+    """The schedule as text: settings, the strip, and the layers of each mode."""
+    if schedule.is_full:
+        return [f"full attention in all {schedule.n_layer} layers"]
+    lines = [f"window {schedule.window}, sinks {schedule.sinks}, {schedule.n_layer} layers"]
+    lines += ["  " + line for line in layer_strip(schedule.layer_modes)]
+    for mode in LayerMode:
+        if layers := schedule.layers(mode):
+            lines.append(
+                f"  {LETTERS[mode]} {len(layers):>3} x {MEANINGS[mode]}: {compact_layers(layers, schedule.n_layer)}"
+            )
+    return lines
+
+
+def in_words(schedule: Schedule) -> str:
+    """A schedule as a variant: what `parse_variants` reads back, but for schedules with FA decode in some layers only,
+    for which there are no words."""
+    if schedule.is_full:
+        return FULL
+    prefill, always = schedule.layers(LayerMode.PREFILL), schedule.layers(LayerMode.ALWAYS)
+    words = [f"w{schedule.window}", f"k{schedule.sinks}"]
+    if prefill:
+        words.append(f"{FA_DECODE} in {format_layers(prefill)}" if always else FA_DECODE)
+    if full := schedule.layers(LayerMode.FULL):
+        words.append(compact_layers(full, schedule.n_layer))
+    return " ".join(words)
+
+
+def in_one_line(schedule: Schedule | None) -> str:
+    """One line about a schedule."""
+    if schedule is None:
+        return "none: full attention"
+    parts = [f"window {schedule.window}, {schedule.sinks} sinks"]
+    for mode, what in (
+        (LayerMode.FULL, "full attention"),
+        (LayerMode.PREFILL, "window while reading"),
+        (LayerMode.ALWAYS, "window always"),
+    ):
+        if layers := schedule.layers(mode):
+            parts.append(f"{what} in layers {format_layers(layers)}")
+    return "; ".join(parts)
