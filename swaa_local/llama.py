@@ -1,7 +1,7 @@
 """`Llama`: `llama_cpp.Llama` with an attention schedule, phases, and defaults for long prompts.
 
 Everything that takes a `llama_cpp.Llama` takes this one. Knows when upstream's generator evaluates, and so which tokens
-are prompt and which are generated; how the model is loaded is in `loaded_llama`, the rules of schedules in `config`.
+are prompt and which are generated; how the model is loaded, `engine.upstream` knows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import crash, native
 from swaa_local.engine import log as engine_log
-from swaa_local.engine.callbacks import check_sampler
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
 from swaa_local.engine.interrupt import Shield
-from swaa_local.engine.loaded_llama import LoadedLlama
 from swaa_local.engine.message_form import Form, in_form
 from swaa_local.engine.run_stats import RunClock, RunStats
 from swaa_local.engine.schedule import Wanted, check_wanted
+from swaa_local.engine.upstream import LoadedLlama
 from swaa_local.errors import (
     BusyError,
     ClosedError,
@@ -35,7 +34,6 @@ from swaa_local.errors import (
     ModelLoadError,
     PromptTooLong,
     StateError,
-    SWAAError,
     TemplateError,
     TextTooLong,
 )
@@ -83,7 +81,6 @@ class Llama(LoadedLlama):
     _prompt_end = 0
     _clock: RunClock | None = None
     _generating = False
-    _sampler_to_keep: Any = None
     _changes = 0  # of what the context holds, by whomever
     _n_logits = 0  # last positions whose logits the context has
 
@@ -123,14 +120,14 @@ class Llama(LoadedLlama):
         clock = self._clock if self._generating else None
         decode = decode or (clock is not None and clock.decoding)
         start = self.n_tokens
-        if start + len(tokens) > self._n_ctx:
-            raise ContextFull(self._n_ctx) if decode else PromptTooLong(start + len(tokens), self._n_ctx)
-        if tokens and not (min(tokens) >= 0 and max(tokens) < self._n_vocab):
-            wrong = next(token for token in tokens if not 0 <= token < self._n_vocab)
-            raise DecodeError(f"invalid token {wrong}; the vocabulary has {self._n_vocab}")
+        if start + len(tokens) > self.n_ctx():
+            raise ContextFull(self.n_ctx()) if decode else PromptTooLong(start + len(tokens), self.n_ctx())
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self.n_vocab()):
+            wrong = next(token for token in tokens if not 0 <= token < self.n_vocab())
+            raise DecodeError(f"invalid token {wrong}; the vocabulary has {self.n_vocab()}")
         self._changes += 1
         prompt_end = min(self._prompt_end, start) if decode else start + len(tokens)
-        if not self._ctx.kv_cache_seq_rm(-1, start, -1):
+        if not self._keep_cells(start):
             tokens = [*self.input_ids[:start].tolist(), *tokens]
             self._forget()
         if clock and not decode:
@@ -162,23 +159,21 @@ class Llama(LoadedLlama):
     def _decode(self, tokens: list[int], log: engine_log.EngineLog, *, last: bool) -> None:
         """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide."""
         n_past, n = self.n_tokens, len(tokens)
-        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
-        if not (last or self._logits_all or self.context_params.embeddings):
-            self._batch.batch.logits[n - 1] = False
-        ctx = self._ctx
-        with Shield(abort=ctx.ctx if n > 1 else None):
-            code = _c.llama_decode(ctx.ctx, self._batch.batch)
-            self._n_logits = n if self._logits_all else int(last)
+        batch = self._make_batch(tokens, n_past, logits=last)
+        with Shield(abort=self.ctx if n > 1 else None):
+            code = _c.llama_decode(self.ctx, batch)
+            self._n_logits = n if self.has_all_logits else int(last)
             if code == 0:
                 self.input_ids[n_past : n_past + n] = tokens
-                if self._logits_all:
-                    logits = np.ctypeslib.as_array(ctx.get_logits(), shape=(n * self._n_vocab,))
-                    self.scores[n_past : n_past + n] = logits.reshape(n, self._n_vocab)
+                if self.has_all_logits:
+                    logits = np.ctypeslib.as_array(_c.llama_get_logits(self.ctx), shape=(n * self.n_vocab(),))
+                    self.scores[n_past : n_past + n] = logits.reshape(n, self.n_vocab())
                 self.n_tokens = n_past + n
-                self._requires_eval = False
+                self._require_eval(False)
             else:
-                self._requires_eval, self._n_logits = True, 0
-                if not ctx.kv_cache_seq_rm(-1, n_past, -1):
+                self._require_eval(True)
+                self._n_logits = 0
+                if not self._keep_cells(n_past):
                     self._forget()
         if code != 0:
             raise DecodeError(log.reason or f"llama_decode returned {code}")
@@ -186,9 +181,9 @@ class Llama(LoadedLlama):
     def _forget(self, *, cells: bool = True) -> None:
         """Hold nothing any more. cells: empty the cache too; else its prefix may be reused."""
         if cells:
-            self._ctx.kv_cache_seq_rm(-1, 0, -1)
+            self._keep_cells(0)
         self.n_tokens, self._n_logits = 0, 0
-        self._requires_eval = True
+        self._require_eval(True)
         self._changes += 1
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
@@ -223,11 +218,11 @@ class Llama(LoadedLlama):
             with self._guard.work():
                 if left is not None:
                     self._check_unchanged(left, text[:-1])
-                    self._sampler = sampler
+                    self._active_sampler = sampler
                 if sent:
                     # Upstream takes sent tokens for a draft and samples over them: start it anew behind them, with its
                     # sampler.
-                    self._sampler_to_keep = self._sampler
+                    self._sampler_to_keep = self._active_sampler
                     self.n_tokens = len(text) - 1
                     given.update(tokens=[text[-1], *sent], reset=False)
                     upstream = super().generate(*arguments.args, **arguments.kwargs)
@@ -242,7 +237,7 @@ class Llama(LoadedLlama):
                     clock.add_time(time.perf_counter() - started)
                     self._generating = False
                     self._sampler_to_keep = None
-                left, sampler = (self.n_tokens, self._changes), self._sampler
+                left, sampler = (self.n_tokens, self._changes), self._active_sampler
             clock.generated_tokens += 1
             text.append(token)
             sent = yield token
@@ -254,37 +249,13 @@ class Llama(LoadedLlama):
         if self.n_tokens != n_tokens or not restored:
             raise ContextChanged
 
-    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        if self._sampler_to_keep:
-            return self._sampler_to_keep
-        processors = self._callbacks.logits_processors(kwargs.pop("logits_processor", None))
-        sampler = super()._init_sampler(*args, logits_processor=processors, **kwargs)
-        check_sampler(sampler)
-        return sampler
-
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        answers = super()._create_completion(*args, **kwargs)
-        while True:
-            with self._guard.work():
-                try:
-                    answer = next(answers)
-                except StopIteration:
-                    return
-                except ValueError as error:
-                    # Upstream counts the prompt itself, before generate() sees it.
-                    counts = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
-                    if counts and not isinstance(error, SWAAError):
-                        raise PromptTooLong(int(counts[1]), self._n_ctx) from None
-                    raise
-            yield answer
-
     def create_chat_completion(self, messages: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Upstream's `create_chat_completion`. Contents may be texts or lists of parts, whatever the template takes.
 
         Raises `TemplateError` if it refuses the messages, or would leave out what the user says.
         """
         with self._guard.work():
-            if self.chat_handler is None and self.chat_format not in self._chat_handlers:
+            if not self._has_template_handler():
                 messages = [in_form(message, Form.TEXT) for message in messages]  # upstream's own formats
             return super().create_chat_completion(messages, *args, **kwargs)
 
@@ -314,8 +285,8 @@ class Llama(LoadedLlama):
     def load_state(self, state: Any) -> None:
         """Restore a saved state. Raises `StateError`, with the context emptied, if it does not fit."""
         with self._guard.step():
-            if state.n_tokens > self._n_ctx:
-                raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self._n_ctx}")
+            if state.n_tokens > self.n_ctx():
+                raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self.n_ctx()}")
             data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
             self._forget(cells=False)
             with Shield(), engine_log.captured(self.verbose) as log:
@@ -326,7 +297,7 @@ class Llama(LoadedLlama):
             self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
             self.n_tokens = state.n_tokens
             self._prompt_end = getattr(state, "swaa_prompt_end", state.n_tokens)
-            self._seed = state.seed
-            if self._logits_all:
+            self._restore_seed(state.seed)
+            if self.has_all_logits:
                 kept = min(state.n_tokens, len(state.scores))
                 self.scores[:kept] = state.scores[:kept]

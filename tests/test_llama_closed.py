@@ -51,6 +51,14 @@ RAISES = {
     "sample": "llm.sample()",
     "save_state": "llm.save_state()",
     "set_schedule": "llm.set_schedule(False)",
+    "adds_bos": "llm.adds_bos()",
+    "description": "llm.description()",
+    "is_control": "llm.is_control(1)",
+    "is_end": "llm.is_end(1)",
+    "n_ctx_train": "llm.n_ctx_train()",
+    "special_tokens": "llm.special_tokens()",
+    "token_bytes": "llm.token_bytes(1)",
+    "token_text": "llm.token_text(1)",
     "token_bos": "llm.token_bos()",
     "token_eos": "llm.token_eos()",
     "token_nl": "llm.token_nl()",
@@ -69,6 +77,7 @@ WORKS = {
     "close": "llm.close()",
     "eval_logits": "llm.eval_logits",
     "eval_tokens": "list(llm.eval_tokens) == list(tokens) or 1 / 0",
+    "has_all_logits": "llm.has_all_logits is False or 1 / 0",
     "last_run": "llm.last_run.generated_tokens == 1 or 1 / 0",
     "logits_to_logprobs": "llm.logits_to_logprobs(llm.scores)",
     "longest_token_prefix": "llm.longest_token_prefix(tokens, tokens)",
@@ -201,16 +210,16 @@ def test_closing_between_two_tokens_ends_the_stream(llm: Llama) -> None:
 
 
 def test_a_failed_construction_frees_the_model_at_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from swaa_local.engine import loaded_llama
+    from swaa_local.engine import upstream
 
     freed: list[object] = []
-    free = loaded_llama._c.llama_model_free
+    free = upstream._c.llama_model_free
 
     def watched(model: object) -> None:
         freed.append(model)
         free(model)
 
-    monkeypatch.setattr(loaded_llama._c, "llama_model_free", watched)
+    monkeypatch.setattr(upstream._c, "llama_model_free", watched)
     with pytest.raises(ModelLoadError) as caught:  # holds the traceback, and so the half-made object
         Llama(str(tiny_model), n_ctx=256, lora_path="missing.gguf")
     assert caught.traceback

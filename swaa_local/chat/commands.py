@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llama_cpp import llama_cpp as _c
-
 from swaa_local.chat.document import DocumentError, read_document
 from swaa_local.chat.session import SETTING_NAMES, ChatError, Session
 from swaa_local.chat.store import Conversation, load_conversation, save_conversation
 from swaa_local.files.user_input import pasted_path, require_utf8
 from swaa_local.generation.thinking import Piece
-from swaa_local.model_file.model_info import describe_model, file_type_name, read_model_info
+from swaa_local.model_file.model_info import read_model_info
 from swaa_local.report.units import format_bytes
 from swaa_local.schedule.text import in_one_line
 
@@ -154,12 +152,7 @@ def _shown(name: str, value: Any) -> str:
 def _info(session: Session, argument: str, say: Say) -> None:
     _no_argument("/info", argument)
     llm = session.llm
-    model = describe_model(
-        llm.metadata["general.architecture"],
-        _c.llama_model_n_params(llm._model.model),
-        file_type_name(llm.metadata.get("general.file_type")),
-    )
-    say(f"model      {llm.model_path} ({model})")
+    say(f"model      {llm.model_path} ({llm.description()})")
     say(f"schedule   {in_one_line(llm.schedule)}")
     say(f"context    {llm.n_tokens:,} of {llm.n_ctx():,} tokens, KV {format_bytes(llm.kv_bytes)}")
     say(f"batches    n_batch {llm.n_batch}, n_ubatch {llm.context_params.n_ubatch}, flash attention {_flash(llm)}")

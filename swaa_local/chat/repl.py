@@ -126,7 +126,7 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
 
 def too_long(error: PromptTooLong, session: Session, *, conversing: bool) -> str:
     """The error in the command line's terms, or in those of a conversation."""
-    trained = session.llm._model.n_ctx_train()
+    trained = session.llm.n_ctx_train()
     beyond = f" (the model was trained for {trained})" if error.n_ctx_needed > trained else ""
     if not conversing:
         return error.advice("-c {}", "the file" if session.pending else "it") + beyond

@@ -5,20 +5,17 @@ Knows models and templates; nothing of terminals or files.
 
 from __future__ import annotations
 
-import codecs
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from llama_cpp import llama_cpp as _c
-
 from swaa_local.chat.document import Document, compose_message
 from swaa_local.engine.run_stats import RunStats
-from swaa_local.errors import ContextFull, PromptTooLong, SWAAError
-from swaa_local.generation.template import ChatTemplate, token_bytes
-from swaa_local.generation.thinking import Piece, ThinkingSplitter
+from swaa_local.errors import PromptTooLong, SWAAError
+from swaa_local.generation.stream import Stream
+from swaa_local.generation.template import ChatTemplate
+from swaa_local.generation.thinking import Piece
 from swaa_local.llama import Llama
 
 _INT_MAX = (1 << 31) - 1
@@ -159,17 +156,10 @@ class Session:
         if len(prompt.tokens) >= llm.n_ctx():
             raise PromptTooLong(len(prompt.tokens), llm.n_ctx())
         llm.set_seed(self._dice.getrandbits(31))
-        splitter = ThinkingSplitter(prompt.closing)
-        said: dict[bool, str] = {False: "", True: ""}
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-        def keep(pieces: Iterator[Piece]) -> Iterator[Piece]:
-            for piece in pieces:
-                said[piece.thinking] += piece.text
-                yield piece
-
-        stream = llm.generate(
-            prompt.tokens,
+        stream = Stream(
+            llm,
+            prompt,
+            max_tokens=settings.max_tokens if settings.max_tokens > 0 else None,
             temp=settings.temp,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -177,27 +167,15 @@ class Session:
             repeat_penalty=settings.repeat_penalty,
         )
         try:
-            with closing(stream):
-                for n, token in enumerate(stream, start=1):
-                    if _c.llama_vocab_is_eog(llm._model.vocab, token):
-                        self.finish = "stop"
-                        break
-                    yield from keep(splitter.feed(decoder.decode(token_bytes(llm, token))))
-                    if n == settings.max_tokens:
-                        self.finish = "length"
-                        break
-            yield from keep(splitter.feed(decoder.decode(b"", final=True)))
-            yield from keep(splitter.finish())
-        except ContextFull:
-            self.finish = "context"
-            yield from keep(splitter.finish())
+            yield from stream
         except KeyboardInterrupt:
-            self.finish = "interrupted"
+            pass
         finally:
+            self.finish = stream.finish or "interrupted"
             self.stats = llm.last_run
-            self.replied = self.finish != "interrupted" or any(said.values())
+            self.replied = self.finish != "interrupted" or bool(stream.text or stream.thinking)
             if self.replied:
-                self.turns.append(Turn("assistant", said[False].rstrip(), said[True].rstrip()))
+                self.turns.append(Turn("assistant", stream.text.rstrip(), stream.thinking.rstrip()))
 
     def clear(self) -> None:
         """Forget the conversation and its documents; the system message and the settings stay."""

@@ -17,7 +17,7 @@ from llama_cpp.llama_chat_format import ChatFormatterResponse, Jinja2ChatFormatt
 from swaa_local.errors import TemplateError
 
 if TYPE_CHECKING:
-    import llama_cpp
+    pass
 
 Message = Mapping[str, Any]
 Role = Literal["system", "user", "assistant"]
@@ -53,10 +53,10 @@ class FormedFormatter(Jinja2ChatFormatter):  # type: ignore[misc]
     """
 
     @classmethod
-    def of_model(cls, llm: llama_cpp.Llama, source: str) -> FormedFormatter:
+    def of_model(cls, llm: Any, source: str) -> FormedFormatter:
         """The formatter of a template with the tokens of a loaded model, where it has them."""
         eos, bos = (token if token >= 0 else None for token in (llm.token_eos(), llm.token_bos()))
-        text = llm._model.token_get_text
+        text = llm.token_text
         return cls(
             source,
             eos_token="" if eos is None else text(eos),

@@ -5,18 +5,13 @@ Knows models and templates; nothing of tasks or scores.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from llama_cpp import llama_cpp as _c
-
 from swaa_local.engine.run_stats import RunStats
-from swaa_local.errors import ContextFull
-from swaa_local.generation.template import ChatTemplate, Prompt, token_bytes
-from swaa_local.generation.thinking import ThinkingSplitter
+from swaa_local.generation.stream import Stream
+from swaa_local.generation.template import ChatTemplate, Prompt
 from swaa_local.llama import Llama
 
 Finish = Literal["stop", "length", "thinking"]
@@ -75,40 +70,21 @@ class Answerer:
         llm = self.llm
         if not reuse:
             llm.reset()
-        splitter = ThinkingSplitter(prompt.closing)
-        said: dict[bool, str] = {False: "", True: ""}
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        finish: Finish = "length"
-        left = {True: self.think_tokens, False: max_tokens}
-
-        def take(text: str) -> None:
-            for piece in splitter.feed(text):
-                said[piece.thinking] += piece.text
-
-        stream = llm.generate(prompt.tokens, temp=0.0)
-        try:
-            with closing(stream):
-                for token in stream:
-                    if on_token:
-                        on_token()
-                    if _c.llama_vocab_is_eog(llm._model.vocab, token):
-                        finish = "stop"
-                        break
-                    left[splitter.thinking] -= 1
-                    take(decoder.decode(token_bytes(llm, token)))
-                    if left[splitter.thinking] <= 0:
-                        break
-        except ContextFull:
+        stream = Stream(
+            llm,
+            prompt,
+            max_answer_tokens=max_tokens,
+            max_thinking_tokens=self.think_tokens,
+            on_token=on_token,
+            temp=0.0,
+        )
+        for _ in stream:
             pass
-        unfinished = splitter.thinking
-        take(decoder.decode(b"", final=True))
-        for piece in splitter.finish():
-            said[piece.thinking] += piece.text
         assert llm.last_run is not None
         return Answer(
-            text=said[False].strip(),
-            thinking=said[True].strip(),
-            finish="thinking" if unfinished else finish,
+            text=stream.text.strip(),
+            thinking=stream.thinking.strip(),
+            finish="thinking" if stream.thought_unfinished else "stop" if stream.finish == "stop" else "length",
             stats=llm.last_run,
         )
 

@@ -5,10 +5,8 @@ Knows Jinja templates and special tokens; nothing of conversations or terminals.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +48,7 @@ class ChatTemplate:
         self.source: str = CHATML if self.is_fallback else source
         self.has_thinking_switch = re.search(r"\benable_thinking\b|\bif (not )?thinking\b", self.source) is not None
         self._formatter = FormedFormatter.of_model(llm, self.source)
-        self._special = special_tokens(llm)
+        self._special = llm.special_tokens()
         # The longest first, as the tokenizer looks for them.
         spelled = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))
         self._split = re.compile(f"({spelled})" if spelled else "(?!)").split
@@ -88,7 +86,7 @@ class ChatTemplate:
             ready, last = "", 0
         tokens += _tokenize(llm, ready, special=True)
         bos = llm.token_bos()
-        if llm._model.add_bos_token() and bos >= 0 and tokens[:1] != [bos]:
+        if llm.adds_bos() and bos >= 0 and tokens[:1] != [bos]:
             tokens.insert(0, bos)
         return Prompt(tokens, open_tag(text))
 
@@ -100,32 +98,13 @@ class ChatTemplate:
         return self._guarded.sub(replace, text)
 
 
-def special_tokens(llm: Llama) -> dict[str, int]:
-    """The texts that the model's tokenizer may take for one special token, with the attributes of that token."""
-    vocab = llm._model.vocab
-    found: dict[str, int] = {}
-    for token in range(llm.n_vocab()):
-        attributes = _c.llama_vocab_get_attr(vocab, token)
-        if attributes & _SPECIAL and (text := _c.llama_vocab_get_text(vocab, token)):
-            with suppress(UnicodeDecodeError):  # no text has it then
-                found[text.decode()] = attributes
-    return found
-
-
 def _tokenize(llm: Llama, text: str, *, special: bool) -> list[int]:
     return llm.tokenize(text.encode(), add_bos=False, special=special) if text else []
 
 
 def token_bytes(llm: Llama, token: int) -> bytes:
     """A generated token as text: control tokens are silent, except the marks of a thought."""
-    vocab = llm._model.vocab
-    if _c.llama_vocab_is_control(vocab, token):
-        text = llm._model.token_get_text(token)
-        return text.encode() if text in MARKS else b""
-    size = 64
-    while True:
-        buffer = ctypes.create_string_buffer(size)
-        n = _c.llama_token_to_piece(vocab, token, buffer, size, 0, False)
-        if n >= 0:
-            return buffer.raw[:n]
-        size = -n
+    if not llm.is_control(token):
+        return llm.token_bytes(token)
+    text = llm.token_text(token)
+    return text.encode() if text in MARKS else b""

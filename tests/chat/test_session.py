@@ -455,8 +455,8 @@ def test_a_recommendation_that_is_no_number_is_named(key, value):
 
 def test_a_token_longer_than_upstreams_buffer_is_whole(load, tmp_path, monkeypatch):
     word = "x" * 100
-    monkeypatch.setattr("tiny.VOCAB", [*VOCAB[:-1], word])
-    monkeypatch.setattr("scripted.VOCAB", [*VOCAB[:-1], word])
+    monkeypatch.setattr("tests.support.tiny.VOCAB", [*VOCAB[:-1], word])
+    monkeypatch.setattr("tests.support.scripted.VOCAB", [*VOCAB[:-1], word])
     llm = load(scripted_model(tmp_path / "m.gguf", [NEWLINE, word]))
     assert say(Session(lambda full: llm, Settings()).ask("hi")) == word
 

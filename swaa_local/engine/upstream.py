@@ -1,6 +1,7 @@
 """What a `Llama` is before it evaluates anything: loaded as the user and the schedule want it, guarded, and closed.
 
-Knows how upstream's class builds its model and context; what is evaluated in them, and in which phase, is in `llama`.
+Knows how upstream's class builds its model and context, and is the one module that uses what that class keeps for
+itself: `RELIED_ON`, to be looked at when upstream moves. What is evaluated, and in which phase, `llama` knows.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +21,9 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
-from swaa_local.engine import crash, native
+from swaa_local.engine import crash, native, vocabulary
 from swaa_local.engine import log as engine_log
-from swaa_local.engine.callbacks import Callbacks
+from swaa_local.engine.callbacks import Callbacks, check_sampler
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
 from swaa_local.engine.interrupt import Shield
@@ -29,14 +31,32 @@ from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.engine.limits import check_number, check_numbers
 from swaa_local.engine.message_form import FormedFormatter
 from swaa_local.engine.schedule import Wanted, apply_schedule, check_wanted, get_schedule
-from swaa_local.engine.tokens import tokenize
-from swaa_local.errors import GGUFError, ModelLoadError, SWAAError
+from swaa_local.errors import GGUFError, ModelLoadError, PromptTooLong, SWAAError
 from swaa_local.model_file.check import check_gguf
+from swaa_local.model_file.model_info import describe_model, file_type_name
 from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, default_n_ubatch
 from swaa_local.sources.find import fetch_matching
 
 _NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
 _VOCAB_N_CTX = 512  # a vocabulary has no context of its own, but upstream makes one of it
+
+RELIED_ON = {
+    "_model": "assigned between loading and the context: the moment to set the schedule; the way to the engine",
+    "_ctx": "the context, wrapped; assigned once by the constructor; takes cells back",
+    "_batch": "the one llama_batch that is filled for each llama_decode",
+    "_stack": "what close() frees, in turn",
+    "_n_ctx": "tokens of the context, as it was made",
+    "_n_vocab": "tokens of the vocabulary",
+    "_logits_all": "whether logits of all positions are kept, which drafts turn on",
+    "_requires_eval": "whether a prompt that is in the cache must be evaluated again for its logits",
+    "_sampler": "of the generation that runs",
+    "_seed": "of the next sampler",
+    "_chat_handlers": "handlers by format, made of the GGUF's templates",
+    "_lora_adapter": "freed by close()",
+    "_init_sampler": "overridden: makes the sampler of a generation",
+    "_create_completion": "overridden: counts the prompt before generate() sees it",
+}
+"""What we use of `llama_cpp.Llama` (llama_cpp/llama.py of the pinned version) that is not public, and what for."""
 
 Self = TypeVar("Self", bound="LoadedLlama")
 
@@ -54,6 +74,8 @@ class LoadedLlama(llama_cpp.Llama):
     n_tokens: int
     input_ids: Any
     scores: Any
+
+    _sampler_to_keep: Any = None
 
     def __init__(
         self,
@@ -83,9 +105,9 @@ class LoadedLlama(llama_cpp.Llama):
         self._callbacks = Callbacks(self._guard)
         self._swaa = swaa
         self._flash_attn = flash_attn
-        self._said_n_ctx = n_ctx or 0
-        self._said_n_ubatch = n_ubatch
-        self._said_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
+        self._requested_n_ctx = n_ctx or 0
+        self._requested_n_ubatch = n_ubatch
+        self._requested_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
         self._adapter_path = lora_path
         self._adapter: Any = None
         self.schedule: Schedule | None = None
@@ -136,17 +158,17 @@ class LoadedLlama(llama_cpp.Llama):
     @_model.setter
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
-        model.tokenize = functools.partial(tokenize, model.vocab)
+        model.tokenize = functools.partial(vocabulary.tokenize, model.vocab)
         params = self.context_params
-        params.n_batch = self._said_n_batch
+        params.n_batch = self._requested_n_batch
         if self.model_params.vocab_only:
-            params.n_ctx = self._said_n_ctx or _VOCAB_N_CTX
+            params.n_ctx = self._requested_n_ctx or _VOCAB_N_CTX
         else:
             self.file_schedule = get_schedule(model.model)
             self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
             self._choose_parameters()
             params.n_ctx = choose_n_ctx(
-                model, self._said_n_ctx, self.schedule, params, self.model_params, logits_all=self._logits_all
+                model, self._requested_n_ctx, self.schedule, params, self.model_params, logits_all=self._logits_all
             )
         self.n_batch = params.n_batch = min(params.n_batch, params.n_ctx)
         self._choose_parameters()
@@ -160,6 +182,64 @@ class LoadedLlama(llama_cpp.Llama):
     @_ctx.setter
     def _ctx(self, ctx: Any) -> None:
         self.__dict__["_ctx"] = ctx
+
+    def _keep_cells(self, n_tokens: int) -> bool:
+        """Take everything behind the first `n_tokens` out of the cache; False if a ring lacks what they need."""
+        return bool(self._ctx.kv_cache_seq_rm(-1, n_tokens, -1))
+
+    def _make_batch(self, tokens: Sequence[int], n_past: int, *, logits: bool) -> Any:
+        """The `llama_batch` of these tokens. logits: of the last one, also where not all are kept."""
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
+        if not (logits or self._logits_all or self.context_params.embeddings):
+            self._batch.batch.logits[len(tokens) - 1] = False
+        return self._batch.batch
+
+    @property
+    def has_all_logits(self) -> bool:
+        """Whether the logits of every position are kept, not only of the last."""
+        return bool(self._logits_all)
+
+    def _require_eval(self, required: bool) -> None:
+        self._requires_eval = required
+
+    @property
+    def _active_sampler(self) -> Any:
+        return self._sampler
+
+    @_active_sampler.setter
+    def _active_sampler(self, sampler: Any) -> None:
+        self._sampler = sampler
+
+    def _restore_seed(self, seed: int) -> None:
+        self._seed = seed
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self._sampler_to_keep:
+            return self._sampler_to_keep
+        processors = self._callbacks.logits_processors(kwargs.pop("logits_processor", None))
+        sampler = super()._init_sampler(*args, logits_processor=processors, **kwargs)
+        check_sampler(sampler)
+        return sampler
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        answers = super()._create_completion(*args, **kwargs)
+        while True:
+            with self._guard.work():
+                try:
+                    answer = next(answers)
+                except StopIteration:
+                    return
+                except ValueError as error:
+                    # Upstream counts the prompt itself, before generate() sees it.
+                    counts = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
+                    if counts and not isinstance(error, SWAAError):
+                        raise PromptTooLong(int(counts[1]), self._n_ctx) from None
+                    raise
+            yield answer
+
+    def _has_template_handler(self) -> bool:
+        """Whether chats are formatted by a template of the GGUF's, or a handler that the user gave."""
+        return self.chat_handler is not None or self.chat_format in self._chat_handlers
 
     def _replace_context(self, swaa: Wanted) -> None:
         """Another schedule on the same weights, and an empty context for it; errors as of `Llama.set_schedule`."""
@@ -180,11 +260,11 @@ class LoadedLlama(llama_cpp.Llama):
                 raise ModelLoadError(f"{self.model_path}: {log.reason or error}") from error
 
     def _choose_parameters(self) -> None:
-        """What the user did not say and the schedule decides, among others."""
+        """Defaults that depend on the schedule, where the user chose nothing."""
         params, on_gpu = self.context_params, gpu_layers(self.model_params.n_gpu_layers) > 0
         if self._flash_attn is None:
             params.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_AUTO
-        n_ubatch = self._said_n_ubatch
+        n_ubatch = self._requested_n_ubatch
         if n_ubatch is None:
             n_ubatch = default_n_ubatch(self.schedule or Schedule.full(1), gpu=on_gpu)
         params.n_ubatch = min(params.n_batch, n_ubatch or params.n_batch)  # 0 as in llama.cpp
@@ -236,6 +316,50 @@ class LoadedLlama(llama_cpp.Llama):
     token_bos = reads(llama_cpp.Llama.token_bos)
     token_eos = reads(llama_cpp.Llama.token_eos)
     token_nl = reads(llama_cpp.Llama.token_nl)
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the model's turn."""
+        with self._guard.read():
+            return bool(_c.llama_vocab_is_eog(self._model.vocab, token))
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token is a mark and no text."""
+        with self._guard.read():
+            return bool(_c.llama_vocab_is_control(self._model.vocab, token))
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary spells it, control tokens too."""
+        with self._guard.read():
+            return str(self._model.token_get_text(token))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The text that a token stands for; empty for a control token. A character may take several tokens."""
+        with self._guard.read():
+            return vocabulary.token_bytes(self._model.vocab, token)
+
+    def special_tokens(self) -> dict[str, int]:
+        """The texts that the tokenizer may take for one special token, with that token's `LLAMA_TOKEN_ATTR_*`."""
+        with self._guard.read():
+            return vocabulary.special_tokens(self._model.vocab)
+
+    def adds_bos(self) -> bool:
+        """Whether a prompt of this model begins with its first token."""
+        with self._guard.read():
+            return bool(self._model.add_bos_token())
+
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained on."""
+        with self._guard.read():
+            return int(self._model.n_ctx_train())
+
+    def description(self) -> str:
+        """Architecture, parameters and type of the weights, in one line."""
+        with self._guard.read():
+            return describe_model(
+                self.metadata["general.architecture"],
+                _c.llama_model_n_params(self.model),
+                file_type_name(self.metadata.get("general.file_type")),
+            )
 
     def n_ctx(self) -> int:
         """Tokens of the context, as llama.cpp rounded them."""
@@ -290,5 +414,5 @@ class LoadedLlama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         # Upstream's is of the sizes that were chosen, and they suit the schedule.
-        said = {"swaa": self._swaa, "flash_attn": self._flash_attn, "n_ubatch": self._said_n_ubatch}
+        said = {"swaa": self._swaa, "flash_attn": self._flash_attn, "n_ubatch": self._requested_n_ubatch}
         return super().__getstate__() | said
