@@ -193,7 +193,7 @@ def _run(program: str, path: Path, folder: Path) -> int:
 
 def _fork_worker(_module: str, request: Mapping[str, Any], *, what: str, **_options: Any) -> list[dict[str, Any]]:
     """`run_child` for convert's engine, without the seconds that a new Python takes."""
-    from swaa_local.convert.children import engine_job as engine_worker
+    from swaa_local.convert.children import engine_job
     from swaa_local.files.child_process import ChildError
 
     receive, send = os.pipe()
@@ -202,7 +202,7 @@ def _fork_worker(_module: str, request: Mapping[str, Any], *, what: str, **_opti
         code = 1
         try:
             with os.fdopen(send, "w") as channel:
-                engine_worker.handle(dict(request), lambda **event: print(json.dumps(event), file=channel))
+                engine_job.handle(dict(request), lambda **event: print(json.dumps(event), file=channel))
             code = 0
         finally:
             os._exit(code)

@@ -350,7 +350,7 @@ def test_a_number_that_no_engine_takes_is_a_wrong_usage(tiny_model: Path, comman
 
 def test_serve_makes_no_longer_a_context_than_fits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama-server looks at how much memory there is, not at how much of it is free."""
-    from swaa_local.serve import limits as serve_limits
+    from swaa_local.serve import limits
 
     notes: list[str] = []
 
@@ -363,9 +363,9 @@ def test_serve_makes_no_longer_a_context_than_fits(tiny_model: Path, monkeypatch
 
         info = replace(read_model_info(tiny_model), n_ctx_train=n_ctx_train)
         said = lambda names: value_of(names, extra, {})  # noqa: E731
-        return serve_limits.context_arguments(info, schedule, said, Notes())  # type: ignore[arg-type]
+        return limits.context_arguments(info, schedule, said, Notes())  # type: ignore[arg-type]
 
-    monkeypatch.setattr(serve_limits, "free_host_bytes", lambda **_: 1 << 30)
+    monkeypatch.setattr(limits, "free_host_bytes", lambda **_: 1 << 30)
     option, n_ctx = arguments()
     assert option == "--ctx-size"
     assert memory.MIN_N_CTX < int(n_ctx) < 1 << 19

@@ -222,7 +222,8 @@ def convert_command(
         raise click.UsageError("convert never rewrites its source; name another file with -o, and remove the old one")
     if output is None:
         raise click.UsageError("name the GGUF to write: -o OUT.gguf")
-    from swaa_local.convert.plan import Request, describe_plan, make_plan
+    from swaa_local.convert.plan import describe_plan, make_plan
+    from swaa_local.convert.request import Request
     from swaa_local.convert.run import convert
     from swaa_local.report.terminal import TerminalReporter
     from swaa_local.report.units import format_bytes

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from swaa_local.convert import checkpoint as hf
 from swaa_local.convert.checkpoint import Checkpoint
 from swaa_local.convert.quantize import OutType, parse_out_type, quantized_types
-from swaa_local.errors import SWAAError
+from swaa_local.convert.request import ConvertError, LocalCheckpoint, LocalGGUF, Request, resolve
 from swaa_local.files.output_file import check_output
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.copy import encode_header
@@ -26,89 +24,81 @@ from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.text import layer_by_layer
 from swaa_local.sources import hub
+from swaa_local.sources.checkpoint_files import WEIGHTS
 
 _NO_SCHEDULE = "no schedule: the file will run with full attention; --preset or --window adds one"
 # What a checkpoint becomes is known once it is converted.
 _NO_SCHEDULE_YET = f"{_NO_SCHEDULE} if its architecture takes one"
 
 
-class ConvertError(SWAAError):
-    """The conversion makes no sense, or cannot be done; nothing was written."""
-
-
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion will do. Sizes are estimates where weights change their type."""
+class Outcome:
+    """What every plan says. Sizes are estimates where weights change their type."""
 
     source: str
-    kind: Literal["gguf", "checkpoint"]
     output: Path
-    out_type: OutType | None
-    """The output's weight type; None: as the source."""
     steps: tuple[str, ...]
     output_bytes: int
     temporary_bytes: int = 0
     """Beside the output, while it is made."""
     notes: tuple[str, ...] = ()
     architecture: str | None = None
+    """None: known after the download, as all of the model."""
     n_layer: int | None = None
     schedule: Schedule | None = None
     """What the output will store."""
-    download: hub.HubModel | None = None
-    """What has to be fetched first; a GGUF is only known after that."""
-    path: Path | None = None
-    """The source, where it is local."""
-    converter_type: str | None = None
-    """The type that upstream's converter writes a checkpoint in; `auto` is its 16-bit type."""
-    rewrites_header: bool = False
-    """A GGUF's schedule changes, or several files become one."""
-
-    @property
-    def quantize_to(self) -> OutType | None:
-        """What llama.cpp's quantizer makes; None where the converter writes the type itself, or nothing changes."""
-        return self.out_type if self.converter_type in (None, "auto") else None
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked for.
+class GGUFPlan:
+    """A GGUF is quantized, gets another header, or both."""
 
-    schedule: a choice, or a function that makes one for a model of so many layers.
-    out_type: llama-quantize's name of a weight type, in any case; None: a GGUF's as it is, a checkpoint's 16-bit type.
-    """
+    outcome: Outcome
+    path: Path
+    quantize_to: OutType | None
+    rewrites_header: bool
+    """The schedule changes, or several files become one."""
 
-    source: str
-    output: Path
-    schedule: ScheduleChoice | Callable[[int], ScheduleChoice] = None
-    out_type: str | None = None
-    pre_tokenizer: str | None = None
-    force: bool = False
-    allow_requantize: bool = False
-    verbose: bool = False
 
-    def choice(self, n_layer: int) -> ScheduleChoice:
-        return self.schedule(n_layer) if callable(self.schedule) else self.schedule
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Upstream's converter writes a GGUF of `converter_type` (`auto`: its 16-bit type), which may then be quantized."""
+
+    outcome: Outcome
+    path: Path | None
+    """None while it is on a hub."""
+    converter_type: str
+    quantize_to: OutType | None
+
+
+@dataclass(frozen=True)
+class DownloadPlan:
+    """A model is fetched from a hub; the plan for what then lies on this machine is made anew."""
+
+    outcome: Outcome
+    model: hub.HubModel
+
+
+Plan = GGUFPlan | CheckpointPlan | DownloadPlan
 
 
 def make_plan(request: Request) -> Plan:
     """Check everything that can be checked before work begins. Downloads no weights."""
     out_type = parse_out_type(request.out_type) if request.out_type is not None else None
-    path = user_path(request.source)
-    _check_output(request, path)
-    if path.is_dir():
-        checkpoint = hf.read_checkpoint(path)
-        plan = _plan_checkpoint(request, checkpoint, out_type)
-    elif path.exists():
-        plan = _plan_gguf(request, path, out_type)
+    _check_output(request)
+    source = resolve(request)
+    plan: Plan
+    if isinstance(source, LocalGGUF):
+        plan = _plan_gguf(request, source.path, out_type)
+    elif isinstance(source, LocalCheckpoint):
+        plan = _plan_checkpoint(request, source.checkpoint, out_type)
     else:
-        return _plan_hub(request, out_type)
-    _check_disk(plan)
+        plan = _plan_hub(request, source, out_type)
+    _check_disk(plan.outcome)
     return plan
 
 
-def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
-    if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        raise ConvertError(f"{path} is one file of a checkpoint; name its directory instead")
+def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPlan:
     if request.pre_tokenizer is not None:
         raise ConvertError("--pre-tokenizer is for checkpoints; a GGUF already names its pre-tokenizer")
     with open_gguf(path) as file:
@@ -139,24 +129,21 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> Plan:
         if choice is not None:
             what.append("write the schedule" if schedule else "leave the schedule out")
         steps.append(", ".join(what))
-    return Plan(
+    outcome = Outcome(
         source=str(path),
-        kind="gguf",
         output=request.output,
-        architecture=model.architecture,
-        n_layer=model.n_layer,
-        schedule=schedule,
-        out_type=out_type,
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=temporary,
         notes=_notes(schedule, choice, old, model),
-        path=path,
-        rewrites_header=merges or choice is not None,
+        architecture=model.architecture,
+        n_layer=model.n_layer,
+        schedule=schedule,
     )
+    return GGUFPlan(outcome, path, quantize_to=out_type, rewrites_header=merges or choice is not None)
 
 
-def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType | None) -> Plan:
+def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType | None) -> CheckpointPlan:
     hf.converter_path()
     hf.require_extra()
     if request.pre_tokenizer is not None:
@@ -178,59 +165,53 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
     steps = [f"convert the checkpoint to GGUF in {shown}{' with the schedule' if schedule else ''}"]
     if not direct and out_type is not None:
         steps.append(f"quantize it to {out_type.name.upper()}")
-    return Plan(
+    outcome = Outcome(
         source=checkpoint.label,
-        kind="checkpoint",
         output=request.output,
-        architecture=checkpoint.architecture,
-        n_layer=checkpoint.n_layer,
-        schedule=schedule,
-        out_type=out_type,
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=0 if direct else checkpoint.size_bytes(16.0),
         notes=() if schedule else (_NO_SCHEDULE_YET,),
-        path=checkpoint.path,
-        converter_type=converter_type,
+        architecture=checkpoint.architecture,
+        n_layer=checkpoint.n_layer,
+        schedule=schedule,
     )
+    quantize_to = out_type if converter_type == "auto" else None
+    return CheckpointPlan(outcome, checkpoint.path, converter_type, quantize_to)
 
 
-def _plan_hub(request: Request, out_type: OutType | None) -> Plan:
-    hub_id = hub.parse_hub_id(request.source)
-    if hub_id is None or (request.source.endswith((".gguf", "/")) and ":" not in request.source):
-        raise ConvertError(
-            f"{request.source}: no such file or directory, and not a hub id (org/name or org/name:file.gguf)"
-        )
-    listing = hub.list_repo(hub_id)
-    model = hub.choose(listing)
+def _plan_hub(request: Request, model: hub.HubModel, out_type: OutType | None) -> DownloadPlan:
+    listing = model.listing
     notes: tuple[str, ...] = ()
     if listing.cached_at is not None:
         notes = (f"the hub cannot be asked; using {listing.cached_at}",)
     if model.gguf is None:
-        config_file = hub.fetch_small_file(hub_id, listing, "config.json")
-        config = hf.parse_config(config_file.read_bytes(), f"{hub_id} config.json")
-        weights = sum(listing.sizes[n] or 0 for n in model.files if n.endswith(hf.WEIGHTS))
-        architecture, n_layer = hf.architecture_of(config, str(hub_id)), hf.n_layer_of(config)
-        plan = _plan_checkpoint(request, Checkpoint(None, str(hub_id), architecture, n_layer, None, weights), out_type)
-        if plan.schedule is not None and (reason := hf.unsupported_by_settings(config_file.parent)):
-            raise ConvertError(f"no schedule can apply: {reason}")
+        outcome = _plan_hub_checkpoint(request, model, out_type).outcome
     else:
         n_files = len(model.files)
         if request.schedule is None and out_type is None and n_files == 1:
-            raise _nothing_to_do(str(hub_id))
-        size = model.n_bytes or 0
+            raise _nothing_to_do(str(listing.hub_id))
         source = f" of {n_files} files into one" if n_files > 1 else ""
         steps = [f"quantize to {out_type.name.upper()}"] if out_type else [f"copy all tensors{source} byte for byte"]
-        plan = Plan(
-            source=f"{hub_id.repo}:{model.gguf}",
-            kind="gguf",
+        outcome = Outcome(
+            source=f"{listing.hub_id.repo}:{model.gguf}",
             output=request.output,
-            out_type=out_type,
             steps=(*steps, "write the schedule") if request.schedule is not None else tuple(steps),
-            output_bytes=size,
+            output_bytes=model.n_bytes or 0,
         )
-    plan = replace(plan, download=model, notes=(*notes, *plan.notes))
-    _check_disk(plan)
+    return DownloadPlan(replace(outcome, notes=(*notes, *outcome.notes)), model)
+
+
+def _plan_hub_checkpoint(request: Request, model: hub.HubModel, out_type: OutType | None) -> CheckpointPlan:
+    """By its config.json, which is small enough to be fetched for it."""
+    listing, hub_id = model.listing, model.listing.hub_id
+    config_file = hub.fetch_small_file(hub_id, listing, "config.json")
+    config = hf.parse_config(config_file.read_bytes(), f"{hub_id} config.json")
+    weight_bytes = sum(listing.sizes[name] or 0 for name in model.files if name.endswith(WEIGHTS))
+    architecture, n_layer = hf.architecture_of(config, str(hub_id)), hf.n_layer_of(config)
+    plan = _plan_checkpoint(request, Checkpoint(None, str(hub_id), architecture, n_layer, None, weight_bytes), out_type)
+    if plan.outcome.schedule is not None and (reason := hf.unsupported_by_settings(config_file.parent)):
+        raise ConvertError(f"no schedule can apply: {reason}")
     return plan
 
 
@@ -293,8 +274,8 @@ def _needs_imatrix(out_type: OutType) -> ConvertError:
     )
 
 
-def _check_output(request: Request, source: Path) -> None:
-    output = request.output
+def _check_output(request: Request) -> None:
+    output, source = request.output, user_path(request.source)
     check_output(output, force=True)
     # Before a word about --force, which does not help here.
     if output.exists() and source.exists() and os.path.samefile(output, source):
@@ -302,7 +283,7 @@ def _check_output(request: Request, source: Path) -> None:
     check_output(output, force=request.force)
 
 
-def _check_disk(plan: Plan) -> None:
+def _check_disk(plan: Outcome) -> None:
     usage = shutil.disk_usage(plan.output.parent)
     needed, free = plan.output_bytes + plan.temporary_bytes, usage.free
     # Some filesystems, such as /proc, have no size.
@@ -316,24 +297,27 @@ def _check_disk(plan: Plan) -> None:
 
 def describe_plan(plan: Plan) -> str:
     """The plan as text."""
-    depth = f", {plan.n_layer} layers" if plan.n_layer is not None else ""
+    outcome = plan.outcome
+    is_gguf = isinstance(plan, GGUFPlan) or (isinstance(plan, DownloadPlan) and plan.model.gguf is not None)
+    depth = f", {outcome.n_layer} layers" if outcome.n_layer is not None else ""
     lines = [
-        f"source    {printable(plan.source)} ({'GGUF' if plan.kind == 'gguf' else 'checkpoint'})",
-        f"model     {printable(plan.architecture or 'known after the download')}{depth}",
+        f"source    {printable(outcome.source)} ({'GGUF' if is_gguf else 'checkpoint'})",
+        f"model     {printable(outcome.architecture or 'known after the download')}{depth}",
     ]
-    if plan.schedule is not None:
-        first, *rest = layer_by_layer(plan.schedule)
+    if outcome.schedule is not None:
+        first, *rest = layer_by_layer(outcome.schedule)
         lines += [f"schedule  {first}", *rest]
     else:
-        unknown = plan.architecture is None
+        unknown = outcome.architecture is None
         lines.append(f"schedule  {'known after the download' if unknown else 'none'}")
-    if plan.download is not None:
-        target = printable(hub.cache_folder(plan.download.listing.hub_id))
-        n_files = len(plan.download.files)
-        lines.append(f"download  {plan.download.told_size} in {n_files} file{'s' * (n_files > 1)} to {target}")
-    lines += [f"{'steps' if i == 0 else '':<10}{i + 1}. {printable(step)}" for i, step in enumerate(plan.steps)]
-    exact = plan.out_type is None and plan.kind == "gguf" and plan.download is None
-    size = f"{'' if exact else 'about '}{format_bytes(plan.output_bytes)}"
-    extra = f", and about {format_bytes(plan.temporary_bytes)} beside it for a while" if plan.temporary_bytes else ""
-    lines.append(f"output    {printable(plan.output)} ({size}{extra})")
-    return "\n".join([*lines, *(f"note      {printable(note)}" for note in plan.notes)])
+    if isinstance(plan, DownloadPlan):
+        target = printable(hub.cache_folder(plan.model.listing.hub_id))
+        n_files = len(plan.model.files)
+        lines.append(f"download  {plan.model.size_text} in {n_files} file{'s' * (n_files > 1)} to {target}")
+    lines += [f"{'steps' if i == 0 else '':<10}{i + 1}. {printable(step)}" for i, step in enumerate(outcome.steps)]
+    exact = isinstance(plan, GGUFPlan) and plan.quantize_to is None
+    size = f"{'' if exact else 'about '}{format_bytes(outcome.output_bytes)}"
+    temporary = outcome.temporary_bytes
+    extra = f", and about {format_bytes(temporary)} beside it for a while" if temporary else ""
+    lines.append(f"output    {printable(outcome.output)} ({size}{extra})")
+    return "\n".join([*lines, *(f"note      {printable(note)}" for note in outcome.notes)])

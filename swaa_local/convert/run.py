@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from swaa_local.convert import checkpoint as hf
-from swaa_local.convert.plan import ConvertError, Plan, Request, make_plan
+from swaa_local.convert.plan import CheckpointPlan, DownloadPlan, GGUFPlan, Outcome, make_plan
 from swaa_local.convert.quantize import OutType, engine_refusal, quantize
+from swaa_local.convert.request import ConvertError, Request
 from swaa_local.files.output_file import publish, terminable, workplace
 from swaa_local.model_file.copy import copy_gguf
 from swaa_local.model_file.split import open_gguf
@@ -18,44 +19,45 @@ from swaa_local.report.progress import SILENT, Reporter
 from swaa_local.sources import hub
 
 
-def convert(request: Request, reporter: Reporter = SILENT) -> Plan:
-    """Do it, and return the plan that was carried out. Raises `SWAAError`; then nothing is left behind."""
+def convert(request: Request, reporter: Reporter = SILENT) -> Outcome:
+    """Do it, and return what came of it. Raises `SWAAError`; then nothing is left behind."""
     plan = make_plan(request)
-    for note in plan.notes:
+    for note in plan.outcome.notes:
         reporter.note(note)
-    if plan.download is not None:
-        reporter.note(f"downloading {plan.download.told_size} to {hub.cache_folder(plan.download.listing.hub_id)}")
-        local = hub.fetch(plan.download)
-        told = plan.notes
-        plan = replace(make_plan(replace(request, source=str(local))), source=plan.source)
-        for note in plan.notes:
+    if isinstance(plan, DownloadPlan):
+        local, source = _fetch(plan, reporter), plan.outcome.source
+        told = plan.outcome.notes
+        plan = make_plan(replace(request, source=str(local)))
+        for note in plan.outcome.notes:
             if note not in told:
                 reporter.note(note)
-    _carry_out(plan, request, reporter)
-    return plan
-
-
-def _carry_out(plan: Plan, request: Request, reporter: Reporter) -> None:
-    assert plan.path is not None
-    with terminable(), workplace(plan.output) as folder:
+        outcome = replace(plan.outcome, source=source)
+    else:
+        outcome = plan.outcome
+    with terminable(), workplace(outcome.output) as folder:
         result = folder / "result.gguf"
-        if plan.kind == "checkpoint":
-            _from_checkpoint(plan, plan.path, folder, result, request, reporter)
-        else:
-            _from_gguf(plan, plan.path, folder, result, request, reporter)
-        _require_engine(result, plan, reporter)
-        publish(result, plan.output, force=request.force)
+        if isinstance(plan, CheckpointPlan):
+            _from_checkpoint(plan, folder, result, request, reporter)
+        elif isinstance(plan, GGUFPlan):
+            _from_gguf(plan, folder, result, request, reporter)
+        _require_engine(result, outcome, reporter)
+        publish(result, outcome.output, force=request.force)
+    return outcome
 
 
-def _from_checkpoint(
-    plan: Plan, source: Path, folder: Path, result: Path, request: Request, reporter: Reporter
-) -> None:
+def _fetch(plan: DownloadPlan, reporter: Reporter) -> Path:
+    reporter.note(f"downloading {plan.model.size_text} to {hub.cache_folder(plan.model.listing.hub_id)}")
+    return hub.fetch(plan.model)
+
+
+def _from_checkpoint(plan: CheckpointPlan, folder: Path, result: Path, request: Request, reporter: Reporter) -> None:
+    assert plan.path is not None
     first = result if plan.quantize_to is None else folder / "converted.gguf"
     hf.convert_checkpoint(
-        source,
+        plan.path,
         first,
-        plan.converter_type or "auto",
-        schedule=plan.schedule,
+        plan.converter_type,
+        schedule=plan.outcome.schedule,
         pre_tokenizer=request.pre_tokenizer,
         reporter=reporter,
         verbose=request.verbose,
@@ -65,7 +67,8 @@ def _from_checkpoint(
         first.unlink()
 
 
-def _from_gguf(plan: Plan, source: Path, folder: Path, result: Path, request: Request, reporter: Reporter) -> None:
+def _from_gguf(plan: GGUFPlan, folder: Path, result: Path, request: Request, reporter: Reporter) -> None:
+    source = plan.path
     if plan.quantize_to is not None:
         quantized = folder / "quantized.gguf" if plan.rewrites_header else result
         _quantize(source, quantized, plan.quantize_to, request, reporter)
@@ -73,12 +76,12 @@ def _from_gguf(plan: Plan, source: Path, folder: Path, result: Path, request: Re
     if not plan.rewrites_header:
         return
     with open_gguf(source) as file:
-        with reporter.step(f"writing {plan.output.name}", file.data_size, is_bytes=True) as update:
+        with reporter.step(f"writing {plan.outcome.output.name}", file.data_size, is_bytes=True) as update:
             copy_gguf(
                 file,
                 result,
-                plan.schedule,
-                on_header=lambda: _require_engine(result, plan, reporter),
+                plan.outcome.schedule,
+                on_header=lambda: _require_engine(result, plan.outcome, reporter),
                 on_bytes=update,
             )
 
@@ -88,11 +91,11 @@ def _quantize(source: Path, target: Path, out_type: OutType, request: Request, r
         quantize(source, target, out_type, allow_requantize=request.allow_requantize, on_progress=update)
 
 
-def _require_engine(path: Path, plan: Plan, reporter: Reporter) -> None:
+def _require_engine(path: Path, outcome: Outcome, reporter: Reporter) -> None:
     """What is written must be something that the engine runs: it knows what metadata do not tell."""
     refused, unchecked = engine_refusal(path)
     if refused is not None:
-        how = " with this schedule" if plan.schedule is not None else ""
-        raise ConvertError(f"the engine would not run {plan.source}{how}: {refused}")
+        how = " with this schedule" if outcome.schedule is not None else ""
+        raise ConvertError(f"the engine would not run {outcome.source}{how}: {refused}")
     if unchecked is not None:
         reporter.note(f"not checked by the engine: {unchecked}")

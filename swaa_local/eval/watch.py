@@ -10,7 +10,7 @@ from swaa_local.eval.results import AnswerRecord, Cell, QuestionRecord
 
 
 class Watch:
-    """Takes what happens, in this order. This one is silent; the command line's draws on stderr (eval_terminal.py)."""
+    """Takes what happens, in this order. This one is silent; the command line's draws on stderr (`terminal`)."""
 
     def note(self, text: str) -> None:
         """Something that the user should know, in a sentence."""

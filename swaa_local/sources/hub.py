@@ -69,7 +69,7 @@ class HubModel:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @property
-    def told_size(self) -> str:
+    def size_text(self) -> str:
         """`n_bytes` for people."""
         return "an unknown number of bytes" if self.n_bytes is None else format_bytes(self.n_bytes)
 

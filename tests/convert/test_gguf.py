@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 from swaa_local.convert import plan
+from swaa_local.convert.request import ConvertError, Request
 from swaa_local.convert.run import convert
-from swaa_local.model_file import model_info as gguf_meta
 from swaa_local.model_file.copy import copy_gguf
+from swaa_local.model_file.header import GGUFFile
+from swaa_local.model_file.model_info import read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
 from tests.support.gguf_edit import ODD_VALUES, SWAA, Typed, i32s, u32, write_header_model
 from tests.support.program import environment, fails, interrupt, run, succeeds
@@ -50,7 +53,7 @@ def test_a_schedule_is_added_and_nothing_else_changes(tmp_path, tiny_model):
     done = run("convert", tiny_model, "-o", out, *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert gguf_meta.read_schedule(out) == SCHEDULE
+    assert read_schedule(out) == SCHEDULE
     assert read_all(out) == read_all(tiny_model)
     reader = gguf.GGUFReader(out)
     assert reader.fields["swaa.version"].contents() == 1
@@ -77,10 +80,10 @@ def test_every_kind_of_metadata_survives_byte_for_byte(tmp_path, alignment):
     source = write_header_model(tmp_path / "in.gguf", SWAA | keys)
     source.write_bytes(source.read_bytes() + b"tail")
     out = tmp_path / "out.gguf"
-    with gguf_meta.GGUFFile.open(source) as old:
+    with GGUFFile.open(source) as old:
         copy_gguf(old, out, None)  # the engine knows no nested arrays, so the command would refuse the file
-    assert gguf_meta.read_schedule(out) is None
-    with gguf_meta.GGUFFile.open(source) as old, gguf_meta.GGUFFile.open(out) as new:
+    assert read_schedule(out) is None
+    with GGUFFile.open(source) as old, GGUFFile.open(out) as new:
         assert list(new.keys) == [key for key in old.keys if not key.startswith("swaa.")]
         assert all(new.raw(key) == old.raw(key) for key in new.keys)
         assert new.raw_tensor_infos() == old.raw_tensor_infos()
@@ -99,25 +102,25 @@ def test_every_kind_of_metadata_survives_byte_for_byte(tmp_path, alignment):
 )
 def test_older_keys_are_replaced_even_if_malformed(tmp_path, tiny_model_factory, old):
     source = tmp_path / "old.gguf"
-    with gguf_meta.GGUFFile.open(tiny_model_factory()) as file:
+    with GGUFFile.open(tiny_model_factory()) as file:
         # The old keys of a small file go in front of the first key of a whole model.
-        with gguf_meta.GGUFFile.open(write_header_model(tmp_path / "keys.gguf", old)) as small:
+        with GGUFFile.open(write_header_model(tmp_path / "keys.gguf", old)) as small:
             entries = [small.raw(key) for key in old] + [file.raw(key) for key in file.keys]
         head = b"GGUF" + struct.pack("<IQQ", 3, len(file.tensors), len(entries))
         head += b"".join(entries) + file.raw_tensor_infos()
         source.write_bytes(head + bytes(-len(head) % 32) + file.path.read_bytes()[file.data_offset :])
     out = tmp_path / "out.gguf"
     succeeds("convert", source, "-o", out, *OPTIONS)
-    assert gguf_meta.read_schedule(out) == SCHEDULE
+    assert read_schedule(out) == SCHEDULE
     assert read_all(out) == read_all(source)
 
 
 def test_a_schedule_is_replaced_and_taken_away(tmp_path, tiny_model_factory):
     source = tiny_model_factory(**WITH_SCHEDULE)
     succeeds("convert", source, "-o", tmp_path / "b.gguf", "--window", 16)
-    assert gguf_meta.read_schedule(tmp_path / "b.gguf") == Schedule(16, 0, (A,) * 4)
+    assert read_schedule(tmp_path / "b.gguf") == Schedule(16, 0, (A,) * 4)
     succeeds("convert", source, "-o", tmp_path / "c.gguf", "--no-swaa")
-    assert gguf_meta.read_schedule(tmp_path / "c.gguf") is None
+    assert read_schedule(tmp_path / "c.gguf") is None
     assert read_all(tmp_path / "b.gguf") == read_all(tmp_path / "c.gguf") == read_all(source)
 
 
@@ -126,17 +129,17 @@ def test_presets_and_options_on_top(tmp_path, tiny_model):
     done = run("convert", tiny_model, "-o", out, "--preset", "HALF", "--window", 64)
     assert done.returncode == 0, done.stderr
     assert "FA decode speeds up reading" in " ".join(done.stderr.split())
-    assert gguf_meta.read_schedule(out) == Schedule(64, 100, (F, P, F, P))
+    assert read_schedule(out) == Schedule(64, 100, (F, P, F, P))
     message = fails("convert", tiny_model, "-o", tmp_path / "b.gguf", "--preset", "qwen3-4b")
     assert "published for a model of 36 layers, and this one has 4" in message
     succeeds("convert", tiny_model, "-o", tmp_path / "b.gguf", "--preset", "qwen3-4b", "--clip-layers")
-    assert gguf_meta.read_schedule(tmp_path / "b.gguf") == Schedule(2048, 100, (P, F, P, F))
+    assert read_schedule(tmp_path / "b.gguf") == Schedule(2048, 100, (P, F, P, F))
 
 
 def test_fa_decode_by_layer(tmp_path, tiny_model):
     out = tmp_path / "out.gguf"
     succeeds("convert", tiny_model, "-o", out, "--window", 8, "--fa-decode-layers", "0-1", "--full-layers", "3")
-    assert gguf_meta.read_schedule(out) == Schedule(8, 0, (P, P, A, F))
+    assert read_schedule(out) == Schedule(8, 0, (P, P, A, F))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,7 @@ def test_an_existing_output_needs_force(tmp_path, tiny_model):
     assert "exists; pass --force to replace it" in fails("convert", tiny_model, "-o", out, *OPTIONS)
     assert out.read_text() == "precious"
     succeeds("convert", tiny_model, "-o", out, *OPTIONS, "--force")
-    assert gguf_meta.read_schedule(out) == SCHEDULE
+    assert read_schedule(out) == SCHEDULE
 
 
 def test_the_source_is_never_the_output(tmp_path, tiny_model):
@@ -224,8 +227,8 @@ def test_a_full_disk_in_the_middle_leaves_nothing(tmp_path, tiny_model):
 
 def test_too_little_space_is_said_before_anything_is_done(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    request = plan.Request(str(tiny_model), tmp_path / "out.gguf", SWAAConfig(8))
-    with pytest.raises(plan.ConvertError, match=r"not enough space .* MiB needed, 1000 B free in"):
+    request = Request(str(tiny_model), tmp_path / "out.gguf", SWAAConfig(8))
+    with pytest.raises(ConvertError, match=r"not enough space .* MiB needed, 1000 B free in"):
         convert(request)
     assert nothing_left(tmp_path)
 
@@ -261,7 +264,7 @@ def test_what_is_copied_must_run_too(tmp_path, tiny_model):
 
 def write_with_schedule(source: Path, target: Path) -> Path:
     """`source` with a schedule, which --no-swaa can take away."""
-    with gguf_meta.GGUFFile.open(source) as file:
+    with GGUFFile.open(source) as file:
         copy_gguf(file, target, SCHEDULE)
     return target
 
@@ -285,11 +288,11 @@ def test_quantizing_keeps_or_sets_the_schedule(tmp_path, tiny_model_factory):
     source = tiny_model_factory(n_embd=256, **WITH_SCHEDULE)
     kept, changed = tmp_path / "kept.gguf", tmp_path / "changed.gguf"
     succeeds("convert", source, "-o", kept, "--outtype", "Q8_0")
-    assert gguf_meta.read_schedule(kept) == SCHEDULE
+    assert read_schedule(kept) == SCHEDULE
     succeeds("convert", source, "-o", changed, "--outtype", "q4_K_m", "--window", 16)
-    assert gguf_meta.read_schedule(changed) == Schedule(16, 0, (A,) * 4)
-    assert gguf_meta.read_model_info(kept).file_type == "Q8_0"
-    assert gguf_meta.read_model_info(changed).file_type == "Q4_K_M"
+    assert read_schedule(changed) == Schedule(16, 0, (A,) * 4)
+    assert read_model_info(kept).file_type == "Q8_0"
+    assert read_model_info(changed).file_type == "Q4_K_M"
     types = {t.tensor_type for t in gguf.GGUFReader(changed).tensors}
     assert gguf.GGMLQuantizationType.Q4_K in types
     assert nothing_left(tmp_path, "kept.gguf", "changed.gguf")
@@ -321,7 +324,7 @@ def test_quantizing_again_has_to_be_allowed(tmp_path, tiny_model):
     assert "already quantized (q8_0)" in message
     assert "--allow-requantize" in message
     succeeds("convert", once, "-o", twice, "--outtype", "q4_0", "--allow-requantize")
-    assert gguf_meta.read_model_info(twice).file_type == "Q4_0"
+    assert read_model_info(twice).file_type == "Q4_0"
     succeeds("convert", once, "-o", tmp_path / "same.gguf", "--outtype", "Q8_0", *OPTIONS)
     assert read_all(tmp_path / "same.gguf") == read_all(once)
 
