@@ -36,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads would not survive fork
 os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger that looks at what aborted takes seconds
 
+import psutil
+
 from gguf_faults import Mutator, write_faults
 
 PROGRAMS = ("inspect", "convert", "llama", "chat", "serve")
@@ -160,11 +162,8 @@ def _run_child(program: str, path: Path, folder: Path, out: Path, err: Path, lim
 
 
 def _address_bytes() -> int:
-    """What this process has reserved; 0 where the system does not tell, or does not limit it anyway."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 0
+    """What this process has reserved."""
+    return int(psutil.Process().memory_info().vms)
 
 
 def _run(program: str, path: Path, folder: Path) -> int:

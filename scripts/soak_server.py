@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -34,8 +33,11 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
+import psutil
+
 from nearly_right import nearly_right
 from server_faults import CUT_OFF, FAULTS, NO_ANSWER, OPEN, REFUSED, Target
+from swaa_local.engine.process_memory import peak_rss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 N_AT_ONCE = 3
@@ -113,8 +115,8 @@ class Soak:
         self.report.n_good += 1
         if got != self._expected:
             self._wrong(f"a good request got {got!r}, not {self._expected!r}")
-        if (rss_mib := peak_rss_mib(self._pid)) is not None:
-            self.report.peak_rss_mib = rss_mib
+        if (rss_bytes := peak_rss_bytes(self._pid)) is not None:
+            self.report.peak_rss_mib = rss_mib = rss_bytes / (1 << 20)
             if rss_mib > self._max_rss_mib:
                 self._wrong(f"the server took {rss_mib:.0f} MiB, more than {self._max_rss_mib:.0f}")
                 self._max_rss_mib = rss_mib
@@ -142,22 +144,9 @@ def _told(status: int) -> str:
     return {CUT_OFF: "cut off", NO_ANSWER: "no answer"}.get(status, f"status {status}")
 
 
-def peak_rss_mib(pid: int) -> float | None:
-    """The most memory that a process had so far (Linux; None elsewhere, and for one that is gone)."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) / 1024 if found else None
-
-
 def server_of(pid: int) -> int:
-    """The process that `swaa-local serve` started (Linux; 0 elsewhere)."""
-    try:
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-    except (OSError, IndexError):
-        return 0
+    """The process that `swaa-local serve` started; 0 if there is none."""
+    return next((child.pid for child in psutil.Process(pid).children()), 0)
 
 
 @contextmanager

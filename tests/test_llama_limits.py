@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import psutil
 import pytest
 
 from swaa_local import Llama, SWAAConfig, SWAAError
@@ -161,6 +162,7 @@ def test_a_cache_that_is_not_a_plain_one_is_let_through(
     assert load(n_ctx=4096).n_ctx() == 4096
 
 
+@pytest.mark.skipif(not psutil.LINUX, reason="the figures are faked as Linux tells them")
 @pytest.mark.parametrize(
     ("meminfo", "arc", "group", "most"),
     [
@@ -173,9 +175,17 @@ def test_a_cache_that_is_not_a_plain_one_is_let_through(
     ids=["free", "and swap", "and ZFS's cache", "a container's limit", "a container with a larger limit"],
 )
 def test_what_can_be_had_is_what_is_free_and_can_be_freed(
-    monkeypatch: pytest.MonkeyPatch, meminfo: dict[str, int], arc: int | None, group: int | None, most: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    meminfo: dict[str, int],
+    arc: int | None,
+    group: int | None,
+    most: int,
 ) -> None:
-    files = {"/proc/meminfo": "".join(f"{key}: {n} kB\n" for key, n in meminfo.items())}
+    figures = {"MemFree": 100, "SwapTotal": 500, **meminfo}
+    (tmp_path / "meminfo").write_text("".join(f"{key}: {n} kB\n" for key, n in figures.items()))
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    files = {}
     if arc is not None:
         files["/proc/spl/kstat/zfs/arcstats"] = f"name type data\nc_max 4 9999999\nsize 4 {arc * 1024}\n"
     if group is not None:
@@ -189,7 +199,36 @@ def test_what_can_be_had_is_what_is_free_and_can_be_freed(
         return files[str(path)]
 
     monkeypatch.setattr(memory.Path, "read_text", read_text)
-    assert memory.most_host_bytes() == most * 1024
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # psutil says which other figures it did not find
+        assert memory.most_host_bytes() == most * 1024
+        assert memory.free_host_bytes() == min(600, group or 600) * 1024
+        assert memory.free_host_bytes(mapped=50 * 1024) == (min(600, group or 600) - 50) * 1024
+        assert memory.free_host_bytes(mapped=1 << 30) == 0
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="the figures are faked as Linux tells them")
+@pytest.mark.filterwarnings("error")
+def test_a_system_that_tells_nothing_limits_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    monkeypatch.setattr(memory, "_cgroup", lambda: None)
+    assert (memory.free_host_bytes(), memory.most_host_bytes()) == (None, None)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="the figures are faked as Linux tells them")
+def test_a_container_that_hides_figures_of_its_memory_warns_of_none(tmp_path: Path) -> None:
+    """psutil warns of figures of swapping, which nobody asked for."""
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 600 kB\nSwapFree: 0 kB\n")
+    code = (
+        "import psutil, sys\n"
+        "from swaa_local.engine import memory\n"
+        "psutil.PROCFS_PATH = sys.argv[1]\n"
+        "print(memory.free_host_bytes() // 1024, memory.most_host_bytes() // 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("600 650\n", "")
 
 
 @pytest.mark.parametrize("flash_attn", [None, False])

@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.bench.results import BenchError, Setting, Size
 from swaa_local.engine import log as engine_log
-from swaa_local.engine import memory, native
+from swaa_local.engine import memory, native, process_memory
 from swaa_local.engine.interrupt import Shield
 from swaa_local.engine.kv_types import kv_type_id
 from swaa_local.engine.limits import check_numbers
@@ -128,10 +128,10 @@ class BenchModel:
     def context(self, setting: Setting, n_ctx: int) -> Iterator[BenchContext]:
         """A context that is warm and empty. Raises `ModelLoadError` if it cannot be made, for lack of memory say."""
         if self._n_open == 0:
-            self._base_host, self._base_device = memory.rss_bytes(), memory.free_gpu_bytes()
-        others_host = _difference(memory.rss_bytes(), self._base_host)
+            self._base_host, self._base_device = process_memory.rss_bytes(), memory.free_gpu_bytes()
+        others_host = _difference(process_memory.rss_bytes(), self._base_host)
         others_device = _difference(self._base_device, memory.free_gpu_bytes())
-        can_tell = memory.reset_peak_rss()
+        can_tell = process_memory.reset_peak_rss()
         apply_schedule(self.model, setting.active_schedule, None, verbose=self._verbose)
         params = self._params(setting, n_ctx)
         with Shield(), engine_log.captured(self._verbose) as log:
@@ -146,7 +146,7 @@ class BenchModel:
         try:
             context = BenchContext(ctx, batch, int(params.n_batch), self.n_vocab, self._verbose)
             context.measure_peaks = lambda: (
-                _difference(memory.peak_rss_bytes() if can_tell else None, others_host),
+                _difference(process_memory.peak_rss_bytes() if can_tell else None, others_host),
                 _difference(_difference(self._free_device, memory.free_gpu_bytes()), others_device),
             )
             context.warm_up(int(params.n_ubatch), n_ctx)

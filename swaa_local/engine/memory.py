@@ -8,12 +8,13 @@ have what its KV cache alone takes (`most_host_bytes`).
 from __future__ import annotations
 
 import ctypes
-import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
@@ -36,6 +37,9 @@ _HEADROOM = 0.1
 _CELL_BYTES = 52
 
 _GPU, _IGPU = 1, 2  # ggml_backend_dev_type
+
+# psutil warns of figures that containers hide and that nothing here asks for.
+warnings.filterwarnings("ignore", r".* memory stats couldn't be determined", RuntimeWarning)
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,8 @@ def free_host_bytes(*, mapped: int = 0) -> int | None:
 
     mapped: bytes of a mapped model file that must stay in memory, which the system counts as free.
     """
-    free = min((n for source in (_meminfo, _cgroup, _physical) if (n := source()) is not None), default=None)
+    ram = _ram()
+    free = min((n for n in (ram and ram.available, _cgroup()) if n is not None), default=None)
     return None if free is None else max(0, free - mapped)
 
 
@@ -246,26 +251,22 @@ def most_host_bytes() -> int | None:
 
     Errs on the large side: whoever asks for more than this would not get it.
     """
-    total, available, swap = (_meminfo_of(key) for key in ("MemTotal:", "MemAvailable:", "SwapFree:"))
-    if total is None or available is None:
-        return _total()
+    ram = _ram()
+    if ram is None or not psutil.LINUX:  # others make swap files as they need them
+        return ram and ram.total
+    swap = psutil.swap_memory().free
     # The system's estimate of what is available leaves out some of the caches, among them all of ZFS's.
-    most = available + (swap or 0) + _zfs_cache() + total // 20
+    most = ram.available + swap + _zfs_cache() + ram.total // 20
     group = _cgroup()
-    return most if group is None else min(most, group + (swap or 0) + total // 20)
+    return most if group is None else min(most, group + swap + ram.total // 20)
 
 
-def _meminfo() -> int | None:
-    """Linux: free memory and what the kernel can reclaim."""
-    return _meminfo_of("MemAvailable:")
-
-
-def _meminfo_of(key: str) -> int | None:
+def _ram() -> Any:
+    """The machine's memory (psutil's `svmem`); None if the system does not tell."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        return psutil.virtual_memory()
+    except (OSError, psutil.Error):
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
 def _zfs_cache() -> int:
@@ -294,51 +295,7 @@ def _cgroup() -> int | None:
     return None
 
 
-def _physical() -> int | None:
-    """Where nothing better is known (macOS): three quarters of the machine's memory."""
-    total = _total()
-    return None if total is None else total * 3 // 4
-
-
-def _total() -> int | None:
-    """The machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def _meta(model: Any, key: str) -> str | None:
     buffer = ctypes.create_string_buffer(256)
     read: Callable[..., int] = _c.llama_model_meta_val_str
     return buffer.value.decode() if read(model, key.encode(), buffer, len(buffer)) >= 0 else None
-
-
-# What this process takes. Linux tells, and lets its high-water mark be reset; other systems only know that of its life.
-
-
-def rss_bytes() -> int | None:
-    """Resident memory of this process; None where the system does not tell."""
-    return _status("VmRSS:")
-
-
-def reset_peak_rss() -> bool:
-    """Begin to count the peak of resident memory anew; False where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_rss_bytes() -> int | None:
-    """Peak of resident memory since `reset_peak_rss`."""
-    return _status("VmHWM:")
-
-
-def _status(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)

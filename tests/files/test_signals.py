@@ -191,7 +191,7 @@ def test_a_server_that_gives_a_reason_and_ends_by_itself(tmp_path: Path) -> None
     assert str(error) == "the server did not start (exit code 1): no room"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the server by /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="tried on Linux only")
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGILL", "SIGKILL"])
 def test_a_server_that_dies_at_work(tiny_model: Path, name: str) -> None:
     with serving(tiny_model, "-c", "512") as running:

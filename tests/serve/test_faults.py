@@ -26,7 +26,7 @@ from tests.support.serving import STOP_S, Running, descendants, is_running, serv
 
 pytestmark = pytest.mark.usefixtures("engine")
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="tried on Linux only")
 
 # Of the many that a soak sends, as many as a few seconds allow.
 N_NEARLY_RIGHT = 400

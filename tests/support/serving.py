@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.support.program import environment
 
 START_S = 120.0
@@ -109,16 +111,15 @@ def serving(model: Path | str | None, *args: object, **env: str) -> Iterator[Run
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those that these started (Linux)."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
+    """Processes that a process started, and those that these started."""
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def is_running(pid: int) -> bool:
     """True unless the process ended (a zombie has)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
