@@ -6,19 +6,15 @@ Knows the format; nothing of models or terminals.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from swaa_local.chat.document import Document
 from swaa_local.chat.session import Turn
 from swaa_local.errors import SWAAError
 from swaa_local.files.input_file import read_input
-from swaa_local.files.output_file import place
+from swaa_local.files.output_file import OutputError, OutputExists, write_output
 from swaa_local.files.user_input import require_utf8, user_path
 
 _FORMAT, _VERSION = "swaa-local-chat", 1
@@ -45,28 +41,12 @@ def save_conversation(path: str, conversation: Conversation, *, overwrite: bool 
         raise StoreError(f"{path} is a directory; name a file in it")
     data = {"format": _FORMAT, "version": _VERSION, **asdict(conversation)}
     try:
-        with tempfile.NamedTemporaryFile(
-            "w",
-            encoding="utf-8",
-            errors="backslashreplace",
-            dir=target.parent,
-            prefix=".swaa-local-",
-            delete=False,
-        ) as part:
-            try:
-                json.dump(data, part, ensure_ascii=False, indent=1)
-                part.flush()
-                os.fsync(part.fileno())
-                with suppress(OSError):  # a mount without permissions
-                    os.chmod(part.name, 0o666 & ~_umask())
-                place(Path(part.name), target, overwrite=overwrite)
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
-                raise
-    except FileExistsError:
+        text = json.dumps(data, ensure_ascii=False, indent=1)
+        write_output(target, text.encode(errors="backslashreplace"), force=overwrite)
+    except OutputExists:
         raise StoreError(f"{path} exists; /save -f {path} overwrites it") from None
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from None
+    except OutputError as error:
+        raise StoreError(str(error)) from None
     except ValueError as error:  # a zero byte in the path
         raise StoreError(f"cannot write {path}: {error}") from None
 
@@ -109,9 +89,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
     return require_utf8(value, "a text of it")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""A large output that appears under its name when it is complete and not before.
+"""An output that appears under its name when it is complete and not before.
 
 Until then it is in a hidden folder beside its place, which goes away whatever happens: at once, or with the next
 output if the program was killed. Knows files and signals only.
@@ -27,6 +27,10 @@ class OutputError(SWAAError):
     """An output that cannot be written, or must not be; the message says what to do."""
 
 
+class OutputExists(OutputError):
+    """Its name is taken, and what has it was not to be replaced."""
+
+
 def check_output(output: Path, *, force: bool) -> None:
     """Raise `OutputError` for a place where no file can be, or where one is that may not be replaced."""
     if output.is_dir():
@@ -43,14 +47,22 @@ def check_output(output: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {output}: {output.parent} is not a directory")
 
 
+def write_output(output: Path, data: bytes, *, force: bool) -> None:
+    """Write a small file whole or not at all. Raises `OutputExists`, unless `force`, and `OutputError`."""
+    with workplace(output) as folder:
+        result = folder / "result"
+        result.write_bytes(data)
+        publish(result, output, force=force)
+
+
 def publish(result: Path, output: Path, *, force: bool) -> None:
-    """Give the complete result its name. Raises `OutputError` if a file has got it meanwhile."""
+    """Give the complete result its name. Raises `OutputExists` if a file has got it meanwhile."""
     with open(result, "rb") as file:
         os.fsync(file.fileno())
     try:
         place(result, output, overwrite=force)
     except FileExistsError:
-        raise OutputError(f"{output} has come into being meanwhile; pass --force to replace it") from None
+        raise OutputExists(f"{output} has come into being meanwhile; pass --force to replace it") from None
 
 
 def place(result: Path, output: Path, *, overwrite: bool) -> None:

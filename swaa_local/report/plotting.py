@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from swaa_local.errors import SWAAError
+from swaa_local.files.output_file import OutputError, write_output
 from swaa_local.report.printable import printable
 
 MARKERS = "osD^vP*X<>"
@@ -45,7 +47,9 @@ def make_figure(**kwargs: Any) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write the file; an existing one is replaced. Raises `PlotError`."""
+    image = BytesIO()
+    figure.savefig(image, format=path.suffix[1:].lower(), dpi=150)
     try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise PlotError(f"{error.filename or path}: {error.strerror}") from None
+        write_output(path, image.getvalue(), force=True)
+    except OutputError as error:
+        raise PlotError(str(error)) from None
