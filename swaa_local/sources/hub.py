@@ -1,11 +1,11 @@
 """Models on a Hugging Face hub: what a repository holds, which of its files is meant, and getting it.
 
-Downloads, resuming, caching and tokens (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME) are huggingface-hub's.
+Downloads, caching and tokens (HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME) are huggingface-hub's. Taking up what an
+ended process has left of a large file, and looking whether it is what it should be, is not (`_fetch_resumably`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
@@ -208,7 +208,9 @@ def fetch_file(
 def _fetch_resumably(hub_id: HubId, name: str) -> None:
     """Put a file's content where huggingface-hub's cache will find it, through a part file that survives Ctrl-C.
 
-    huggingface-hub itself resumes within one process only: since 2.x it throws its part file away at the end.
+    huggingface-hub 2.4 resumes within one process only, and of what it got by HTTP it looks at the size and not at the
+    hash. A download of 100 MiB that is stopped at 60 takes 100 more from it, by plain HTTP and by Xet (also with
+    hf-xet's chunk cache), and 40 more from this. Can go when huggingface_hub's issue 4196 (no resuming) is mended.
     """
     from filelock import FileLock, Timeout
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -244,13 +246,12 @@ def _fetch_resumably(hub_id: HubId, name: str) -> None:
 
 def _check_content(path: Path, etag: str, size: int, what: str) -> None:
     """A part file that was taken up again must be the whole file; the etag of a large file is its SHA-256."""
+    from huggingface_hub.utils.sha import sha_fileobj
+
     is_whole = path.stat().st_size == size
     if is_whole and re.fullmatch(r"[0-9a-f]{64}", etag):
-        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        is_whole = digest.hexdigest() == etag
+            is_whole = sha_fileobj(file).hex() == etag
     if not is_whole:
         path.unlink()
         raise HubError(f"the download of {what} is damaged and was thrown away; start it again")

@@ -143,28 +143,32 @@ def big(hub, tiny_model) -> FakeHub:
     return hub
 
 
-def interrupt_download(hub: FakeHub, env: dict[str, str], tmp_path: Path) -> Path:
-    """Stop the download of org/big with Ctrl-C when one piece is there; its part file."""
+def interrupt_download(hub: FakeHub, env: dict[str, str], tmp_path: Path, number: int = signal.SIGINT) -> Path:
+    """Stop the download of org/big, as with Ctrl-C, when one piece is there; its part file."""
 
     def parts() -> list[Path]:
         return [file for file in (tmp_path / "hf").rglob("*.incomplete") if file.stat().st_size]
 
     hub.stall_after = 15 << 20
     args = ("convert", "org/big", "-o", tmp_path / "out.gguf", *OPTIONS)
-    assert interrupt(*args, when=lambda: bool(parts()), number=signal.SIGINT, **env) == 130
+    code = 130 if number == signal.SIGINT else -number
+    assert interrupt(*args, when=lambda: bool(parts()), number=number, **env) == code
     hub.stall_after = None
     assert not (tmp_path / "out.gguf").exists()
     (part,) = parts()
     return part
 
 
-def test_an_interrupted_download_is_resumed(big, env, tmp_path):
-    part = interrupt_download(big, env, tmp_path)
-    assert part.stat().st_size == 10 << 20
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_download_is_resumed(big, env, tmp_path, number):
+    part = interrupt_download(big, env, tmp_path, number)
+    done = part.stat().st_size
+    # Ctrl-C lets a piece be written to its end.
+    assert done == 10 << 20 or (number == signal.SIGKILL and 0 < done < 10 << 20)
     succeeds("convert", "org/big", "-o", tmp_path / "out.gguf", *OPTIONS, **env)
-    assert big.bodies() == [("big.gguf", None), ("big.gguf", f"bytes={10 << 20}-")]
+    assert big.bodies() == [("big.gguf", None), ("big.gguf", f"bytes={done}-")]
     assert read_schedule(tmp_path / "out.gguf") == SCHEDULE
-    assert not part.exists()
+    assert list((tmp_path / "hf").rglob("*.incomplete")) == []
     # The file lies where huggingface-hub looks for it.
     succeeds("convert", "org/big", "-o", tmp_path / "b.gguf", *OPTIONS, **env, HF_HUB_OFFLINE="1")
 
@@ -175,6 +179,16 @@ def test_a_damaged_part_is_found_out(big, env, tmp_path):
     args = ("convert", "org/big", "-o", tmp_path / "out.gguf", *OPTIONS)
     assert "big.gguf is damaged and was thrown away" in fails(*args, **env)
     assert not (tmp_path / "out.gguf").exists()
+    succeeds(*args, **env)
+
+
+def test_a_whole_download_of_something_else_is_found_out(big, env, tmp_path):
+    content = big.repos["org/big"]["big.gguf"]
+    big.served["org/big", "big.gguf"] = content[:-1] + b"x"
+    args = ("convert", "org/big", "-o", tmp_path / "out.gguf", *OPTIONS)
+    assert "big.gguf is damaged and was thrown away" in fails(*args, **env)
+    assert not (tmp_path / "out.gguf").exists()
+    big.served.clear()
     succeeds(*args, **env)
 
 

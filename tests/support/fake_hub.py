@@ -20,11 +20,13 @@ COMMIT = "a" * 40
 class FakeHub:
     """`repos`: repository -> path -> content. `gated`: repositories that want a token.
 
+    `served`: what is sent for a file instead of its content, which its size and hash tell.
     `stall_after`: bytes of a file's body after which the connection hangs until it is set to None.
     """
 
     repos: dict[str, dict[str, bytes]]
     gated: set[str] = field(default_factory=set)
+    served: dict[tuple[str, str], bytes] = field(default_factory=dict)
     stall_after: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """(method, path, Range header) of every request."""
@@ -118,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not with_body:
             return
+        data = self.fake.served.get((repo, name), data)
         stall = self.fake.stall_after
         if stall is not None and stall < len(data):
             self.wfile.write(data[start:stall])
