@@ -16,7 +16,7 @@ from typing import Any
 from engine_build import BuildInfo
 from swaa_local.report.spread import Spread
 from swaa_local.report.tables import markdown_table
-from swaa_local.report.units import format_bytes
+from swaa_local.text.units import format_bytes
 
 
 @dataclass

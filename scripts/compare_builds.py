@@ -32,8 +32,8 @@ from swaa_local.errors import SWAAError
 from swaa_local.model_file.header import GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
 from swaa_local.model_file.schedule_keys import schedule_of
-from swaa_local.report.units import format_bytes
 from swaa_local.schedule.cost import KV_TYPES, kv_bytes
+from swaa_local.text.units import format_bytes
 
 STOCK, PATCHED = "stock", "patched"
 # What is copied, for the bandwidth of memory: at least this, and at least so many times what the CPU caches.

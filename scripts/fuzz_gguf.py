@@ -220,7 +220,7 @@ def _fork_worker(_module: str, request: Mapping[str, Any], *, what: str, **_opti
 def _load(path: Path) -> int:
     """What a program does with `Llama`: load, read a prompt, write two tokens."""
     from swaa_local import Llama, SWAAError
-    from swaa_local.report.printable import printable
+    from swaa_local.text.printable import printable
 
     try:
         with contextlib.closing(Llama(str(path), n_ctx=_N_CTX, n_threads=1, n_threads_batch=1)) as llm:
@@ -237,8 +237,8 @@ def _load(path: Path) -> int:
 def _serve(path: Path) -> int:
     """Start the server, and end it as soon as it answers."""
     from swaa_local import SWAAError
-    from swaa_local.report.printable import printable
     from swaa_local.serve.run import ServeOptions, serve
+    from swaa_local.text.printable import printable
 
     try:
         options = ServeOptions(str(path), port=0, extra=("-c", str(_N_CTX), "-t", "1", "--no-webui"))

@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_file import check_output, publish, terminable, workplace
 from swaa_local.model_file.schedule_keys import KEY_LAYER_MODES, KEY_SINKS, KEY_VERSION, KEY_WINDOW, SCHEDULE_VERSION
-from swaa_local.report.units import format_bytes
 from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.schedule.layers import parse_layers
 from swaa_local.schedule.presets import PRESETS, get_preset
+from swaa_local.text.units import format_bytes
 
 N_CTX = 131072
 CHUNK_BYTES = 32 << 20

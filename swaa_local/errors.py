@@ -4,7 +4,7 @@ their place. Imports nothing but the words for sizes; errors of one command live
 
 from __future__ import annotations
 
-from swaa_local.report.units import format_bytes
+from swaa_local.text.units import format_bytes
 
 _ROOM_TO_ANSWER = 512  # tokens
 _CONTEXT_STEP = 256  # tokens; llama.cpp pads contexts to it

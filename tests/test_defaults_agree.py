@@ -17,9 +17,9 @@ import pytest
 from swaa_local import Llama, SWAAConfig
 from swaa_local.bench.run import BenchRequest, _choices
 from swaa_local.inspect.run import inspect_gguf
-from swaa_local.report.units import format_bytes
 from swaa_local.schedule.config import Schedule
 from swaa_local.serve.run import default_arguments
+from swaa_local.text.units import format_bytes
 from tests.support.program import ROOT, run, succeeds
 from tests.support.serving import serving
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens

@@ -27,7 +27,7 @@ from swaa_local.engine.limits import check_numbers
 from swaa_local.engine.options import EngineOptions
 from swaa_local.engine.schedule import apply_schedule, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
-from swaa_local.report.units import format_bytes
+from swaa_local.text.units import format_bytes
 
 _FLASH_ATTN = {
     None: _c.LLAMA_FLASH_ATTN_TYPE_AUTO,

@@ -12,10 +12,10 @@ from typing import Any
 
 from swaa_local.bench.figures import RowFigures, describe_probe, figures, growth
 from swaa_local.bench.results import Bench, Row, Setting
-from swaa_local.report.printable import printable, printable_json
 from swaa_local.report.spread import Spread
 from swaa_local.report.tables import markdown_table
-from swaa_local.report.units import format_bytes
+from swaa_local.text.printable import printable, printable_json
+from swaa_local.text.units import format_bytes
 
 _FLASH_ATTN = {None: "auto", True: "on", False: "off"}
 _SPREADS = ("prefill", "ttft_s", "decode", "request_s")

@@ -14,10 +14,10 @@ from rich.text import Text
 from swaa_local.bench.figures import decode_rate, prefill_rate
 from swaa_local.bench.results import Sample, Setting
 from swaa_local.bench.watch import Visit, Watch
-from swaa_local.report.printable import printable
 from swaa_local.report.progress import TimeLeft
 from swaa_local.report.terminal import Console, TerminalReporter
-from swaa_local.report.units import format_duration
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_duration
 
 
 class TerminalWatch(Watch):

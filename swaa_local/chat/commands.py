@@ -17,8 +17,8 @@ from swaa_local.chat.store import Conversation, load_conversation, save_conversa
 from swaa_local.files.user_input import pasted_path, require_utf8
 from swaa_local.generation.thinking import Piece
 from swaa_local.model_file.model_info import read_model_info
-from swaa_local.report.units import format_bytes
 from swaa_local.schedule.text import in_one_line
+from swaa_local.text.units import format_bytes
 
 HELP = """\
 /read PATH        add a text file to your next message

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from swaa_local.errors import SWAAError
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import user_path
-from swaa_local.report.printable import printable
+from swaa_local.text.printable import printable
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from swaa_local.generation.thinking import Piece
-from swaa_local.report.printable import printable
 from swaa_local.report.terminal import Console
-from swaa_local.report.units import format_bytes
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_bytes
 
 if TYPE_CHECKING:
     from swaa_local.engine.run_stats import RunStats

@@ -26,10 +26,10 @@ from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.cli.serve import serve_command
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
-from swaa_local.report.printable import printable, printable_json, printable_lines
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.presets import PRESETS
+from swaa_local.text.printable import printable, printable_json, printable_lines
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -226,7 +226,7 @@ def convert_command(
     from swaa_local.convert.request import Request
     from swaa_local.convert.run import convert
     from swaa_local.report.terminal import TerminalReporter
-    from swaa_local.report.units import format_bytes
+    from swaa_local.text.units import format_bytes
 
     request = Request(
         source=source,

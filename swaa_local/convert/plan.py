@@ -18,13 +18,13 @@ from swaa_local.model_file.header import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
 from swaa_local.model_file.schedule_keys import has_schedule_keys, schedule_of
 from swaa_local.model_file.split import open_gguf
-from swaa_local.report.printable import printable
-from swaa_local.report.units import format_bytes
 from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.text import layer_by_layer
 from swaa_local.sources import hub
 from swaa_local.sources.checkpoint_files import WEIGHTS
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_bytes
 
 _NO_SCHEDULE = "no schedule: the file will run with full attention; --preset or --window adds one"
 # What a checkpoint becomes is known once it is converted.

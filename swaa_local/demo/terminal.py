@@ -13,10 +13,10 @@ from rich.text import Text
 from swaa_local.demo.run import Asked, Outcome, Row, View
 from swaa_local.eval.scoring import wilson
 from swaa_local.needle import documents as facts
-from swaa_local.report.printable import printable
 from swaa_local.report.tables import markdown_table
 from swaa_local.report.terminal import Console
-from swaa_local.report.units import format_bytes
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_bytes
 
 _ANSWER_WIDTH = 18
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from swaa_local.files.signals import FAULTS, advice
-from swaa_local.report.printable import printable
+from swaa_local.text.printable import printable
 
 _STEP_BYTES = 512
 _ARMED, _ENDED = b"a", b"e"

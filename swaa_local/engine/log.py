@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.report.printable import printable
+from swaa_local.text.printable import printable
 
 _ERROR, _CONTINUED = 4, 5  # ggml_log_level of ggml.h
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
 from swaa_local.eval.scoring import wilson
-from swaa_local.report.printable import printable, printable_json
 from swaa_local.report.tables import markdown_table
-from swaa_local.report.units import format_bytes
+from swaa_local.text.printable import printable, printable_json
+from swaa_local.text.units import format_bytes
 
 N_DEPTHS = 5
 """Bins of the needle's depth, of equal width."""

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from swaa_local.eval.log import EvalLog
 from swaa_local.eval.results import AnswerRecord, Cell, QuestionRecord
 from swaa_local.eval.watch import Watch
-from swaa_local.report.printable import printable
 from swaa_local.report.progress import TimeLeft
 from swaa_local.report.terminal import Console, TerminalReporter
-from swaa_local.report.units import format_duration
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_duration
 
 
 class TerminalWatch(Watch):

@@ -21,7 +21,7 @@ from typing import IO, Any
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_tail import OutputTail
 from swaa_local.files.signals import ENGINE, ended_by
-from swaa_local.report.printable import printable_lines
+from swaa_local.text.printable import printable_lines
 
 Event = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from swaa_local.errors import SWAAError
-from swaa_local.report.units import format_bytes
+from swaa_local.text.units import format_bytes
 
 MAX_TEXT_BYTES = 256 << 20
 """More text than any context holds."""

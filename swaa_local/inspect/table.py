@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from swaa_local.inspect.run import Cost, Inspection
 from swaa_local.model_file.model_info import ModelInfo, describe_model
-from swaa_local.report.printable import printable
-from swaa_local.report.units import format_bytes, format_count
 from swaa_local.schedule.cost import full_cells
 from swaa_local.schedule.text import layer_by_layer
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_bytes, format_count
 
 
 def report(inspection: Inspection) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from swaa_local.errors import GGUFError
 from swaa_local.model_file.header import GGUFFile, KeyValue, ValueType
 from swaa_local.model_file.split import open_gguf
-from swaa_local.report.printable import printable
 from swaa_local.schedule.config import MAX_TOKENS
+from swaa_local.text.printable import printable
 
 MAX_LAYERS, MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 _MAX_WIDTH = 1 << 24

@@ -13,8 +13,8 @@ from swaa_local.model_file.check import bad_value, check_values, describe_value
 from swaa_local.model_file.header import GGUFFile
 from swaa_local.model_file.split import KEY_COUNT, open_gguf
 from swaa_local.model_file.unsupported import unsupported_reason
-from swaa_local.report.printable import printable
-from swaa_local.report.units import format_count
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_count
 
 # Architectures whose loader in llama.cpp (src/models/*.cpp) turns `attention.sliding_window` into a window of the
 # model's own. Others ignore the key: files of Phi-3 carry one, and upstream runs Phi-3 with full attention.

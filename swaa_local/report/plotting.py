@@ -8,7 +8,7 @@ from typing import Any
 
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_file import OutputError, write_output
-from swaa_local.report.printable import printable
+from swaa_local.text.printable import printable
 
 MARKERS = "osD^vP*X<>"
 FORMATS = (".png", ".svg", ".pdf")

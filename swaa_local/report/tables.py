@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from swaa_local.report.printable import printable
+from swaa_local.text.printable import printable
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

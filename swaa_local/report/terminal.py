@@ -24,8 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from swaa_local.report.printable import printable
 from swaa_local.report.progress import Reporter
+from swaa_local.text.printable import printable
 
 
 class Console(rich_console.Console):

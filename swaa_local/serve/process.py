@@ -26,7 +26,7 @@ from typing import IO, Any
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_tail import OutputTail
 from swaa_local.files.signals import ended_by
-from swaa_local.report.printable import printable_lines
+from swaa_local.text.printable import printable_lines
 
 _POLL_S = 0.1
 _REQUEST_S = 5.0

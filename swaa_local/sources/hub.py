@@ -17,9 +17,9 @@ from typing import Any
 
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.split import PartName, whole_models
-from swaa_local.report.printable import printable
-from swaa_local.report.units import format_bytes
 from swaa_local.sources.checkpoint_files import checkpoint_files
+from swaa_local.text.printable import printable
+from swaa_local.text.units import format_bytes
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")

@@ -13,9 +13,9 @@ from swaa_local.eval.log import EvalLog
 from swaa_local.eval.results import AnswerRecord, Cell, QuestionRecord
 from swaa_local.eval.terminal import TerminalWatch
 from swaa_local.report.progress import TimeLeft
-from swaa_local.report.units import format_duration
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.variants import Variant
+from swaa_local.text.units import format_duration
 
 QUESTIONS = [
     QuestionRecord(f"vt/100/{i}", "vt", 100, i, "P", "", ("a",), "all", 30, 1000, None, None) for i in range(2)

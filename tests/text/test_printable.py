@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swaa_local.report.printable import printable, printable_json, printable_lines
+from swaa_local.text.printable import printable, printable_json, printable_lines
 from tests.support.program import environment, run, succeeds
 from tests.support.serving import serving
 from tests.support.tiny import ALWAYS, ScheduleKeys, write_tiny_gguf
