@@ -83,7 +83,7 @@ class Soak:
         self.report.statuses[name, status] += 1
         statuses = FAULTS[name].statuses | (frozenset() if alone else {503})
         if status not in statuses:
-            self._wrong(f"{name}: {_told(status)}, not {' or '.join(map(str, sorted(statuses)))}")
+            self._wrong(f"{name}: {_status_text(status)}, not {' or '.join(map(str, sorted(statuses)))}")
 
     def send_nearly_right(self, seed: int) -> None:
         """A request made at random: 200, or the client's fault, and never the server's."""
@@ -91,7 +91,7 @@ class Soak:
         status, answer = self._target.ask("POST", path, body)
         self.report.statuses["nearly right", status] += 1
         if status not in REFUSED | {200}:
-            self._wrong(f"nearly right {seed} to {path}: {_told(status)} for {body[:500]!r}: {answer[:200]!r}")
+            self._wrong(f"nearly right {seed} to {path}: {_status_text(status)} for {body[:500]!r}: {answer[:200]!r}")
 
     def open(self, name: str) -> None:
         """A connection that stays open; the oldest makes room for it."""
@@ -110,7 +110,7 @@ class Soak:
         status, _ = self._target.ask("GET", "/health")
         took_s = time.monotonic() - started_s
         if status != 200 or took_s > HEALTH_S:
-            self._wrong(f"/health: {_told(status)} after {took_s:.1f} s")
+            self._wrong(f"/health: {_status_text(status)} after {took_s:.1f} s")
         got = self._complete()
         self.report.n_good += 1
         if got != self._expected:
@@ -140,7 +140,7 @@ class Soak:
                 progress(self.report)
 
 
-def _told(status: int) -> str:
+def _status_text(status: int) -> str:
     return {CUT_OFF: "cut off", NO_ANSWER: "no answer"}.get(status, f"status {status}")
 
 
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             soak.close()
     report = soak.report
     for (name, status), n in sorted(report.statuses.items()):
-        print(f"{n:6}  {'open' if status == CUT_OFF and name in OPEN else _told(status):12}{name}")
+        print(f"{n:6}  {'open' if status == CUT_OFF and name in OPEN else _status_text(status):12}{name}")
     print(f"{report.n_good} good requests in between; at most {report.peak_rss_mib:.0f} MiB", file=sys.stderr)
     for text in report.wrong:
         print(f"wrong: {text}", file=sys.stderr)

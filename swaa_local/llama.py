@@ -19,10 +19,10 @@ from llama_cpp import llama_cpp as _c
 from swaa_local.engine import crash, native
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
-from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.message_form import Form, in_form
 from swaa_local.engine.run_stats import RunClock, RunStats
-from swaa_local.engine.schedule import Wanted, check_wanted
+from swaa_local.engine.schedule import ScheduleArgument, check_schedule_argument
 from swaa_local.engine.upstream import LoadedLlama
 from swaa_local.errors import (
     BusyError,
@@ -89,13 +89,13 @@ class Llama(LoadedLlama):
         """Figures of the last `generate`, and so of every completion; None before the first."""
         return self._clock.stats() if self._clock else None
 
-    def set_schedule(self, swaa: Wanted) -> None:
+    def set_schedule(self, swaa: ScheduleArgument) -> None:
         """Change the schedule without loading the model again; `swaa` as in the constructor.
 
         The context is made anew, of the same length, and so is empty. Raises `ScheduleError`, with nothing changed, and
         `ModelLoadError` if the new context cannot be made; this object is closed then.
         """
-        check_wanted(swaa)
+        check_schedule_argument(swaa)
         with self._guard.step():
             self._replace_context(swaa)
             self._forget(cells=False)
@@ -160,7 +160,7 @@ class Llama(LoadedLlama):
         """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide."""
         n_past, n = self.n_tokens, len(tokens)
         batch = self._make_batch(tokens, n_past, logits=last)
-        with Shield(abort=self.ctx if n > 1 else None):
+        with DeferInterrupt(abort=self.ctx if n > 1 else None):
             code = _c.llama_decode(self.ctx, batch)
             self._n_logits = n if self.has_all_logits else int(last)
             if code == 0:
@@ -188,7 +188,7 @@ class Llama(LoadedLlama):
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Upstream's `sample`. Raises `DecodeError` if there are no logits of this position."""
-        with self._guard.step(), Shield():
+        with self._guard.step(), DeferInterrupt():
             position = self.n_tokens - 1 if idx is None else idx
             if not self.n_tokens - self._n_logits <= position < self.n_tokens:
                 raise DecodeError(
@@ -289,7 +289,7 @@ class Llama(LoadedLlama):
                 raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self.n_ctx()}")
             data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
             self._forget(cells=False)
-            with Shield(), engine_log.captured(self.verbose) as log:
+            with DeferInterrupt(), engine_log.captured(self.verbose) as log:
                 read = _c.llama_state_set_data(self.ctx, data, state.llama_state_size)
             if read != state.llama_state_size:
                 self._forget()

@@ -21,7 +21,7 @@ from llama_cpp import llama_cpp as _c
 from swaa_local.bench.results import BenchError, Setting, Size
 from swaa_local.engine import log as engine_log
 from swaa_local.engine import memory, native, process_memory
-from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
 from swaa_local.engine.limits import check_numbers
 from swaa_local.engine.options import EngineOptions
@@ -49,7 +49,7 @@ class BenchModel:
         n_cpus = os.cpu_count() or 1
         self.n_threads = engine.n_threads or max(1, n_cpus // 2)
         self.n_threads_batch = engine.n_threads_batch or engine.n_threads or n_cpus
-        with engine_log.captured(self._verbose) as log, Shield() as shield:
+        with engine_log.captured(self._verbose) as log, DeferInterrupt() as shield:
             _c.llama_backend_init()
             self._free_device = memory.free_gpu_bytes()  # devices are initialized here, and log that
             params = _c.llama_model_default_params()
@@ -134,7 +134,7 @@ class BenchModel:
         can_tell = process_memory.reset_peak_rss()
         apply_schedule(self.model, setting.active_schedule, None, verbose=self._verbose)
         params = self._params(setting, n_ctx)
-        with Shield(), engine_log.captured(self._verbose) as log:
+        with DeferInterrupt(), engine_log.captured(self._verbose) as log:
             ctx = _c.llama_init_from_model(self.model, params)
         if not ctx:
             raise ModelLoadError(
@@ -251,7 +251,7 @@ class BenchContext:
 
         Raises `DecodeError` with the engine's reason.
         """
-        with engine_log.captured(self._verbose) as log, Shield(abort=self._ctx if abort else None) as shield:
+        with engine_log.captured(self._verbose) as log, DeferInterrupt(abort=self._ctx if abort else None) as shield:
             try:
                 yield lambda: not shield.raises
             except DecodeError as error:

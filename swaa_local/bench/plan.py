@@ -55,7 +55,7 @@ class Choices:
         named = variant.cache_type if variant is not None else None
         return (named or self.type_k, named or self.type_v)
 
-    def said_flash_attn(self, variant: Variant | None = None) -> bool | None:
+    def requested_flash_attn(self, variant: Variant | None = None) -> bool | None:
         """What the variant or the user says; True for a quantized V cache, which exists only with it."""
         named = variant.flash_attn if variant is not None else None
         wanted = self.flash_attn if named is None else named
@@ -88,7 +88,7 @@ def make_settings(
     windows: dict[tuple[int, int], Schedule] = {}
     for variant in variants:
         type_k, type_v = choices.cache_types(variant)
-        said = choices.said_flash_attn(variant)
+        said = choices.requested_flash_attn(variant)
         ways: tuple[bool | None, ...] = (said,)
         if said is None and variant.is_full:
             ways = best_of_full[type_k, type_v]
@@ -113,7 +113,7 @@ def make_settings(
     if not limit:
         return settings
     type_k, type_v = choices.cache_types()
-    said = choices.said_flash_attn()
+    said = choices.requested_flash_attn()
     for (window, sinks), schedule in windows.items():
         for n_ubatch in choices.n_ubatches(schedule):
             settings.append(

@@ -28,7 +28,7 @@ def plot(bench: Bench, path: Path) -> list[Path]:
     if any(row.decode for row in rows):
         panels.append(("decode", "depth, tokens", "decode, tokens/s"))
     if not panels:
-        raise BenchError("nothing was measured that could be drawn")
+        raise BenchError("no measurement can be plotted")
     figure = make_figure(figsize=(4.6 * len(panels) + 1.8, 4.2))
     axes = figure.subplots(1, len(panels), squeeze=False).flat
     settings = list(dict.fromkeys(row.setting for row in rows))

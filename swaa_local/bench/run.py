@@ -18,7 +18,7 @@ from swaa_local.bench.figures import describe_probe
 from swaa_local.bench.machine import describe_machine
 from swaa_local.bench.plan import Choices, make_settings, make_sizes
 from swaa_local.bench.results import Bench, BenchError, ModelFacts, Probe, Row, Sample, Setting, Size, limit_prompt
-from swaa_local.bench.watch import SILENT, Visit, Watch
+from swaa_local.bench.watch import SILENT, Measurement, Watch
 from swaa_local.engine import memory
 from swaa_local.engine.context_length import beyond_training, gpu_layers
 from swaa_local.engine.options import EngineOptions
@@ -89,7 +89,7 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
     if said := beyond_training(longest, info.n_ctx_train):
         watch.note(said)
     for variant in variants:
-        choices.said_flash_attn(variant)  # raises for what excludes itself, before the weights are loaded
+        choices.requested_flash_attn(variant)  # raises for what excludes itself, before the weights are loaded
     with watch.loading(request.model.name):
         model = BenchModel(request.model, request.engine)
     with model:
@@ -228,14 +228,14 @@ class _Run:
         settings = make_settings(self._variants, self._choices, limit=limit, best_of_full=best_of_full)
         return [(setting, size) for size in self._sizes for setting in settings if setting.applies(size)]
 
-    def _turns(self, plan: Sequence[tuple[Setting, Size]], sizes: Sequence[Size]) -> Iterator[Visit]:
+    def _turns(self, plan: Sequence[tuple[Setting, Size]], sizes: Sequence[Size]) -> Iterator[Measurement]:
         """Every repetition begins with another setting."""
         for repetition in range(self._request.repetitions):
             for size in sizes:
                 turn = [setting for setting, its_size in plan if its_size == size]
                 first = repetition % len(turn)
                 for setting in turn[first:] + turn[:first]:
-                    yield Visit(setting, size, repetition)
+                    yield Measurement(setting, size, repetition)
 
     def _may_keep(self, plan: Sequence[tuple[Setting, Size]], sizes: Sequence[Size]) -> bool:
         """True if only decoding is timed and the contexts of all settings fit the memory together, with a margin."""
@@ -248,11 +248,11 @@ class _Run:
             for bytes_, free in ((host, self._model.free_host_bytes()), (device, memory.free_gpu_bytes()))
         )
 
-    def _work(self, visit: Visit, keep: bool) -> int:
+    def _work(self, visit: Measurement, keep: bool) -> int:
         filled = keep and visit.repetition > 0
         return visit.setting.work(visit.size, self._model.n_params, self._model.n_embd, filled=filled)
 
-    def _visit(self, context: BenchContext, visit: Visit) -> Sample:
+    def _visit(self, context: BenchContext, visit: Measurement) -> Sample:
         setting, size = visit.setting, visit.size
         if setting.kind == "limit":
             return self._visit_limit(context, visit)
@@ -270,7 +270,7 @@ class _Run:
         host, device = context.peaks
         return Sample(size.n_prompt, prefill_s, ttft_s, size.n_gen, decode_s, context.kv_bytes, host, device)
 
-    def _visit_limit(self, context: BenchContext, visit: Visit) -> Sample:
+    def _visit_limit(self, context: BenchContext, visit: Measurement) -> Sample:
         n, length = visit.setting.limit_prompts(visit.size.n_prompt)
         seconds = 0.0
         for i in range(n):
@@ -287,7 +287,7 @@ class _Run:
         full: list[Variant | None] = [variant for variant in self._variants if variant.is_full]
         if limit:
             full.append(None)  # the limit is full attention as the user wants it for all
-        left = [variant for variant in full if self._choices.said_flash_attn(variant) is None]
+        left = [variant for variant in full if self._choices.requested_flash_attn(variant) is None]
         return list(dict.fromkeys(self._choices.cache_types(variant) for variant in left))
 
     def _best_of_full(self, type_k: str, type_v: str) -> tuple[bool, ...]:

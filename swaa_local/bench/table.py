@@ -94,7 +94,7 @@ def _notes(bench: Bench) -> list[str]:
     n = " to ".join(str(count) for count in {counts[0]: None, counts[-1]: None})
     measured = f"Medians of {n} interleaved repetitions; in brackets the least and the greatest."
     if counts[-1] == 1:
-        measured = "One repetition of each, so nothing tells how much the figures vary; -r 3 does."
+        measured = "One repetition of each; -r 3 would show how much the figures vary."
     where = ", ".join(machine.gpus) if machine.gpus and bench.n_gpu_layers else machine.cpu
     threads = f"{bench.n_threads} thread{'s' * (bench.n_threads > 1)}"
     threads += f" ({bench.n_threads_batch} to prefill)" if bench.n_threads_batch != bench.n_threads else ""

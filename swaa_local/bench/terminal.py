@@ -13,7 +13,7 @@ from rich.text import Text
 
 from swaa_local.bench.figures import decode_rate, prefill_rate
 from swaa_local.bench.results import Sample, Setting
-from swaa_local.bench.watch import Visit, Watch
+from swaa_local.bench.watch import Measurement, Watch
 from swaa_local.report.progress import TimeLeft
 from swaa_local.report.terminal import Console, TerminalReporter
 from swaa_local.text.printable import printable
@@ -66,20 +66,20 @@ class TerminalWatch(Watch):
         finally:
             self._stop()
 
-    def begin(self, visits: Sequence[Visit], work: Sequence[int]) -> None:
+    def begin(self, visits: Sequence[Measurement], work: Sequence[int]) -> None:
         self._work = [(_key(visit.setting), n) for visit, n in zip(visits, work, strict=True)]
         self._n_repetitions = 1 + max(visit.repetition for visit in visits)
         if self.console.is_terminal:
             self._start_bar("", sum(work), "")
 
-    def visiting(self, visit: Visit) -> None:
+    def visiting(self, visit: Measurement) -> None:
         self._started = time.perf_counter()
         self._draw(f"{self._name(visit)}", 0.0)
 
     def on_tokens(self, done: int, total: int) -> None:
         self._draw(None, done / total)
 
-    def visited(self, visit: Visit, sample: Sample) -> None:
+    def visited(self, visit: Measurement, sample: Sample) -> None:
         key, work = self._work[self._n_done]
         self._time.took(key, work, time.perf_counter() - self._started)
         self._n_done += 1
@@ -95,7 +95,7 @@ class TerminalWatch(Watch):
     def end(self) -> None:
         self._stop()
 
-    def _name(self, visit: Visit) -> str:
+    def _name(self, visit: Measurement) -> str:
         return f"{visit.repetition + 1}/{self._n_repetitions} · {_key(visit.setting)} · {visit.size}"
 
     def _draw(self, description: str | None, share: float) -> None:

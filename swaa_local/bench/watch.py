@@ -10,7 +10,7 @@ from swaa_local.bench.results import Sample, Setting, Size
 
 
 @dataclass(frozen=True)
-class Visit:
+class Measurement:
     """A setting's turn. repetition: from 0."""
 
     setting: Setting
@@ -34,16 +34,16 @@ class Watch:
         """Full attention's better setting is looked for. Yields `done(how many of n)`."""
         yield lambda done: None
 
-    def begin(self, visits: Sequence[Visit], work: Sequence[int]) -> None:
+    def begin(self, visits: Sequence[Measurement], work: Sequence[int]) -> None:
         """The plan is known; work: of each visit, in some unit."""
 
-    def visiting(self, visit: Visit) -> None:
+    def visiting(self, visit: Measurement) -> None:
         """A visit begins."""
 
     def on_tokens(self, done: int, total: int) -> None:
         """Tokens of its prompt that were given to the engine."""
 
-    def visited(self, visit: Visit, sample: Sample) -> None:
+    def visited(self, visit: Measurement, sample: Sample) -> None:
         """A visit is complete."""
 
     def end(self) -> None:

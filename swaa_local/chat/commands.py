@@ -30,9 +30,9 @@ HELP = """\
 /save [-f] PATH   write the conversation to a file; -f overwrites it
 /load PATH        go on with a saved conversation
 /help             this list
-/exit             leave (also Ctrl-D)
+/exit             quit (also Ctrl-D)
 \"""               begins and ends a message of several lines
-Ctrl-C stops an answer; once more, it leaves."""
+Ctrl-C stops an answer; a second Ctrl-C quits."""
 
 NO_SYSTEM = "this model's chat template leaves out the system message, so it changes nothing"
 

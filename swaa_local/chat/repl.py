@@ -44,7 +44,7 @@ def converse(session: Session, terminal: Terminal, read_line: ReadLine | None = 
             if stopped:
                 return
             stopped = True
-            terminal.note("Ctrl-C once more leaves, and so do Ctrl-D and /exit")
+            terminal.note("press Ctrl-C again to quit (Ctrl-D and /exit quit too)")
             continue
         except Exception as error:
             if read_line is _plain_line:  # the terminal is gone
@@ -82,7 +82,7 @@ def _respond(session: Session, terminal: Terminal, message: str) -> tuple[bool, 
         terminal.error(too_long(error, session, conversing=True))
         if session.pending:
             session.pending = []
-            terminal.note("the documents of this message were put away")
+            terminal.note("the documents of this message were removed")
     except SWAAError as error:
         terminal.error(str(error))
     return False, False
@@ -110,7 +110,7 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
             interrupted = True
     interrupted = interrupted or session.finish == "interrupted"
     if interrupted:
-        terminal.note("stopped" if session.replied else "stopped; the message was taken back")
+        terminal.note("stopped" if session.replied else "stopped before the answer began; your message is not kept")
     elif session.finish == "length":
         more = "/set max-tokens" if conversing else "-n"
         terminal.note(f"stopped after {session.settings.max_tokens} tokens; {more} allows more")

@@ -30,7 +30,7 @@ from swaa_local.schedule.text import in_one_line
 from swaa_local.sources.find import find_gguf
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
-_STDIN_PATIENCE_S = 1.0
+_STDIN_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _greet(session: Session, terminal: Terminal) -> None:
         terminal.note(f"{document.name}: {n_tokens:,} tokens, goes with your first message")
     if "assistant" in session.template.leaves_out:
         terminal.note("this model's chat template leaves out earlier answers: each message stands for itself")
-    terminal.note("/help lists the commands, Ctrl-D leaves")
+    terminal.note("/help lists the commands, Ctrl-D quits")
 
 
 def _piped_document(terminal: Terminal) -> list[Document]:
@@ -136,7 +136,7 @@ def _piped_document(terminal: Terminal) -> list[Document]:
         return []
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         # Programs that run us often leave an open pipe that nobody writes to.
-        ready, _, _ = select.select([sys.stdin], [], [], _STDIN_PATIENCE_S)
+        ready, _, _ = select.select([sys.stdin], [], [], _STDIN_WAIT_S)
         if not ready:
             terminal.note("standard input is open but silent, so it is not read; --file - waits for it")
             return []

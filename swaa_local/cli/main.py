@@ -254,7 +254,7 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
 @main.command("chat", short_help="Talk to a model about long texts.")
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
-@click.option("-p", "--prompt", "message", metavar="TEXT", help="Ask this one question and leave.")
+@click.option("-p", "--prompt", "message", metavar="TEXT", help="Ask this one question and exit.")
 @click.option(
     "-f", "--file", "files", metavar="PATH", multiple=True, help="A text to talk about; - is stdin. Repeatable."
 )

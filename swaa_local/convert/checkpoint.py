@@ -172,12 +172,12 @@ def require_extra() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SWAAError(
-            f"converting a Hugging Face checkpoint needs {', '.join(_spoken(name) for name in missing)}: run {EXTRA}; "
+            f"converting a Hugging Face checkpoint needs {', '.join(map(_package_name, missing))}: run {EXTRA}; "
             "a ready GGUF (a file, or org/name:file.gguf) needs none of it"
         )
 
 
-def _spoken(module: str) -> str:
+def _package_name(module: str) -> str:
     return {"torch": "PyTorch"}.get(module, module)
 
 

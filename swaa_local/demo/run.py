@@ -149,7 +149,7 @@ def run_demo(
         for row in rows:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TrainedLengthWarning)  # the view has said so
-                llm = Llama(str(model), swaa=row.variant.schedule, n_ctx=length, **_calm(engine).arguments())
+                llm = Llama(str(model), swaa=row.variant.schedule, n_ctx=length, **_without_log(engine).arguments())
             stack.callback(llm.close)
             answerers.append(Answerer(llm, think=row.variant.think, think_tokens=_THINK_TOKENS))
             row.kv_bytes = llm.kv_bytes
@@ -176,7 +176,7 @@ def run_demo(
     return Outcome(tuple(rows), tuple(questions), of_file.window, prompt_tokens)
 
 
-def _calm(engine: EngineOptions) -> EngineOptions:
+def _without_log(engine: EngineOptions) -> EngineOptions:
     """Few threads and small parts where the user does not say.
 
     More threads gain a small model little, and cost it much on busy cores. The buffers of full attention grow with the
@@ -237,5 +237,5 @@ def _answer(answerer: Any, question: Asked) -> Verdict:
     document, placed = question.document, question.placed
     answer = answerer.ask(answerer.prompt(document.prompt(placed)), _ANSWER_TOKENS, reuse=True)
     others = [other.fact.value for other in document.facts if other is not placed]
-    worth = score(answer.text, [placed.fact.value], "value", others) if answer.finish == "stop" else MISS
-    return Verdict(answer.text or "(thinks on and on)", worth.correct)
+    scored = score(answer.text, [placed.fact.value], "value", others) if answer.finish == "stop" else MISS
+    return Verdict(answer.text or "(no end to its thinking)", scored.correct)

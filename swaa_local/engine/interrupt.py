@@ -13,7 +13,7 @@ from typing import Any
 from llama_cpp import llama_cpp as _c
 
 
-class Shield:
+class DeferInterrupt:
     """Context manager around calls of llama.cpp and what must follow them undisturbed.
 
     A SIGINT inside the block reaches the program's handler when the block is left. Without this it would be raised in
@@ -35,7 +35,7 @@ class Shield:
         """True if leaving the block will raise KeyboardInterrupt, so that the work may be given up."""
         return self._received is not None and self._previous is signal.default_int_handler
 
-    def __enter__(self) -> Shield:
+    def __enter__(self) -> DeferInterrupt:
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not callable(handler):
             return self

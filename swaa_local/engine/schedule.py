@@ -15,12 +15,12 @@ from swaa_local.engine import native
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import Schedule, SWAAConfig
 
-Wanted: TypeAlias = SWAAConfig | Schedule | bool | None
+ScheduleArgument: TypeAlias = SWAAConfig | Schedule | bool | None
 """None: the file's schedule; False: full attention; True is refused."""
 
 
-def check_wanted(swaa: object) -> None:
-    """Raise `ScheduleError` for what is no `Wanted`."""
+def check_schedule_argument(swaa: object) -> None:
+    """Raise `ScheduleError` for what is no `ScheduleArgument`."""
     if swaa is not None and swaa is not False and not isinstance(swaa, (SWAAConfig, Schedule)):
         raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
 
@@ -35,7 +35,7 @@ def get_schedule(model: Any) -> Schedule | None:
     return None if schedule.is_full else schedule
 
 
-def apply_schedule(model: Any, wanted: Wanted, of_file: Schedule | None, *, verbose: bool) -> Schedule | None:
+def apply_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | None, *, verbose: bool) -> Schedule | None:
     """Make the model's schedule what is wanted, and return it. Contexts that exist keep theirs.
 
     Raises `ScheduleError` with the engine's reason, or if the schedule does not fit the number of layers.

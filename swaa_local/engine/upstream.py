@@ -26,11 +26,11 @@ from swaa_local.engine import log as engine_log
 from swaa_local.engine.callbacks import Callbacks, check_sampler
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
-from swaa_local.engine.interrupt import Shield
+from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.engine.limits import check_number, check_numbers
 from swaa_local.engine.message_form import FormedFormatter
-from swaa_local.engine.schedule import Wanted, apply_schedule, check_wanted, get_schedule
+from swaa_local.engine.schedule import ScheduleArgument, apply_schedule, check_schedule_argument, get_schedule
 from swaa_local.errors import GGUFError, ModelLoadError, PromptTooLong, SWAAError
 from swaa_local.model_file.check import check_gguf
 from swaa_local.model_file.model_info import describe_model, file_type_name
@@ -81,7 +81,7 @@ class LoadedLlama(llama_cpp.Llama):
         self,
         model_path: str,
         *,
-        swaa: Wanted = None,
+        swaa: ScheduleArgument = None,
         n_ctx: int | None = 0,
         n_batch: int | None = None,
         n_ubatch: int | None = None,
@@ -91,7 +91,7 @@ class LoadedLlama(llama_cpp.Llama):
         lora_path: str | None = None,
         **kwargs: Any,
     ) -> None:
-        check_wanted(swaa)
+        check_schedule_argument(swaa)
         check_numbers({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **kwargs})
         try:
             check_gguf(model_path)
@@ -116,7 +116,7 @@ class LoadedLlama(llama_cpp.Llama):
         with ExitStack() as undo:
             undo.callback(self.close)
             loading = crash.step(f"loading {Path(model_path).name}")
-            with loading, Shield() as self._loading, engine_log.captured(verbose) as log:
+            with loading, DeferInterrupt() as self._loading, engine_log.captured(verbose) as log:
                 try:
                     # Upstream would choose the sizes before it knows the model; `_model` does. 1 costs nothing.
                     sizes = {"n_ctx": 1, "n_batch": 1, "n_ubatch": 1}
@@ -241,13 +241,13 @@ class LoadedLlama(llama_cpp.Llama):
         """Whether chats are formatted by a template of the GGUF's, or a handler that the user gave."""
         return self.chat_handler is not None or self.chat_format in self._chat_handlers
 
-    def _replace_context(self, swaa: Wanted) -> None:
+    def _replace_context(self, swaa: ScheduleArgument) -> None:
         """Another schedule on the same weights, and an empty context for it; errors as of `Llama.set_schedule`."""
         self.schedule = apply_schedule(self.model, swaa, self.file_schedule, verbose=self.verbose)
         self._swaa = swaa
         self._choose_parameters()
         self._ctx.close()  # first, so that there is never memory for two
-        with crash.step("making a context"), Shield(), engine_log.captured(self.verbose) as log:
+        with crash.step("making a context"), DeferInterrupt(), engine_log.captured(self.verbose) as log:
             try:
                 check_memory(self._model, self._n_ctx, self.schedule, self.context_params, self.model_params)
                 self._ctx = LlamaContext(model=self._model, params=self.context_params, verbose=self.verbose)

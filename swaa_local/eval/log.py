@@ -2,7 +2,7 @@
 
 Lines have a `kind`: `config` (the first line: what all answers depend on), `variant` (a name and its schedule),
 `question` and `answer`. A line is written whole or, if the program dies in it, cut off when the file is opened again.
-Knows files only; what an answer is worth was decided before.
+Knows files only; answers were scored before.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class EvalLog:
 
     def add_variant(self, variant: Variant) -> None:
         """Note a variant's schedule. Raises `EvalLogError` if the file has another under this name."""
-        spelled = _spelled(variant)
+        spelled = _as_row(variant)
         known = self._variants.get(variant.name)
         if known is None:
             self._variants[variant.name] = spelled
             self._write({"kind": "variant", "name": variant.name} | spelled)
         elif known != spelled:
             raise EvalLogError(
-                f"{self.path} has answers of another schedule under the name {variant.name!r}; {self._way_out}"
+                f"{self.path} has answers of another schedule under the name {variant.name!r}; {self._remedy}"
             )
 
     def add_question(self, question: QuestionRecord) -> None:
@@ -81,7 +81,7 @@ class EvalLog:
             changed = next(f.name for f in fields(known) if getattr(known, f.name) != getattr(question, f.name))
             raise EvalLogError(
                 f"{self.path} has another question {question.id} (its {changed} differs): of another version of the "
-                f"tasks, another haystack or another dataset; {self._way_out}"
+                f"tasks, another haystack or another dataset; {self._remedy}"
             )
 
     def add_answer(self, answer: AnswerRecord) -> None:
@@ -89,12 +89,12 @@ class EvalLog:
         self._write({"kind": "answer"} | asdict(answer))
 
     @property
-    def _way_out(self) -> str:
+    def _remedy(self) -> str:
         return "name another file with --results, or remove this one"
 
     def _open(self) -> IO[bytes]:
         if self.path.exists() and not self.path.is_file():
-            raise EvalLogError(f"{self.path} is not a regular file; {self._way_out}")
+            raise EvalLogError(f"{self.path} is not a regular file; {self._remedy}")
         try:
             file = self.path.open("a+b")
         except OSError as error:
@@ -133,9 +133,9 @@ class EvalLog:
                 else:
                     raise KeyError
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise EvalLogError(f"{where} is not of a results file of swaa-local eval; {self._way_out}") from None
+                raise EvalLogError(f"{where} is not of a results file of swaa-local eval; {self._remedy}") from None
         if config is None and whole == 0 and self._file.seek(0, os.SEEK_END) > 0 and not self._is_ours():
-            raise EvalLogError(f"{self.path} is not a results file of swaa-local eval; {self._way_out}")
+            raise EvalLogError(f"{self.path} is not a results file of swaa-local eval; {self._remedy}")
         self._file.truncate(whole)
         return config
 
@@ -148,7 +148,7 @@ class EvalLog:
 
     def _check(self, begun: dict[str, Any], config: Mapping[str, Any]) -> None:
         if begun.get("format") != FORMAT:
-            raise EvalLogError(f"{self.path} has format {begun.get('format')}, and this is {FORMAT}; {self._way_out}")
+            raise EvalLogError(f"{self.path} has format {begun.get('format')}, and this is {FORMAT}; {self._remedy}")
         wanted = json.loads(json.dumps(dict(config)))
         differing = [
             f"{name} was {_short(begun.get(name))} and is now {_short(wanted.get(name))}"
@@ -156,7 +156,7 @@ class EvalLog:
             if name != "format" and begun.get(name) != wanted.get(name)
         ]
         if differing:
-            raise EvalLogError(f"{self.path} is of another configuration: {'; '.join(differing)}; {self._way_out}")
+            raise EvalLogError(f"{self.path} is of another configuration: {'; '.join(differing)}; {self._remedy}")
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._unwritten is not None:
@@ -166,8 +166,8 @@ class EvalLog:
         self._file.flush()
 
 
-def _spelled(variant: Variant) -> dict[str, Any]:
-    """Without window and sinks where they mean nothing."""
+def _as_row(variant: Variant) -> dict[str, Any]:
+    """Without window and sinks where no layer slides."""
     schedule = variant.schedule
     meaning = {} if schedule.is_full else {"window": schedule.window, "sinks": schedule.sinks}
     return {"think": variant.think, "layer_modes": [int(mode) for mode in schedule.layer_modes]} | meaning

@@ -64,7 +64,7 @@ class QuestionRecord:
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """What a variant answered, what it is worth, and what it took. Times in seconds, cache in bytes."""
+    """What a variant answered, its score, and what it took. Times in seconds, cache in bytes."""
 
     question: str
     variant: str

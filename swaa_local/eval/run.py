@@ -313,15 +313,15 @@ def _run_batch(
                 watch.asking(variant.name, question)
                 prompt = answerer.prompt(question.prompt, question.answer_prefix)
                 answer = answerer.ask(prompt, question.max_tokens)
-                worth = judge(question, answer.text, answer.finish, batch.distractors[i])
+                verdict = judge(question, answer.text, answer.finish, batch.distractors[i])
                 record = AnswerRecord(
                     question=question.id,
                     variant=variant.name,
                     answer=answer.text,
                     thinking=answer.thinking,
                     finish=answer.finish,
-                    share=worth.share,
-                    correct=worth.correct,
+                    share=verdict.share,
+                    correct=verdict.correct,
                     prefill_s=answer.stats.prefill_s,
                     generated_tokens=answer.stats.generated_tokens,
                     decode_s=answer.stats.decode_s,
@@ -332,7 +332,7 @@ def _run_batch(
 
 
 def judge(question: QuestionRecord, answer: str, finish: str, distractors: Sequence[str] = ()) -> Score:
-    """The worth of an answer. Thinking that does not end is a miss, and so is, for a value, an answer that does not.
+    """The score of an answer. Thinking that does not end is a miss, and so is, for a value, an answer that does not.
 
     RULER cuts answers at their limit and scores what is there; so do its measures here.
     """

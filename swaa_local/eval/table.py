@@ -190,11 +190,11 @@ def as_csv(evaluation: Evaluation) -> str:
         row: dict[str, Any] = asdict(cell) | name
         if cell.beyond:
             row |= {"beyond_n": cell.beyond.n, "beyond_right": cell.beyond.right}
-        writer.writerow(row | _spelled(cell.accuracy))
+        writer.writerow(row | _as_row(cell.accuracy))
         for i, depth in enumerate(cell.depths):
             if depth:
                 place = {"depth_from": i / N_DEPTHS, "depth_to": (i + 1) / N_DEPTHS}
-                writer.writerow(name | place | _spelled(depth))
+                writer.writerow(name | place | _as_row(depth))
     return out.getvalue()
 
 
@@ -202,9 +202,9 @@ def as_json(evaluation: Evaluation) -> str:
     """All figures, and the schedules of the variants."""
     cells = []
     for cell in figures(evaluation):
-        row = asdict(cell) | {"accuracy": _spelled(cell.accuracy), "beyond": cell.beyond and _spelled(cell.beyond)}
+        row = asdict(cell) | {"accuracy": _as_row(cell.accuracy), "beyond": cell.beyond and _as_row(cell.beyond)}
         row["depths"] = [
-            {"from": i / N_DEPTHS, "to": (i + 1) / N_DEPTHS} | _spelled(depth)
+            {"from": i / N_DEPTHS, "to": (i + 1) / N_DEPTHS} | _as_row(depth)
             for i, depth in enumerate(cell.depths)
             if depth
         ]
@@ -222,6 +222,6 @@ def as_json(evaluation: Evaluation) -> str:
     return printable_json({"model": evaluation.model, "variants": variants, "results": cells}, indent=2)
 
 
-def _spelled(accuracy: Accuracy) -> dict[str, Any]:
+def _as_row(accuracy: Accuracy) -> dict[str, Any]:
     low, high = accuracy.interval
     return {"n": accuracy.n, "right": accuracy.right, "accuracy": accuracy.share, "low": low, "high": high}

@@ -62,7 +62,7 @@ def publish(result: Path, output: Path, *, force: bool) -> None:
     try:
         place(result, output, overwrite=force)
     except FileExistsError:
-        raise OutputExists(f"{output} has come into being meanwhile; pass --force to replace it") from None
+        raise OutputExists(f"{output} was created meanwhile; pass --force to replace it") from None
 
 
 def place(result: Path, output: Path, *, overwrite: bool) -> None:

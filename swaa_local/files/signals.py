@@ -14,7 +14,7 @@ ENGINE = "the engine"
 
 _ADVICE = {
     "SIGILL": "{culprit} used an instruction that this CPU lacks: {mend}",
-    "SIGKILL": "if nobody did that, the memory ran out: {memory}",
+    "SIGKILL": "unless somebody killed it, the memory ran out: {memory}",
     "SIGBUS": "a file could not be read or written: was it cut or replaced meanwhile, is its disk full or gone?",
     "SIGXCPU": "the limit of CPU time is reached: see ulimit -t",
     "SIGXFSZ": "the limit of a file's size is reached: see ulimit -f",
@@ -36,7 +36,7 @@ def name_of(number: int) -> str:
 def advice(name: str, memory: str = LESS_MEMORY, culprit: str = ENGINE) -> str:
     """What to try after this signal. memory: how the program is made to take less of it. culprit: the code that ran."""
     mend = f"build it for this machine with {REBUILD}" if culprit == ENGINE else "install a build for this CPU"
-    text = _ADVICE.get(name) or (_BUG if name in FAULTS else "it was told to end by another program")
+    text = _ADVICE.get(name) or (_BUG if name in FAULTS else "another program asked it to end")
     return text.format(memory=memory, culprit=culprit, mend=mend)
 
 

@@ -63,7 +63,7 @@ def _costs(inspection: Inspection, full: Cost) -> list[str]:
     if schedule is not None and schedule.has_ring:
         ring, whole = schedule.ring_cells(inspection.n_ctx, n_ubatch=inspection.n_ubatch), full_cells(inspection.n_ctx)
         lines.append(
-            f"ring of a 'A' layer: {ring} cells for sinks + window + n_ubatch {inspection.n_ubatch} "
+            f"ring of an 'A' layer: {ring} cells for sinks + window + n_ubatch {inspection.n_ubatch} "
             f"(a full layer: {whole})"
         )
     return lines

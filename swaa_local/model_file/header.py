@@ -176,7 +176,7 @@ class GGUFFile:
     def _parse(self) -> None:
         (self.version,) = self._unpack("I", 4)
         if self.version & 0xFFFF == 0 and self.version:
-            raise self._error("a big-endian GGUF; turn it round with gguf-py's gguf-convert-endian first")
+            raise self._error("a big-endian GGUF; convert it first with gguf-py's gguf-convert-endian")
         if self.version not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
             raise self._error(f"GGUF version {self.version}, but only {known} can be read; convert the model again")

@@ -142,7 +142,7 @@ class Schedule:
 
     @property
     def is_full(self) -> bool:
-        """True if no layer slides; window and sinks then mean nothing."""
+        """True if no layer slides; window and sinks then have no effect."""
         return all(mode is LayerMode.FULL for mode in self.layer_modes)
 
     @property

@@ -37,14 +37,14 @@ class Preset:
         if depth is None:
             raise ScheduleError(f"preset {self.name} fits models of any depth; pass n_layer")
         if self.n_layer is not None and depth != self.n_layer and not (clip_layers and depth < self.n_layer):
-            way_out = (
+            remedy = (
                 "or pass --clip-layers to drop its layers past the last one"
                 if depth < self.n_layer
                 else "or name the layers yourself with --full-layers"
             )
             raise ScheduleError(
                 f"preset {self.name} was published for a model of {self.n_layer} layers, and this one has {depth}; "
-                f"start from a generic preset ({', '.join(GENERIC_PRESETS)}), {way_out}"
+                f"start from a generic preset ({', '.join(GENERIC_PRESETS)}), {remedy}"
             )
         return SWAAConfig(
             sliding_window_size=self.window,

@@ -66,7 +66,7 @@ def parse_variants(
     """The variants of a list such as `full,naive,file,w2048 k100 fadec 1::2` for a model of this depth.
 
     of_file: the schedule that the file has. words: those that say something else than the schedule. Raises
-    `ScheduleError`, naming the variant, for words that mean nothing, for what the file lacks, and for a variant that is
+    `ScheduleError`, naming the variant, for unknown words, for what the file lacks, and for a variant that is
     given twice.
     """
     variants: list[Variant] = []
@@ -155,7 +155,7 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
             layers += parse_layers(word, n_layer)
         else:
             raise ScheduleError(
-                f"{word!r} means nothing; a variant is full, naive, file, a preset ({', '.join(PRESETS)}), or words "
+                f"unknown word {word!r}; a variant is full, naive, file, a preset ({', '.join(PRESETS)}), or words "
                 "such as w2048 k100 fadec 1::2"
             )
     if window is None:

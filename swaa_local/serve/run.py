@@ -1,6 +1,6 @@
 """`swaa-local serve`: llama.cpp's own server, from the patched build, with a schedule.
 
-Chooses what the user did not say, starts the program, waits until it is ready, and ends as it ends. Knows the names of
+Chooses defaults, starts the program, waits until it is ready, and ends as it ends. Knows the names of
 some of llama-server's options; nothing of requests, slots and batches, which are the server's.
 """
 

@@ -24,12 +24,12 @@ def printable(text: object) -> str:
 
     Everything else, of whatever script, stays as it is. Doing it twice changes nothing.
     """
-    return _ALL.sub(_spelled, str(text))
+    return _ALL.sub(_escape, str(text))
 
 
 def printable_lines(text: object) -> str:
     """`printable` for a text whose lines and tabs are meant; what others gave must have been made printable before."""
-    return _BUT_LINES.sub(_spelled, str(text))
+    return _BUT_LINES.sub(_escape, str(text))
 
 
 def printable_json(value: Any, **options: Any) -> str:
@@ -39,7 +39,7 @@ def printable_json(value: Any, **options: Any) -> str:
     return _BUT_LINES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _spelled(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     char = match[0]
     code = ord(char)
     if code in _BYTE_AS_SURROGATE:

@@ -368,8 +368,8 @@ def test_a_failure_in_the_middle_loses_no_figures(model, monkeypatch):
         ),
         ("-fa off -ctv q8_0", 1, "variant 'full': a quantized V cache (q8_0) needs flash attention"),
         ("--variants 'full fa nofa'", 1, "'fa' and 'nofa' exclude each other"),
-        ("--variants full,fa", 1, "variant 'fa': 'fa' means nothing"),
-        ("--variants 'full think'", 1, "variant 'full think': 'full' means nothing"),
+        ("--variants full,fa", 1, "variant 'fa': unknown word 'fa'"),
+        ("--variants 'full think'", 1, "variant 'full think': unknown word 'full'"),
         ("--variants full --window 8", 2, "--variants names all schedules"),
         ("-p 12,x", 2, "'12,x' is not a list of numbers"),
         ("-pg 12", 2, "'12' is not a pair of positive numbers such as 4096,512"),
@@ -382,4 +382,4 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(arguments, c
 
 def test_eval_does_not_take_the_words_of_bench(model, tmp_path):
     error = fails("eval", model, "--variants", "full nofa", "--results", tmp_path / "r.jsonl")
-    assert "means nothing" in error
+    assert "unknown word" in error

@@ -14,7 +14,7 @@ from swaa_local.bench.plan import Choices, make_settings, make_sizes
 from swaa_local.bench.results import Bench, BenchError, Machine, ModelFacts, Row, Sample, Setting, Size
 from swaa_local.bench.table import flat, markdown
 from swaa_local.bench.terminal import TerminalWatch
-from swaa_local.bench.watch import Visit
+from swaa_local.bench.watch import Measurement
 from swaa_local.report.spread import Spread
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.variants import parse_variants
@@ -174,7 +174,7 @@ def test_one_repetition_has_no_spread():
     rows = table.split("\n\n")[0]
     assert " 2.00 |" in rows
     assert "(" not in rows
-    assert "One repetition of each, so nothing tells how much the figures vary; -r 3 does." in table
+    assert "One repetition of each; -r 3 would show how much the figures vary." in table
     for line in flat(bench):
         assert {value for name, value in line.items() if name.endswith(("_low", "_high"))} == {None}
 
@@ -187,7 +187,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left():
     with TerminalWatch() as watch:
         console: Any = Console(file=out, force_terminal=True, width=140, highlight=False)
         watch.console = watch._reporter._console = console
-        visits = [Visit(setting, SIZE, 0) for setting in (FULL, FILE)]
+        visits = [Measurement(setting, SIZE, 0) for setting in (FULL, FILE)]
         watch.begin(visits, [100, 50])
         for visit in visits:
             watch.visiting(visit)

@@ -133,7 +133,7 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk, tiny_model_factor
     t.say("/set max-tokens 3", "max-tokens 3")
     t.say("more", "stopped after 3 tokens", "cached", "KV")
     t.child.sendintr()
-    t.child.expect("Ctrl-C once more leaves")
+    t.child.expect("press Ctrl-C again to quit")
     t.child.expect(PROMPT)
     t.child.sendintr()
     assert t.leave() == 0
@@ -157,7 +157,7 @@ def test_ctrl_c_while_reading_takes_the_message_back_and_keeps_what_was_read(tal
     t.child.expect("reading")
     t.child.expect(r"[1-9][\d,]*/60,")  # some of it is read
     t.child.sendintr()
-    for text in ("taken back", PROMPT):
+    for text in ("not kept", PROMPT):
         t.child.expect(text)
     t.say("/info", "long.txt (60,000 characters)")
     t.type("/exit")
@@ -167,7 +167,7 @@ def test_ctrl_c_while_reading_takes_the_message_back_and_keeps_what_was_read(tal
 def test_a_document_that_does_not_fit_is_put_away(talk, model, tmp_path):
     (tmp_path / "long.txt").write_text("x" * 3000)
     t = talk(model, "-c", "1024", "--file", tmp_path / "long.txt")
-    t.say("Is it?", "but the context is 1024; shorten the file, or start chat with -c 3584", "put away")
+    t.say("Is it?", "but the context is 1024; shorten the file, or start chat with -c 3584", "removed")
     t.say("Is it?", "Yes!", "KV")
 
 

@@ -271,7 +271,7 @@ def test_a_changed_configuration_is_refused(model, tmp_path, tiny_model_factory)
         (["--task", "niah_single_2", "--haystack", "nope.txt"], "nope.txt: No such file"),
         (["--task", "niah_single_1", "--haystack", "nope.txt"], "leave out --haystack"),
         (["--task", "vt", "--length", "50"], "vt needs more than 50 tokens"),
-        (["--variants", "full,fast"], "variant 'fast': 'fast' means nothing"),
+        (["--variants", "full,fast"], "variant 'fast': unknown word 'fast'"),
         (["--variants", "w8 9"], "past the model's 4 layers"),
         (["--dataset", "nope.jsonl"], "nope.jsonl: no such file"),
         (["--plot", "p.gif"], "p.gif: a plot is a file of type .png, .svg, .pdf"),

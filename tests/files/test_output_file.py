@@ -160,6 +160,6 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_file_that_came_into_being_meanwhile_stays(tmp_path):
     (tmp_path / "result").write_text("new")
     (tmp_path / "output").write_text("precious")
-    with pytest.raises(OutputError, match="has come into being meanwhile; pass --force"):
+    with pytest.raises(OutputError, match="was created meanwhile; pass --force"):
         publish(tmp_path / "result", tmp_path / "output", force=False)
     assert (tmp_path / "output").read_text() == "precious"

@@ -82,12 +82,12 @@ def test_else_it_is_the_last_line() -> None:
     ("name", "to_try"),
     [
         ("SIGILL", "instruction that this CPU lacks: build it for this machine with `uv sync --reinstall-package"),
-        ("SIGKILL", "if nobody did that, the memory ran out: take a smaller model"),
+        ("SIGKILL", "unless somebody killed it, the memory ran out: take a smaller model"),
         ("SIGSEGV", "a broken model file, or a bug of the engine"),
         ("SIGABRT", "a broken model file, or a bug of the engine"),
         ("SIGBUS", "is its disk full"),
         ("SIGXFSZ", "ulimit -f"),
-        ("SIGTERM", "told to end by another program"),
+        ("SIGTERM", "another program asked it to end"),
     ],
 )
 def test_a_signal_has_a_name_and_an_advice(name: str, to_try: str) -> None:

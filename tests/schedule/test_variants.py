@@ -68,8 +68,8 @@ def test_the_window_is_known_where_there_is_one():
         ("", "empty variant"),
         ("k100", "'k100': it needs a window: w2048, or naive"),
         ("fadec", "needs a window"),
-        ("think", "'think' means nothing"),
-        ("w2048 wide", "'wide' means nothing; a variant is full, naive, file, a preset"),
+        ("think", "unknown word 'think'"),
+        ("w2048 wide", "unknown word 'wide'; a variant is full, naive, file, a preset"),
         ("w0", "between 1 and"),
         ("w8 4", "past the model's 4 layers"),
         ("qwen3-4b", "'qwen3-4b': preset qwen3-4b was published for a model of 36 layers"),
@@ -131,9 +131,9 @@ def test_where_the_engine_matters_variants_say_how_it_runs_them(text, flash_attn
 @pytest.mark.parametrize(
     ("text", "words", "reason"),
     [
-        ("full fa", "thinking", "means nothing"),
-        ("full think", "engine", "means nothing"),
-        ("fa", "engine", "'fa' means nothing"),
+        ("full fa", "thinking", "unknown word"),
+        ("full think", "engine", "unknown word"),
+        ("fa", "engine", "unknown word 'fa'"),
         ("file fa nofa", "engine", "'fa' and 'nofa' exclude each other"),
         ("file q8_0 f16", "engine", "'q8_0' and 'f16' exclude each other"),
     ],
