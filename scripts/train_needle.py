@@ -6,7 +6,7 @@
     scripts/train_needle.py --out DIR --smoke --device cpu             # a few tiny steps, to see that it runs
 
 Writes a Hugging Face checkpoint and log.json, which holds the settings, the losses, the accuracy under every schedule
-and the command that makes the GGUF. Needs PyTorch, tokenizers and safetensors; see docs/needle.md.
+and the command that makes the GGUF. Needs PyTorch, tokenizers and safetensors; see docs/notebook.md.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     print(out)
     best = max(evaluation["sweep"].values())
     if best < options.goal and not options.smoke:
-        sys.exit(f"no schedule reaches {options.goal:.0%}: the best has {best:.1%}; see docs/needle.md on convergence")
+        sys.exit(f"no schedule reaches {options.goal:.0%}: the best has {best:.1%}; see docs/notebook.md")
 
 
 def write_log(out: Path, document: dict[str, object]) -> None:

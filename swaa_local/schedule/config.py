@@ -197,7 +197,7 @@ class Schedule:
 def default_n_ubatch(schedule: Schedule, *, gpu: bool) -> int:
     """Tokens of an ubatch where the user does not say: llama.cpp's 512, and 1024 for windowed layers on a GPU.
 
-    Measured (docs/benchmarks.md): on an H100 full attention is fastest with 512, windowed prefill gains 7 to 10 % with
+    Measured (docs/results.md): on an H100 full attention is fastest with 512, windowed prefill gains 7 to 10 % with
     1024 and 10 to 15 % with 2048, for more memory; a CPU gains nothing.
     """
     return 1024 if gpu and not schedule.is_full else 512
