@@ -17,8 +17,8 @@ its path in the tree. The patches that call it say so in their header, one line 
   commit that changes nothing but files of our own becomes no patch.
 - `check` also names a file in patches/src/ that no patch calls, and a missing one that a patch does call.
 
-To move to a new upstream: change patches/upstream.toml, `checkout` the new tree with an empty series, rebase the
-commits of the old tree onto it, and `export`.
+To move to a new upstream: `checkout` the old tree, change patches/upstream.toml, remove the patches and empty the
+series, `checkout` the new tree, rebase the commits of the old tree onto it, and `export` (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
