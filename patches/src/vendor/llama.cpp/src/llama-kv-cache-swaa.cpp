@@ -58,10 +58,10 @@ llama_kv_cache_swaa::llama_kv_cache_swaa(
 
     LLAMA_LOG_INFO("%s: %s\n", __func__, schedule.str().c_str());
 
-    const auto is_ring = [&](int32_t il) { return schedule.mode(il) == LLAMA_SWAA_ALWAYS; };
+    const auto is_ring = [&](int32_t il) { return schedule.mode(il) == LLAMA_SWAA_MODE_ALWAYS; };
     const auto is_base = [&](int32_t il) { return !is_ring(il); };
 
-    if (schedule.has(LLAMA_SWAA_FULL) || schedule.has(LLAMA_SWAA_PREFILL)) {
+    if (schedule.has(LLAMA_SWAA_MODE_FULL) || schedule.has(LLAMA_SWAA_MODE_PREFILL)) {
         LLAMA_LOG_INFO("%s: creating base KV cache, size = %u cells\n", __func__, n_ctx);
 
         kv_base = std::make_unique<llama_kv_cache>(
@@ -70,8 +70,8 @@ llama_kv_cache_swaa::llama_kv_cache_swaa(
                 0, LLAMA_SWA_TYPE_NONE, nullptr, is_base, nullptr, nullptr);
     }
 
-    if (schedule.has(LLAMA_SWAA_ALWAYS)) {
-        const uint64_t n_keep = ((uint64_t) schedule.sinks + schedule.window)*(unified ? n_seq_max : 1);
+    if (schedule.has(LLAMA_SWAA_MODE_ALWAYS)) {
+        const uint64_t n_keep = ((uint64_t) schedule.n_sink + schedule.window)*(unified ? n_seq_max : 1);
 
         const uint32_t n_need = std::min<uint64_t>(n_ctx, n_keep + cparams.n_ubatch);
         const uint32_t n_ring = std::min<uint32_t>(n_ctx, GGML_PAD(n_need, LLAMA_SWAA_N_PAD));
@@ -81,7 +81,7 @@ llama_kv_cache_swaa::llama_kv_cache_swaa(
         kv_ring = std::make_unique<llama_kv_cache>(
                 model, model.hparams, type_k, type_v,
                 v_trans, cparams.offload_kqv, unified, n_ring, n_seq_max, 1,
-                schedule.window, LLAMA_SWA_TYPE_STANDARD, nullptr, is_ring, nullptr, nullptr, "", (int32_t) schedule.sinks);
+                schedule.window, LLAMA_SWA_TYPE_STANDARD, nullptr, is_ring, nullptr, nullptr, "", (int32_t) schedule.n_sink);
     }
 }
 
@@ -108,10 +108,10 @@ bool llama_kv_cache_swaa::ring_holds(llama_seq_id seq_id, llama_pos pos) const {
     };
 
     // the position before is needed also with a window of 1, it tells where the sequence goes on
-    const llama_pos sinks  = schedule.sinks;
+    const llama_pos n_sink = schedule.n_sink;
     const llama_pos window = std::max(schedule.window, 2u);
 
-    return holds(0, std::min(sinks, pos)) && holds(std::max(0, pos - window + 1), pos);
+    return holds(0, std::min(n_sink, pos)) && holds(std::max(0, pos - window + 1), pos);
 }
 
 bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -139,7 +139,7 @@ bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
         // what is left has to hold what the next token can see, which a hole in it never does
         const bool ok = is_tail ? ring_holds(s, p0) :
-            p0 >= (llama_pos) schedule.sinks && p1 <= std::min<int64_t>(pos_max, pos_next - schedule.window + 1);
+            p0 >= (llama_pos) schedule.n_sink && p1 <= std::min<int64_t>(pos_max, pos_next - schedule.window + 1);
 
         if (!ok) {
             LLAMA_LOG_DEBUG("%s: the ring does not hold what position %lld of sequence %d would see\n", __func__, (long long) pos_next, s);
@@ -464,7 +464,7 @@ void llama_kv_cache_swaa::set_prompt_end(llama_seq_id seq_id, llama_pos pos) {
 }
 
 bool llama_kv_cache_swaa::is_hiding(const llama_ubatch & ubatch) const {
-    const int64_t n_seen = (int64_t) schedule.sinks + schedule.window;
+    const int64_t n_seen = (int64_t) schedule.n_sink + schedule.window;
 
     return std::any_of(ubatch.pos, ubatch.pos + ubatch.n_tokens, [&](llama_pos pos) { return pos >= n_seen; });
 }
@@ -484,7 +484,7 @@ uint32_t llama_kv_cache_swaa::n_gather(uint32_t n_seen, uint32_t n_kv) const {
 }
 
 uint32_t llama_kv_cache_swaa::n_seen_max(const llama_kv_cache & kv_cur, uint32_t n_tokens) const {
-    const uint64_t n_seen = (uint64_t) schedule.sinks + schedule.window - 1;
+    const uint64_t n_seen = (uint64_t) schedule.n_sink + schedule.window - 1;
 
     return std::min<uint64_t>(kv_cur.get_size(), n_seen*(unified ? n_seq_max : 1) + n_tokens);
 }
@@ -606,7 +606,7 @@ bool llama_kv_cache_swaa_context::is_prefill() const {
 }
 
 bool llama_kv_cache_swaa_context::is_windowed() const {
-    return is_prefill() && get_schedule().has(LLAMA_SWAA_PREFILL) && (ubatches.empty() || kv->is_hiding(ubatches[i_next]));
+    return is_prefill() && get_schedule().has(LLAMA_SWAA_MODE_PREFILL) && (ubatches.empty() || kv->is_hiding(ubatches[i_next]));
 }
 
 void llama_kv_cache_swaa_context::set_reserve(int value) {
@@ -965,7 +965,7 @@ llm_graph_input_attn_swaa::kv llm_graph_input_attn_swaa::gather(ggml_context * c
 llm_graph_input_attn_swaa::kv llm_graph_input_attn_swaa::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const {
     const auto mode = mctx_swaa->get_schedule().mode(il);
 
-    if (mode == LLAMA_SWAA_ALWAYS) {
+    if (mode == LLAMA_SWAA_MODE_ALWAYS) {
         const auto * ring = mctx_swaa->get_ring();
 
         ggml_build_forward_expand(gf, ring->cpy_k(ctx, k_cur, ring_k_idxs, il));
@@ -983,7 +983,7 @@ llm_graph_input_attn_swaa::kv llm_graph_input_attn_swaa::build(ggml_context * ct
     ggml_build_forward_expand(gf, base->cpy_k(ctx, k_cur, self_k_idxs, il));
     ggml_build_forward_expand(gf, base->cpy_v(ctx, v_cur, self_v_idxs, il));
 
-    if (mode == LLAMA_SWAA_PREFILL && is_windowed) {
+    if (mode == LLAMA_SWAA_MODE_PREFILL && is_windowed) {
         if (win_idxs) {
             return gather(ctx, *mctx_swaa->get_kv()->get_base(), win_idxs, win_mask, il);
         }

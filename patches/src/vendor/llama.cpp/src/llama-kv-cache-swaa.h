@@ -13,8 +13,8 @@
 //
 
 // the KV cache of a model with a schedule (see llama_swaa_schedule), made of up to two instances of llama_kv_cache:
-//   - base: LLAMA_SWAA_FULL and LLAMA_SWAA_PREFILL layers, a cell per position of the context
-//   - ring: LLAMA_SWAA_ALWAYS layers, cells for the sinks, the window and the ubatch. a cell is reused as soon as
+//   - base: LLAMA_SWAA_MODE_FULL and LLAMA_SWAA_MODE_PREFILL layers, a cell per position of the context
+//   - ring: LLAMA_SWAA_MODE_ALWAYS layers, cells for the sinks, the window and the ubatch. a cell is reused as soon as
 //           its position cannot be seen anymore, the sinks never are
 //
 // the tokens before the prompt end of their sequence are prefilled, the others are decoded. an ubatch does one or the other
@@ -44,7 +44,7 @@ public:
 
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
-    // positions that a ring has dropped cannot move into a window, so it can shift only without LLAMA_SWAA_ALWAYS layers
+    // positions that a ring has dropped cannot move into a window, so it can shift only without LLAMA_SWAA_MODE_ALWAYS layers
     bool get_can_shift() const override;
 
     void clear(bool data) override;
@@ -74,8 +74,8 @@ public:
 
     const llama_swaa_schedule & get_schedule() const;
 
-    llama_kv_cache * get_base() const; // nullptr if all layers are LLAMA_SWAA_ALWAYS
-    llama_kv_cache * get_ring() const; // nullptr if no layer is LLAMA_SWAA_ALWAYS
+    llama_kv_cache * get_base() const; // nullptr if all layers are LLAMA_SWAA_MODE_ALWAYS
+    llama_kv_cache * get_ring() const; // nullptr if no layer is LLAMA_SWAA_MODE_ALWAYS
 
     // see llama_swaa_set_prompt_end()
     void set_prompt_end(llama_seq_id seq_id, llama_pos pos);
@@ -180,7 +180,7 @@ public:
     // true if the current ubatch is prefilled
     bool is_prefill() const;
 
-    // true if it cannot see all that the base cache holds in LLAMA_SWAA_PREFILL layers
+    // true if it cannot see all that the base cache holds in LLAMA_SWAA_MODE_PREFILL layers
     bool is_windowed() const;
 
     // see llama_swaa_set_reserve()

@@ -40,7 +40,7 @@ uint32_t llama_swaa_n_stream(const llama_kv_cache & kv, const llama_ubatch & uba
 //
 
 llama_swaa_window::llama_swaa_window(const llama_kv_cache & kv, const llama_swaa_schedule & schedule, const llama_ubatch & ubatch) :
-    kv(kv), window(schedule.window), sinks(schedule.sinks) {
+    kv(kv), window(schedule.window), n_sink(schedule.n_sink) {
     const uint32_t n_stream = llama_swaa_n_stream(kv, ubatch);
     const uint32_t n_blocks = n_stream*n_block(ubatch.n_tokens/n_stream);
     const uint32_t n_tpb    = ubatch.n_tokens/n_blocks;
@@ -67,11 +67,11 @@ llama_swaa_window::llama_swaa_window(const llama_kv_cache & kv, const llama_swaa
         for (const auto & [seq_id, minmax] : range) {
             const auto & seq_pos = cells.seq_pos_get(seq_id);
 
-            for (auto it = seq_pos.begin(); it != seq_pos.end() && it->first < sinks && it->first <= minmax.second; ++it) {
+            for (auto it = seq_pos.begin(); it != seq_pos.end() && it->first < n_sink && it->first <= minmax.second; ++it) {
                 found.push_back(*it);
             }
 
-            const llama_pos p0 = std::max(sinks, minmax.first - window + 1);
+            const llama_pos p0 = std::max(n_sink, minmax.first - window + 1);
 
             for (auto it = seq_pos.lower_bound({ p0, 0 }); it != seq_pos.end() && it->first <= minmax.second; ++it) {
                 found.push_back(*it);
@@ -156,8 +156,8 @@ void llama_swaa_window::set_input_mask(ggml_tensor * dst, const llama_ubatch & u
                 }
             };
 
-            show(0, std::min(sinks - 1, pos));
-            show(std::max(sinks, pos - window + 1), pos);
+            show(0, std::min(n_sink - 1, pos));
+            show(std::max(n_sink, pos - window + 1), pos);
         }
     });
 }

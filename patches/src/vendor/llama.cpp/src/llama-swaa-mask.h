@@ -51,7 +51,7 @@ private:
     const llama_kv_cache & kv;
 
     const llama_pos window;
-    const llama_pos sinks;
+    const llama_pos n_sink;
 
     std::vector<block> blocks;
 };

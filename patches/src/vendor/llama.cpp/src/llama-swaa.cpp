@@ -30,7 +30,7 @@ static constexpr uint32_t LLAMA_SWAA_MAX_TOKENS = 1u << 30;
 //
 
 bool llama_swaa_schedule::any() const {
-    return has(LLAMA_SWAA_PREFILL) || has(LLAMA_SWAA_ALWAYS);
+    return has(LLAMA_SWAA_MODE_PREFILL) || has(LLAMA_SWAA_MODE_ALWAYS);
 }
 
 bool llama_swaa_schedule::has(llama_swaa_mode mode) const {
@@ -42,7 +42,7 @@ llama_swaa_mode llama_swaa_schedule::mode(int32_t il) const {
 }
 
 bool llama_swaa_schedule::operator==(const llama_swaa_schedule & other) const {
-    return window == other.window && sinks == other.sinks && modes == other.modes;
+    return window == other.window && n_sink == other.n_sink && modes == other.modes;
 }
 
 std::string llama_swaa_schedule::str() const {
@@ -56,7 +56,7 @@ std::string llama_swaa_schedule::str() const {
     }
 
     return format("window = %u, sinks = %u, layers = %s (F: full, P: windowed prefill, A: always windowed)",
-            window, sinks, map.c_str());
+            window, n_sink, map.c_str());
 }
 
 void llama_swaa_schedule::state_write(llama_io_write_i & io) const {
@@ -65,7 +65,7 @@ void llama_swaa_schedule::state_write(llama_io_write_i & io) const {
     io.write(&LLAMA_SWAA_STATE_MAGIC,   sizeof(LLAMA_SWAA_STATE_MAGIC));
     io.write(&LLAMA_SWAA_STATE_VERSION, sizeof(LLAMA_SWAA_STATE_VERSION));
     io.write(&window,                   sizeof(window));
-    io.write(&sinks,                    sizeof(sinks));
+    io.write(&n_sink,                   sizeof(n_sink));
     io.write(&n_layer,                  sizeof(n_layer));
     io.write(modes.data(),              n_layer*sizeof(modes[0]));
 }
@@ -88,7 +88,7 @@ void llama_swaa_schedule::state_check(llama_io_read_i & io) const {
     uint32_t n_layer;
 
     io.read(&saved.window, sizeof(saved.window));
-    io.read(&saved.sinks,  sizeof(saved.sinks));
+    io.read(&saved.n_sink, sizeof(saved.n_sink));
     io.read(&n_layer,      sizeof(n_layer));
 
     if (n_layer != modes.size()) {
@@ -98,7 +98,7 @@ void llama_swaa_schedule::state_check(llama_io_read_i & io) const {
     saved.modes.resize(n_layer);
     io.read(saved.modes.data(), n_layer*sizeof(saved.modes[0]));
 
-    if (std::any_of(saved.modes.begin(), saved.modes.end(), [](uint8_t m) { return m > LLAMA_SWAA_ALWAYS; })) {
+    if (std::any_of(saved.modes.begin(), saved.modes.end(), [](uint8_t m) { return m > LLAMA_SWAA_MODE_ALWAYS; })) {
         throw std::runtime_error("the swaa schedule of the state is corrupt");
     }
 
@@ -146,15 +146,15 @@ static void llama_swaa_validate(const llama_swaa_schedule & schedule, uint32_t n
         throw std::runtime_error(format("swaa.layer_modes has %zu entries, but the model has %u layers", schedule.modes.size(), n_layer));
     }
     for (uint32_t il = 0; il < n_layer; ++il) {
-        if (schedule.modes[il] > LLAMA_SWAA_ALWAYS) {
+        if (schedule.modes[il] > LLAMA_SWAA_MODE_ALWAYS) {
             throw std::runtime_error(format("swaa.layer_modes[%u] = %u, expected 0 (full), 1 (windowed prefill) or 2 (always windowed)", il, schedule.modes[il]));
         }
     }
     if (schedule.any() && (schedule.window < 1 || schedule.window > LLAMA_SWAA_MAX_TOKENS)) {
         throw std::runtime_error(format("swaa.window = %u, expected 1 to %u", schedule.window, LLAMA_SWAA_MAX_TOKENS));
     }
-    if (schedule.any() && schedule.sinks > LLAMA_SWAA_MAX_TOKENS) {
-        throw std::runtime_error(format("swaa.sinks = %u, expected 0 to %u", schedule.sinks, LLAMA_SWAA_MAX_TOKENS));
+    if (schedule.any() && schedule.n_sink > LLAMA_SWAA_MAX_TOKENS) {
+        throw std::runtime_error(format("swaa.sinks = %u, expected 0 to %u", schedule.n_sink, LLAMA_SWAA_MAX_TOKENS));
     }
 }
 
@@ -182,7 +182,7 @@ static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, uint32
     llama_swaa_schedule res;
 
     res.window = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_WINDOW);
-    res.sinks  = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_SINKS);
+    res.n_sink = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_SINKS);
 
     if (res.window == 0) {
         throw std::runtime_error(format("%s = 0, expected at least 1", LLAMA_SWAA_KEY_WINDOW));
@@ -221,7 +221,7 @@ static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, uint32
 
         const int32_t * modes = (const int32_t *) gguf_get_arr_data(meta, kid);
         for (size_t i = 0; i < gguf_get_arr_n(meta, kid); ++i) {
-            if (modes[i] < LLAMA_SWAA_FULL || modes[i] > LLAMA_SWAA_ALWAYS) {
+            if (modes[i] < LLAMA_SWAA_MODE_FULL || modes[i] > LLAMA_SWAA_MODE_ALWAYS) {
                 throw std::runtime_error(format("%s[%zu] = %d, expected 0 (full), 1 (windowed prefill) or 2 (always windowed)", key_modes, i, modes[i]));
             }
             res.modes.push_back(modes[i]);
@@ -364,7 +364,7 @@ void llama_swaa_save(const llama_model & model, gguf_context * meta) {
 
     gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_VERSION,     LLAMA_SWAA_GGUF_VERSION);
     gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_WINDOW,      schedule.window);
-    gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_SINKS,       schedule.sinks);
+    gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_SINKS,       schedule.n_sink);
     gguf_set_arr_data(meta, LLAMA_SWAA_KEY_LAYER_MODES, GGUF_TYPE_INT32, modes.data(), modes.size());
 }
 
@@ -375,7 +375,7 @@ void llama_swaa_save(const llama_model & model, gguf_context * meta) {
 int32_t llama_model_swaa_set(
         llama_model * model,
            uint32_t   window,
-           uint32_t   sinks,
+           uint32_t   n_sink,
       const uint8_t * layer_modes,
              size_t   n_layer) {
     if (!layer_modes) {
@@ -386,7 +386,7 @@ int32_t llama_model_swaa_set(
     llama_swaa_schedule schedule;
 
     schedule.window = window;
-    schedule.sinks  = sinks;
+    schedule.n_sink = n_sink;
     schedule.modes.assign(layer_modes, layer_modes + n_layer);
 
     try {
@@ -415,7 +415,7 @@ int32_t llama_model_swaa_set(
 bool llama_model_swaa_get(
     const llama_model * model,
              uint32_t * window,
-             uint32_t * sinks,
+             uint32_t * n_sink,
               uint8_t * layer_modes,
                size_t   n_layer) {
     const auto & schedule = model->swaa;
@@ -432,8 +432,8 @@ bool llama_model_swaa_get(
     if (window) {
         *window = schedule.window;
     }
-    if (sinks) {
-        *sinks = schedule.sinks;
+    if (n_sink) {
+        *n_sink = schedule.n_sink;
     }
     if (layer_modes) {
         std::copy(schedule.modes.begin(), schedule.modes.end(), layer_modes);

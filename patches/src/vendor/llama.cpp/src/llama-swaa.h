@@ -26,13 +26,13 @@ static constexpr uint32_t LLAMA_SWAA_STATE_MAGIC = 0x61617773;
 // what each layer of a full attention model may see, for a key at position p0 and a query at position p1:
 //
 //   full:    p0 <= p1
-//   window:  p0 <= p1 && (p1 - p0 < window || p0 < sinks)
+//   window:  p0 <= p1 && (p1 - p0 < window || p0 < n_sink)
 //
-// a LLAMA_SWAA_FULL layer is always full, a LLAMA_SWAA_ALWAYS layer is always windowed and a LLAMA_SWAA_PREFILL layer is
-// windowed for the tokens of the prompt and full for the generated ones
+// a LLAMA_SWAA_MODE_FULL layer is always full, a LLAMA_SWAA_MODE_ALWAYS layer is always windowed and a
+// LLAMA_SWAA_MODE_PREFILL layer is windowed for the tokens of the prompt and full for the generated ones
 struct llama_swaa_schedule {
     uint32_t window = 0;
-    uint32_t sinks  = 0;
+    uint32_t n_sink = 0;
 
     std::vector<uint8_t> modes; // llama_swaa_mode of each layer, empty: no schedule
 

@@ -18,7 +18,7 @@ static std::vector<uint8_t> server_swaa_modes(const llama_model * model) {
 bool server_swaa_has_ring(const llama_model * model) {
     const auto modes = server_swaa_modes(model);
 
-    return std::find(modes.begin(), modes.end(), LLAMA_SWAA_ALWAYS) != modes.end();
+    return std::find(modes.begin(), modes.end(), LLAMA_SWAA_MODE_ALWAYS) != modes.end();
 }
 
 std::string server_swaa_refusal(const llama_model * model, const llama_model * model_dft, const common_params & params) {
