@@ -1,4 +1,5 @@
 // What a process says when a signal ends it. Only what POSIX allows in a signal handler is called in one.
+// The reason of an abort comes from ggml, whose ggml_set_abort_callback() is given llama_cpp_sentinel_abort().
 
 #include "sentinel.h"
 

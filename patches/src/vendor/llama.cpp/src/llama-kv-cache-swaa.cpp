@@ -1,7 +1,19 @@
+// The KV cache of a model with a schedule: its two caches, the phases of the tokens, and what the ring still holds
+//
+// Relies on, of llama.cpp:
+//   - llama_kv_cache with n_sink >= 0, which is a ring (patch "a KV cache that is a ring with sinks"): which cells it
+//     overwrites, that prepare() undoes what it tries, and that a state of one sequence has its sinks
+//   - llama_kv_cells::seq_pos_get(), the positions of a sequence in order
+//   - llama_batch_allocr::split_reset() with groups (patch "split a batch between groups of tokens"), and
+//     llama_ubatch::data->batch_idxs, a token's place in the batch
+//   - llama_memory_i::init_full_forms() and get_n_nodes_extra() (patch "reserve a graph of each form that a memory has")
+//   - llama_kv_cache_iswa and its context, which hold two caches in the same manner: what changes there may have to here
+
 #include "llama-kv-cache-swaa.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-graph-swaa.h"
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-model.h"
@@ -12,34 +24,6 @@
 
 // the attention width of a graph grows in such steps, so that graphs can be reused and the fast kernels apply
 static constexpr uint32_t LLAMA_SWAA_N_PAD = 256;
-
-// a long cache is read in step by this many tokens, more of them fall out of it and read it from memory each (CUDA)
-static constexpr uint32_t LLAMA_SWAA_N_PART = 512;
-
-// the causal mask is made by two ops, of which the second writes into the output of the first: they have to run on one device
-static bool llama_swaa_can_make_mask(const llama_model & model) {
-    ggml_init_params params = {
-        /*.mem_size   =*/ 8*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ NULL,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx { ggml_init(params) };
-
-    ggml_tensor * row  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 512, 1);
-    ggml_tensor * tail = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 256, 32);
-    ggml_tensor * mask = ggml_repeat_4d(ctx.get(), row, 512, 32, 1, 1);
-    ggml_tensor * made = ggml_cpy(ctx.get(), tail, ggml_view_2d(ctx.get(), mask, 256, 32, mask->nb[1], 256*mask->nb[0]));
-
-    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
-        ggml_backend_dev_t dev = model.dev_layer(il);
-
-        if (dev && !(ggml_backend_dev_supports_op(dev, mask) && ggml_backend_dev_supports_op(dev, made))) {
-            return false;
-        }
-    }
-
-    return true;
-}
 
 //
 // llama_kv_cache_swaa
@@ -388,7 +372,15 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
 }
 
 llama_memory_context_ptr llama_kv_cache_swaa::init_full() {
-    return std::make_unique<llama_kv_cache_swaa_context>(this);
+    return std::make_unique<llama_kv_cache_swaa_context>(this, LLAMA_SWAA_FORM_WINDOW);
+}
+
+std::vector<llama_memory_context_ptr> llama_kv_cache_swaa::init_full_forms() {
+    std::vector<llama_memory_context_ptr> res;
+    for (const auto form : { LLAMA_SWAA_FORM_FULL, LLAMA_SWAA_FORM_FULL_MADE, LLAMA_SWAA_FORM_WINDOW_HOST }) {
+        res.push_back(std::make_unique<llama_kv_cache_swaa_context>(this, form));
+    }
+    return res;
 }
 
 llama_memory_context_ptr llama_kv_cache_swaa::init_update(llama_context * lctx, bool optimize) {
@@ -397,6 +389,18 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_update(llama_context * lctx, 
 
 bool llama_kv_cache_swaa::get_can_shift() const {
     return !kv_ring && kv_base->get_can_shift();
+}
+
+bool llama_kv_cache_swaa::get_can_non_causal() const {
+    return false;
+}
+
+bool llama_kv_cache_swaa::get_can_train() const {
+    return false;
+}
+
+uint32_t llama_kv_cache_swaa::get_n_nodes_extra(uint32_t n_tokens) const {
+    return llm_graph_input_attn_swaa::n_nodes(schedule.modes.size(), n_tokens);
 }
 
 void llama_kv_cache_swaa::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -496,7 +500,8 @@ uint32_t llama_kv_cache_swaa::n_seen_max(const llama_kv_cache & kv_cur, uint32_t
 llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(llama_memory_status status) : status(status) {}
 
 llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(
-        llama_kv_cache_swaa * kv) : kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS) {
+        llama_kv_cache_swaa * kv,
+        llama_swaa_form form) : kv(kv), form(form), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     if (kv->get_base()) {
         ctx_base = kv->get_base()->init_full();
         status = llama_memory_status_combine(status, ctx_base->get_status());
@@ -589,6 +594,14 @@ const llama_ubatch & llama_kv_cache_swaa_context::get_ubatch() const {
     return ubatches[i_next];
 }
 
+std::unique_ptr<llm_graph_input_attn_kv> llama_kv_cache_swaa_context::build_attn_inp_kv(
+                ggml_context * ctx,
+          const llama_ubatch & ubatch,
+         const llama_hparams & hparams,
+         const llama_cparams & cparams) const {
+    return std::make_unique<llm_graph_input_attn_swaa>(ctx, ubatch, hparams, cparams, this);
+}
+
 const llama_swaa_schedule & llama_kv_cache_swaa_context::get_schedule() const {
     return kv->get_schedule();
 }
@@ -602,15 +615,11 @@ const llama_kv_cache_context * llama_kv_cache_swaa_context::get_ring() const {
 }
 
 bool llama_kv_cache_swaa_context::is_prefill() const {
-    return ubatches.empty() ? reserve == LLAMA_SWAA_FORM_WINDOW || reserve == LLAMA_SWAA_FORM_WINDOW_HOST : !decode[i_next];
+    return ubatches.empty() ? form == LLAMA_SWAA_FORM_WINDOW || form == LLAMA_SWAA_FORM_WINDOW_HOST : !decode[i_next];
 }
 
 bool llama_kv_cache_swaa_context::is_windowed() const {
     return is_prefill() && get_schedule().has(LLAMA_SWAA_MODE_PREFILL) && (ubatches.empty() || kv->is_hiding(ubatches[i_next]));
-}
-
-void llama_kv_cache_swaa_context::set_reserve(int value) {
-    reserve = value;
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_gather(const llama_kv_cache & kv_cur, const llama_swaa_window * win, const llama_ubatch & ubatch, uint32_t n_kv) const {
@@ -663,7 +672,9 @@ uint32_t llama_kv_cache_swaa_context::get_n_tail(const llama_ubatch & ubatch) co
 
     const uint32_t res = llama_swaa_n_tail(ubatch.n_tokens/n_stream, n_kv);
 
-    const bool ok = ubatches.empty() ? reserve == LLAMA_SWAA_FORM_WINDOW || reserve == LLAMA_SWAA_FORM_FULL_MADE : res > 0 && llama_swaa_can_share(*kv->get_base(), ubatch, n_kv, res);
+    const bool ok = ubatches.empty() ?
+        form == LLAMA_SWAA_FORM_WINDOW || form == LLAMA_SWAA_FORM_FULL_MADE :
+        res > 0 && llama_swaa_can_share(*kv->get_base(), ubatch, n_kv, res);
 
     return ok ? res : 0;
 }
@@ -678,324 +689,6 @@ const llama_swaa_window & llama_kv_cache_swaa_context::get_win_ring() const {
 
 llama_kv_cache_swaa * llama_kv_cache_swaa_context::get_kv() const {
     return kv;
-}
-
-bool llama_swaa_set_reserve(llama_memory_context_i * mctx, int form) {
-    auto * mctx_swaa = dynamic_cast<llama_kv_cache_swaa_context *>(mctx);
-
-    if (!mctx_swaa || form >= LLAMA_SWAA_FORM_COUNT) {
-        return false;
-    }
-
-    mctx_swaa->set_reserve(form);
-
-    return true;
-}
-
-uint32_t llama_swaa_max_nodes(const llama_memory_i * memory, uint32_t n_tokens) {
-    const auto * kv = dynamic_cast<const llama_kv_cache_swaa *>(memory);
-
-    if (!kv) {
-        return 0;
-    }
-
-    // for a layer: what gathers takes 12 nodes, and so does attending with a part of the tokens
-    const uint32_t n_part = (n_tokens + LLAMA_SWAA_N_PART - 1)/LLAMA_SWAA_N_PART;
-
-    return kv->get_schedule().modes.size()*12*(1 + n_part) + 64;
-}
-
-//
-// llm_graph_input_attn_swaa
-//
-
-static uint32_t llama_swaa_n_stream(const llama_kv_cache_swaa & kv, const llama_ubatch & ubatch) {
-    return llama_swaa_n_stream(kv.get_base() ? *kv.get_base() : *kv.get_ring(), ubatch);
-}
-
-// the streams of an ubatch, each divided into the blocks of its window
-static uint32_t llama_swaa_n_block(const llama_kv_cache_swaa & kv, const llama_ubatch & ubatch) {
-    const uint32_t n_stream = llama_swaa_n_stream(kv, ubatch);
-
-    return n_stream*llama_swaa_window::n_block(ubatch.n_tokens/n_stream);
-}
-
-static ggml_tensor * llama_swaa_new_mask(ggml_context * ctx, uint32_t n_kv, uint32_t n_rows, uint32_t n_stream, const llama_cparams & cparams, const char * name) {
-    // flash attention requires an f16 mask
-    ggml_tensor * res = ggml_new_tensor_4d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, n_rows/n_stream, 1, n_stream);
-
-    ggml_set_input(res);
-    ggml_set_name(res, name);
-
-    return res;
-}
-
-static ggml_tensor * llama_swaa_new_idxs(ggml_context * ctx, uint32_t n, const char * name) {
-    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-
-    ggml_set_input(res);
-    ggml_set_name(res, name);
-
-    return res;
-}
-
-llm_graph_input_attn_swaa::llm_graph_input_attn_swaa(
-                ggml_context * ctx,
-          const llama_ubatch & ubatch,
-         const llama_hparams & hparams,
-         const llama_cparams & cparams,
-         const llama_kv_cache_swaa_context * mctx) :
-    llm_graph_input_attn_kv(hparams, cparams, mctx->get_base()),
-    mctx_swaa(mctx),
-    is_windowed(mctx->is_windowed()) {
-    const auto * base = mctx->get_base();
-    const auto * ring = mctx->get_ring();
-
-    const uint32_t n_tokens = ubatch.n_tokens;
-    const uint32_t n_stream = llama_swaa_n_stream(*mctx->get_kv(), ubatch);
-    const uint32_t n_block  = llama_swaa_n_block (*mctx->get_kv(), ubatch);
-
-    if (base) {
-        self_k_idxs = base->build_input_k_idxs(ctx, ubatch);
-        self_v_idxs = base->build_input_v_idxs(ctx, ubatch);
-
-        const uint32_t n_kv   = base->get_n_kv();
-        const uint32_t n_tail = mctx->get_n_tail(ubatch);
-
-        if (n_tail > 0) {
-            mask_shared = llama_swaa_new_mask(ctx, n_kv,   n_stream, n_stream, cparams, "attn_inp_kq_mask_shared");
-            mask_tail   = llama_swaa_new_mask(ctx, n_tail, n_tokens, n_stream, cparams, "attn_inp_kq_mask_tail");
-
-            self_kq_mask = ggml_repeat_4d(ctx, mask_shared, n_kv, n_tokens/n_stream, 1, n_stream);
-
-            mask_made = ggml_cpy(ctx, mask_tail, ggml_view_4d(ctx, self_kq_mask, n_tail, n_tokens/n_stream, 1, n_stream,
-                    self_kq_mask->nb[1], self_kq_mask->nb[2], self_kq_mask->nb[3], (n_kv - n_tail)*self_kq_mask->nb[0]));
-        } else {
-            self_kq_mask = llama_swaa_new_mask(ctx, n_kv, n_tokens, n_stream, cparams, "attn_inp_kq_mask");
-        }
-
-        self_kq_mask_cnv = self_kq_mask;
-
-        const uint32_t n_part = cparams.flash_attn && n_stream == 1 ? std::min(n_tokens, LLAMA_SWAA_N_PART) : n_tokens;
-
-        for (uint32_t i = 0; n_part < n_tokens && i < n_tokens; i += n_part) {
-            mask_parts.push_back(ggml_view_2d(ctx, self_kq_mask, n_kv, std::min(n_part, n_tokens - i),
-                    self_kq_mask->nb[1], i*self_kq_mask->nb[1]));
-        }
-        if (mask_parts.empty()) {
-            mask_parts.push_back(self_kq_mask);
-        }
-    }
-
-    if (is_windowed) {
-        const uint32_t n_gather = mctx->get_n_gather_base(ubatch);
-
-        if (n_gather > 0) {
-            win_idxs = llama_swaa_new_idxs(ctx, n_gather*n_block, "attn_inp_win_idxs");
-            win_mask = llama_swaa_new_mask(ctx, n_gather, n_tokens, n_block, cparams, "attn_inp_win_mask");
-        } else {
-            win_mask = llama_swaa_new_mask(ctx, base->get_n_kv(), n_tokens, n_stream, cparams, "attn_inp_win_mask");
-        }
-    }
-
-    if (ring) {
-        ring_k_idxs = ring->build_input_k_idxs(ctx, ubatch);
-        ring_v_idxs = ring->build_input_v_idxs(ctx, ubatch);
-
-        const uint32_t n_gather = mctx->get_n_gather_ring(ubatch);
-
-        if (n_gather > 0) {
-            ring_win_idxs = llama_swaa_new_idxs(ctx, n_gather*n_block, "attn_inp_win_idxs_ring");
-            ring_kq_mask  = llama_swaa_new_mask(ctx, n_gather, n_tokens, n_block, cparams, "attn_inp_kq_mask_ring");
-        } else {
-            ring_kq_mask  = llama_swaa_new_mask(ctx, ring->get_n_kv(), n_tokens, n_stream, cparams, "attn_inp_kq_mask_ring");
-        }
-    }
-
-    // the rotations depend on the head sizes and the cache types, which both caches share
-    self_k_rot = (base ? base : ring)->build_input_k_rot(ctx);
-    self_v_rot = (base ? base : ring)->build_input_v_rot(ctx);
-}
-
-void llm_graph_input_attn_swaa::set_input(const llama_ubatch * ubatch) {
-    const auto * base = mctx_swaa->get_base();
-    const auto * ring = mctx_swaa->get_ring();
-
-    const auto * kv = mctx_swaa->get_kv();
-
-    // note: the inputs that no layer of the graph uses are not allocated
-    const auto is_used = [](const ggml_tensor * t) { return t && t->buffer; };
-
-    if (is_used(self_k_idxs)) {
-        base->set_input_k_idxs(self_k_idxs, ubatch);
-    }
-    if (is_used(self_v_idxs)) {
-        base->set_input_v_idxs(self_v_idxs, ubatch);
-    }
-    if (is_used(mask_shared)) {
-        llama_swaa_set_input_shared(mask_shared, *kv->get_base(), *ubatch);
-        llama_swaa_set_input_tail  (mask_tail,   *kv->get_base(), *ubatch, mask_shared->ne[0]);
-    } else if (is_used(self_kq_mask)) {
-        base->set_input_kq_mask(self_kq_mask, ubatch, true);
-    }
-
-    if (is_used(win_idxs)) {
-        mctx_swaa->get_win_base().set_input_idxs(win_idxs);
-    }
-    if (is_used(win_mask)) {
-        mctx_swaa->get_win_base().set_input_mask(win_mask, *ubatch, win_idxs != nullptr);
-    }
-
-    if (is_used(ring_k_idxs)) {
-        ring->set_input_k_idxs(ring_k_idxs, ubatch);
-    }
-    if (is_used(ring_v_idxs)) {
-        ring->set_input_v_idxs(ring_v_idxs, ubatch);
-    }
-    if (is_used(ring_win_idxs)) {
-        mctx_swaa->get_win_ring().set_input_idxs(ring_win_idxs);
-        mctx_swaa->get_win_ring().set_input_mask(ring_kq_mask, *ubatch, true);
-    } else if (is_used(ring_kq_mask)) {
-        ring->set_input_kq_mask(ring_kq_mask, ubatch, true);
-    }
-
-    if (is_used(self_k_rot)) {
-        (base ? base : ring)->set_input_k_rot(self_k_rot);
-    }
-    if (is_used(self_v_rot)) {
-        (base ? base : ring)->set_input_v_rot(self_v_rot);
-    }
-}
-
-bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
-    const auto * mctx_new = static_cast<const llama_kv_cache_swaa_context *>(params.mctx);
-
-    this->mctx_swaa = mctx_new;
-    this->mctx      = mctx_new->get_base();
-
-    if (mctx_new->is_windowed() != is_windowed) {
-        return false;
-    }
-
-    const uint32_t n_tokens = params.ubatch.n_tokens;
-    const uint32_t n_stream = llama_swaa_n_stream(*mctx_new->get_kv(), params.ubatch);
-    const uint32_t n_block  = llama_swaa_n_block (*mctx_new->get_kv(), params.ubatch);
-
-    bool res = true;
-
-    const auto is_mask = [&](const ggml_tensor * mask, uint32_t n_kv, uint32_t n) {
-        return mask->ne[0] == n_kv && mask->ne[1] == n_tokens/n && mask->ne[3] == n;
-    };
-
-    const auto is_window = [&](const ggml_tensor * idxs, const ggml_tensor * mask, uint32_t n_gather, uint32_t n_kv) {
-        return (n_gather > 0) == (idxs != nullptr) && (n_gather > 0 ? is_mask(mask, n_gather, n_block) : is_mask(mask, n_kv, n_stream));
-    };
-
-    if (const auto * base = mctx_new->get_base()) {
-        res &= self_k_idxs->ne[0] == n_tokens;
-
-        // without a full layer, a windowed graph does not depend on how much of the cache is in use
-        if (self_kq_mask->buffer) {
-            const uint32_t n_tail = mctx_new->get_n_tail(params.ubatch);
-
-            res &= is_mask(self_kq_mask, base->get_n_kv(), n_stream);
-            res &= n_tail == (mask_tail ? mask_tail->ne[0] : 0);
-        }
-
-        if (is_windowed) {
-            res &= is_window(win_idxs, win_mask, mctx_new->get_n_gather_base(params.ubatch), base->get_n_kv());
-        }
-    }
-
-    if (const auto * ring = mctx_new->get_ring()) {
-        res &= ring_k_idxs->ne[0] == n_tokens;
-        res &= is_window(ring_win_idxs, ring_kq_mask, mctx_new->get_n_gather_ring(params.ubatch), ring->get_n_kv());
-    }
-
-    return res;
-}
-
-// the same bytes as elements of another type
-static ggml_tensor * llama_swaa_view_as(ggml_context * ctx, ggml_tensor * a, ggml_type type) {
-    ggml_tensor * res = ggml_view_tensor(ctx, a);
-
-    res->op     = GGML_OP_VIEW;
-    res->src[0] = a;
-    res->type   = type;
-    res->ne[0]  = a->ne[0]*ggml_type_size(a->type)/ggml_type_size(type);
-    res->nb[0]  = ggml_type_size(type);
-
-    return res;
-}
-
-// [n_embd_head*n_head_kv, kv_size, n_stream_all] -> [n_embd_head, n_head_kv, n_gather, n_block]
-static ggml_tensor * llama_swaa_gather(ggml_context * ctx, ggml_tensor * cache, ggml_tensor * idxs, int64_t n_block, int64_t n_embd_head, int64_t n_head_kv) {
-    ggml_tensor * rows = ggml_reshape_2d(ctx, cache, cache->ne[0], cache->ne[1]*cache->ne[2]);
-
-    // ggml_get_rows() converts to f32, except for integers
-    const bool is_raw = !ggml_is_quantized(cache->type) && ggml_row_size(cache->type, cache->ne[0])%sizeof(int32_t) == 0;
-
-    if (is_raw) {
-        rows = llama_swaa_view_as(ctx, rows, GGML_TYPE_I32);
-    }
-
-    rows = ggml_get_rows(ctx, rows, idxs);
-
-    if (is_raw) {
-        rows = llama_swaa_view_as(ctx, rows, cache->type);
-    }
-
-    const int64_t n_gather = rows->ne[1]/n_block;
-
-    return ggml_view_4d(ctx, rows, n_embd_head, n_head_kv, n_gather, n_block,
-            ggml_row_size(rows->type, n_embd_head), rows->nb[1], rows->nb[1]*n_gather, 0);
-}
-
-llm_graph_input_attn_swaa::kv llm_graph_input_attn_swaa::gather(ggml_context * ctx, const llama_kv_cache & kv_cur, ggml_tensor * idxs, ggml_tensor * mask, int32_t il) const {
-    const int64_t n_block   = mask->ne[3];
-    const int64_t n_head_kv = hparams.n_head_kv(il);
-
-    return {
-        llama_swaa_gather(ctx, kv_cur.get_k_storage(il), idxs, n_block, hparams.n_embd_head_k(il), n_head_kv),
-        llama_swaa_gather(ctx, kv_cur.get_v_storage(il), idxs, n_block, hparams.n_embd_head_v(il), n_head_kv),
-        { mask },
-    };
-}
-
-llm_graph_input_attn_swaa::kv llm_graph_input_attn_swaa::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const {
-    const auto mode = mctx_swaa->get_schedule().mode(il);
-
-    if (mode == LLAMA_SWAA_MODE_ALWAYS) {
-        const auto * ring = mctx_swaa->get_ring();
-
-        ggml_build_forward_expand(gf, ring->cpy_k(ctx, k_cur, ring_k_idxs, il));
-        ggml_build_forward_expand(gf, ring->cpy_v(ctx, v_cur, ring_v_idxs, il));
-
-        if (ring_win_idxs) {
-            return gather(ctx, *mctx_swaa->get_kv()->get_ring(), ring_win_idxs, ring_kq_mask, il);
-        }
-
-        return { ring->get_k(ctx, il), ring->get_v(ctx, il), { ring_kq_mask } };
-    }
-
-    const auto * base = mctx_swaa->get_base();
-
-    ggml_build_forward_expand(gf, base->cpy_k(ctx, k_cur, self_k_idxs, il));
-    ggml_build_forward_expand(gf, base->cpy_v(ctx, v_cur, self_v_idxs, il));
-
-    if (mode == LLAMA_SWAA_MODE_PREFILL && is_windowed) {
-        if (win_idxs) {
-            return gather(ctx, *mctx_swaa->get_kv()->get_base(), win_idxs, win_mask, il);
-        }
-
-        return { base->get_k(ctx, il), base->get_v(ctx, il), { win_mask } };
-    }
-
-    if (mask_made) {
-        ggml_build_forward_expand(gf, mask_made);
-    }
-
-    return { base->get_k(ctx, il), base->get_v(ctx, il), mask_parts };
 }
 
 //

@@ -1,6 +1,9 @@
 #pragma once
 
-#include "llama-graph.h"
+// The KV cache of a model with a schedule, see llama-swaa.h, and what a batch does with it
+//
+// llama_model::create_memory() makes it. What attention reads from it is in llama-graph-swaa.h.
+
 #include "llama-kv-cache.h"
 #include "llama-swaa.h"
 #include "llama-swaa-mask.h"
@@ -40,12 +43,21 @@ public:
             uint32_t n_ubatch,
             bool embd_all) override;
 
+    // the graph of a prefilled ubatch, LLAMA_SWAA_FORM_WINDOW
     llama_memory_context_ptr init_full() override;
+
+    // the other forms
+    std::vector<llama_memory_context_ptr> init_full_forms() override;
 
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
     // positions that a ring has dropped cannot move into a window, so it can shift only without LLAMA_SWAA_MODE_ALWAYS layers
     bool get_can_shift() const override;
+
+    bool get_can_non_causal() const override;
+    bool get_can_train()      const override;
+
+    uint32_t get_n_nodes_extra(uint32_t n_tokens) const override;
 
     void clear(bool data) override;
 
@@ -122,13 +134,13 @@ private:
     bool ring_check(const llama_batch_allocr & balloc) const;
 };
 
-// the forms of the graph that a full-cache context stands for, to reserve it. at the sizes that each can have, none holds all others
+// the forms of the graph that a full-cache context can stand for, to reserve it. at the sizes that each can have, none
+// holds all others
 enum llama_swaa_form {
-    LLAMA_SWAA_FORM_WINDOW      = 0, // windowed, the causal mask is made on the device
-    LLAMA_SWAA_FORM_FULL        = 1, // full width, the causal mask is an input, as in every graph for a few tokens
-    LLAMA_SWAA_FORM_FULL_MADE   = 2, // full width, the causal mask is made on the device
-    LLAMA_SWAA_FORM_WINDOW_HOST = 3, // windowed, the causal mask is an input
-    LLAMA_SWAA_FORM_COUNT,
+    LLAMA_SWAA_FORM_WINDOW,      // windowed, the causal mask is made on the device
+    LLAMA_SWAA_FORM_FULL,        // full width, the causal mask is an input, as in every graph for a few tokens
+    LLAMA_SWAA_FORM_FULL_MADE,   // full width, the causal mask is made on the device
+    LLAMA_SWAA_FORM_WINDOW_HOST, // windowed, the causal mask is an input
 };
 
 class llama_kv_cache_swaa_context : public llama_memory_context_i {
@@ -140,7 +152,8 @@ public:
 
     // used to create a full-cache context
     llama_kv_cache_swaa_context(
-            llama_kv_cache_swaa * kv);
+            llama_kv_cache_swaa * kv,
+            llama_swaa_form form);
 
     // used to create an update context
     llama_kv_cache_swaa_context(
@@ -168,6 +181,13 @@ public:
     llama_memory_status  get_status() const override;
     const llama_ubatch & get_ubatch() const override;
 
+    // see llama-graph-swaa.h
+    std::unique_ptr<llm_graph_input_attn_kv> build_attn_inp_kv(
+                    ggml_context * ctx,
+              const llama_ubatch & ubatch,
+             const llama_hparams & hparams,
+             const llama_cparams & cparams) const override;
+
     //
     // llama_kv_cache_swaa_context specific API
     //
@@ -182,9 +202,6 @@ public:
 
     // true if it cannot see all that the base cache holds in LLAMA_SWAA_MODE_PREFILL layers
     bool is_windowed() const;
-
-    // see llama_swaa_set_reserve()
-    void set_reserve(int value);
 
     // see llama_kv_cache_swaa::n_gather()
     uint32_t get_n_gather_base(const llama_ubatch & ubatch) const;
@@ -208,7 +225,8 @@ private:
     std::vector<llama_ubatch> ubatches;
     std::vector<bool>         decode; // the phase of each ubatch
 
-    int reserve = LLAMA_SWAA_FORM_WINDOW;
+    // of a full-cache context
+    const llama_swaa_form form = LLAMA_SWAA_FORM_WINDOW;
 
     llama_memory_context_ptr ctx_base;
     llama_memory_context_ptr ctx_ring;
@@ -220,65 +238,4 @@ private:
     std::unique_ptr<llama_swaa_window> win_ring;
 
     uint32_t get_n_gather(const llama_kv_cache & kv_cur, const llama_swaa_window * win, const llama_ubatch & ubatch, uint32_t n_kv) const;
-};
-
-// let a full-cache context stand for a form of the graph. false if there is no such form or mctx is of another memory module
-bool llama_swaa_set_reserve(llama_memory_context_i * mctx, int form);
-
-// how many nodes the schedule of the memory, if it has one, adds to a graph at most
-uint32_t llama_swaa_max_nodes(const llama_memory_i * memory, uint32_t n_tokens);
-
-//
-// llm_graph_input_attn_swaa
-//
-
-// the input of upstream's llm_graph_context::build_attn() for a model with a schedule
-// self_kq_mask, self_k_idxs and self_v_idxs are those of the base cache
-class llm_graph_input_attn_swaa : public llm_graph_input_attn_kv {
-public:
-    llm_graph_input_attn_swaa(
-                    ggml_context * ctx,
-              const llama_ubatch & ubatch,
-             const llama_hparams & hparams,
-             const llama_cparams & cparams,
-             const llama_kv_cache_swaa_context * mctx);
-    ~llm_graph_input_attn_swaa() = default;
-
-    void set_input(const llama_ubatch * ubatch) override;
-
-    bool can_reuse(const llm_graph_params & params) override;
-
-    struct kv {
-        ggml_tensor * k;
-        ggml_tensor * v;
-        // for the tokens to attend with at a time, one after the other
-        std::vector<ggml_tensor *> masks;
-    };
-
-    // store k_cur and v_cur in the layer's cache and return what the ubatch attends to
-    kv build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const;
-
-    // what self_kq_mask is made of, nullptr: it is an input itself
-    ggml_tensor * mask_shared = nullptr; // F32/F16 [n_kv, 1, 1, n_stream]
-    ggml_tensor * mask_tail   = nullptr; // F32/F16 [n_tail, n_batch/n_stream, 1, n_stream]
-    ggml_tensor * mask_made   = nullptr;
-
-    // self_kq_mask in views of some tokens each. all layers have the same, what another device needs of them is copied once
-    std::vector<ggml_tensor *> mask_parts;
-
-    // idxs: nullptr: attend to the cache as it is
-    ggml_tensor * win_idxs = nullptr; // I32 [n_gather*n_stream*n_block]
-    ggml_tensor * win_mask = nullptr; // F32/F16 [n_gather, n_batch/(n_stream*n_block), 1, n_stream*n_block] or [n_kv, n_batch/n_stream, 1, n_stream]
-
-    ggml_tensor * ring_k_idxs   = nullptr; // I64 [n_batch]
-    ggml_tensor * ring_v_idxs   = nullptr; // I64 [n_batch] or [n_batch*n_embd_v_gqa]
-    ggml_tensor * ring_win_idxs = nullptr; // as win_idxs
-    ggml_tensor * ring_kq_mask  = nullptr; // as win_mask
-
-    const llama_kv_cache_swaa_context * mctx_swaa;
-
-private:
-    const bool is_windowed;
-
-    kv gather(ggml_context * ctx, const llama_kv_cache & kv_cur, ggml_tensor * idxs, ggml_tensor * mask, int32_t il) const;
 };

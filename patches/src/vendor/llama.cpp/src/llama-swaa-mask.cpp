@@ -1,9 +1,22 @@
+// What a schedule shows: the cells that a window gathers, and the masks over them and over the whole cache
+//
+// Relies on, of llama.cpp:
+//   - llama_kv_cells::seq_pos_get(), the positions of a sequence in order, each with its cell
+//   - llama_ubatch: the tokens of a stream lie together, and so does each stream's share of them; seq_id[i][0] is a sequence
+//     that token i is in
+//   - the cells of one stream of llama_kv_cache follow those of the one before it (get_stream(), get_size())
+//   - llama_kv_cache::set_input_kq_mask(), whose values for causal attention the two parts of the mask here add up to
+//   - ggml_repeat() and ggml_cpy() into a view of its output: the same buffer, in that order, on one device
+
 #include "llama-swaa-mask.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-model.h"
 #include "llama-swaa.h"
+
+#include "ggml-cpp.h"
 
 #include <algorithm>
 #include <cmath>
@@ -165,6 +178,31 @@ void llama_swaa_window::set_input_mask(ggml_tensor * dst, const llama_ubatch & u
 //
 // the causal mask
 //
+
+// the causal mask is made by two ops, of which the second writes into the output of the first: they have to run on one device
+bool llama_swaa_can_make_mask(const llama_model & model) {
+    ggml_init_params params = {
+        /*.mem_size   =*/ 8*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_tensor * row  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 512, 1);
+    ggml_tensor * tail = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 256, 32);
+    ggml_tensor * mask = ggml_repeat_4d(ctx.get(), row, 512, 32, 1, 1);
+    ggml_tensor * made = ggml_cpy(ctx.get(), tail, ggml_view_2d(ctx.get(), mask, 256, 32, mask->nb[1], 256*mask->nb[0]));
+
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        ggml_backend_dev_t dev = model.dev_layer(il);
+
+        if (dev && !(ggml_backend_dev_supports_op(dev, mask) && ggml_backend_dev_supports_op(dev, made))) {
+            return false;
+        }
+    }
+
+    return true;
+}
 
 uint32_t llama_swaa_n_tail(uint32_t n_tps, uint32_t n_kv) {
     // the cells of the ubatch and those up to the end of n_kv, which is padded

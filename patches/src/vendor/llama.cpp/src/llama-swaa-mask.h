@@ -1,11 +1,14 @@
 #pragma once
 
+// Which cells of a cache an ubatch attends to and under which mask, see llama_swaa_schedule for what is visible
+
 #include "llama.h"
 
 #include <cstdint>
 #include <vector>
 
 struct ggml_tensor;
+struct llama_model;
 struct llama_ubatch;
 struct llama_swaa_schedule;
 
@@ -59,6 +62,9 @@ private:
 //
 // the causal mask over all cells, for the device to build: it is large, and the same for all tokens but in a few columns
 //
+
+// true if all devices of the model can make the mask of a shared row and a tail
+bool llama_swaa_can_make_mask(const llama_model & model);
 
 // the number of columns, the last ones, to hold what is not the same for all of n_tps tokens. 0: they are all of n_kv
 uint32_t llama_swaa_n_tail(uint32_t n_tps, uint32_t n_kv);

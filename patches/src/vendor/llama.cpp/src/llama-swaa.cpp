@@ -1,3 +1,11 @@
+// The schedule of a model: its keys in the file, the architectures that can have one, and the C interface
+//
+// Relies on, of llama.cpp:
+//   - llama_model_loader::metadata and kv_overrides, which load_hparams() calls this with once the hparams are known
+//   - of the architectures in llama_swaa_arch_supported(), that the graph attends through build_attn_inp_kv() alone and
+//     that create_memory() gives them a plain KV cache; of others, the hparams that tell why not (swa_type, is_mla(), ...)
+//   - llama_io_write_i and llama_io_read_i: a state begins with n_stream, which is never LLAMA_SWAA_STATE_MAGIC
+
 #include "llama-swaa.h"
 
 #include "llama-arch.h"

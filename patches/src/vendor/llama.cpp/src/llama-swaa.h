@@ -1,5 +1,8 @@
 #pragma once
 
+// The schedule of a model, sliding window attention adaptation: what it is, its keys in the model's file and in saved states
+// and llama_model_swaa_set(). What it does is in llama-kv-cache-swaa.h, llama-graph-swaa.h and llama-swaa-mask.h.
+
 #include "llama.h"
 
 #include <cstddef>

@@ -1,3 +1,8 @@
+// Whom the server answers, see server-guard.h
+//
+// Relies on, of the server: server-http.cpp asks for each request before it is routed; common_params has --cors-origins and
+// --cors-credentials of upstream's and --allowed-hosts of the same patch.
+
 #include "server-guard.h"
 
 #include <algorithm>

@@ -1,3 +1,8 @@
+// What one request may cost, see server-limits.h
+//
+// Relies on, of the server: server.cpp's ex_wrapper(), through which every handler with a body is called, before anything
+// parses it; and what common/json.cpp makes of a value, a string, an object and a member: the limits are sized by that.
+
 #include "server-limits.h"
 
 #include <vector>

@@ -1,3 +1,7 @@
+// SIGINT and SIGTERM, see server-signals.h
+//
+// Relies on, of the server: server.cpp's signal_handler() may be called from any thread, and main() ends when it was called.
+
 #include "server-signals.h"
 
 #if defined(__unix__) || (defined(__APPLE__) && defined(__MACH__))

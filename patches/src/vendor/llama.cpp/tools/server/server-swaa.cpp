@@ -1,3 +1,8 @@
+// A schedule in the server: what cannot work with it, and how far back a ring holds what is needed
+//
+// Relies on, of llama.cpp: the C interface alone (llama_model_swaa_get()); the list of ways to draft, common_speculative_type;
+// and of server-context.cpp the arithmetic of checkpoints, in which n_swa is how many tokens before the next are needed.
+
 #include "server-swaa.h"
 
 #include "speculative.h"

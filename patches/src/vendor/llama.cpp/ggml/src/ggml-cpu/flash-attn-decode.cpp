@@ -6,6 +6,12 @@
 //
 // Each thread takes every n_threads-th block and keeps its own running softmax (M, S, VKQ) per query row, in F32. They
 // are combined at the end. Which thread takes which block is fixed, so the result does not depend on the timing.
+//
+// Relies on, of ggml:
+//   - the layout of the op's parameters, ggml_flash_attn_ext(), and of its output, which is permuted and contiguous
+//   - the vectors of simd-mappings.h (GGML_F32_VEC_*, GGML_F32_EPR), and the blocks of Q8_0 and Q4_0; other types are
+//     converted by the to_float of their traits
+//   - ggml_graph_plan(), which asks ggml_flash_attn_decode_wdata_size() for the scratch memory
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"

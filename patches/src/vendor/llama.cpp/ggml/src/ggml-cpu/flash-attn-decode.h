@@ -1,5 +1,7 @@
 #pragma once
 
+// Flash attention for few query rows against a long KV cache, called by ops.cpp
+
 #include <stddef.h>
 
 #include "ggml.h"

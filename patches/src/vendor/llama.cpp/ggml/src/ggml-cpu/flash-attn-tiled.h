@@ -1,5 +1,7 @@
 #pragma once
 
+// Flash attention for many query rows, called by ops.cpp
+
 #include <stddef.h>
 
 #include "ggml.h"
