@@ -2,7 +2,7 @@
 
 The weights are loaded once. Within every repetition all settings take their turn, each with a context of its own that
 is warmed up, measured and freed, so that a noisy machine hits all of them alike. Tables and plots are made of what it
-returns (`bench_figures`, `bench_table`, `bench_plot`).
+returns (`figures`, `table`, `plot`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The interactive loop of a chat: reads lines with editing and history, runs commands, prints replies.
 
-Knows prompt_toolkit; what commands do is in `chat_commands`.
+Knows prompt_toolkit; what commands do is in `commands`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The schedule on the command line: one decorator for every command that takes one.
 
-Knows click and the rules' names; what the values mean is in config.py. A layer list such as `1::2` has no meaning
+Knows click and the rules' names; what the values mean is in `schedule`. A layer list such as `1::2` has no meaning
 before the model's depth is known, so a command gets `ScheduleOptions` and asks for `config(n_layer)`.
 """
 

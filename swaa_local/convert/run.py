@@ -1,6 +1,6 @@
 """Makes a GGUF with a schedule out of a GGUF, a Hugging Face checkpoint or a hub id, quantized if wanted.
 
-The output appears under its name when it is complete and not before (output_file.py).
+The output appears under its name when it is complete and not before (`files.output_file`).
 """
 
 from __future__ import annotations

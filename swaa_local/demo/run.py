@@ -1,7 +1,7 @@
 """`swaa-local demo`: the whole story on the bundled model.
 
 One document, and the same questions to full attention, to a naive window, to each strategy alone and to all together.
-Decides what is asked of whom and keeps count; how it looks is in `demo_view`. Each contestant has its own context and
+Decides what is asked of whom and keeps count; how it looks is in `terminal`. Each contestant has its own context and
 reads the document once: questions share it as the prompt's beginning.
 """
 

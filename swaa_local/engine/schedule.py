@@ -1,6 +1,6 @@
 """The schedule of a loaded model, in the engine: read it, replace it. Models are `llama_model_p`.
 
-What a schedule is, `config` knows; when it may be changed, `llama`.
+What a schedule is, `schedule.config` knows; when it may be changed, `llama`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`swaa-local eval`: the same questions under several schedules of one model, with the time that reading them takes.
 
 Plans the questions, asks them, and keeps every answer in a results file from which a stopped run continues. Tables and
-plots are made of what it returns (`eval_table`, `eval_plot`).
+plots are made of what it returns (`table`, `plot`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a GGUF's schedule is, layer by layer, and what it costs and saves at a given context.
 
-Arithmetic on metadata: it opens no model and measures nothing. The formulas are in config.py.
+Arithmetic on metadata: it opens no model and measures nothing. The formulas are in `schedule`.
 """
 
 from __future__ import annotations

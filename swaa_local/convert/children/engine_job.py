@@ -1,6 +1,6 @@
 """Child process for what llama.cpp does to files: quantize one, and judge whether it can run one.
 
-Run by quantize.py through child.py. It may be killed at any moment, and llama.cpp may abort it.
+Run by `convert.quantize` through `files.child_process`. It may be killed at any moment, and llama.cpp may abort it.
 """
 
 from __future__ import annotations
