@@ -11,6 +11,7 @@ import inspect
 import re
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from swaa_local.engine import crash, native
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
 from swaa_local.engine.interrupt import DeferInterrupt
+from swaa_local.engine.limits import check_number
 from swaa_local.engine.message_form import Form, in_form
 from swaa_local.engine.run_stats import RunClock, RunStats
 from swaa_local.engine.schedule import ScheduleArgument, check_schedule_argument
@@ -79,6 +81,7 @@ class Llama(LoadedLlama):
     """
 
     _prompt_end = 0
+    _prompt_tail: int | None = None  # of the generation that runs, where it is not the schedule's
     _clock: RunClock | None = None
     _generating = False
     _changes = 0  # of what the context holds, by whomever
@@ -92,11 +95,14 @@ class Llama(LoadedLlama):
     def set_schedule(self, swaa: ScheduleArgument) -> None:
         """Change the schedule without loading the model again; `swaa` as in the constructor.
 
-        The context is made anew, of the same length, and so is empty. Raises `ScheduleError`, with nothing changed, and
-        `ModelLoadError` if the new context cannot be made; this object is closed then.
+        The context is made anew, of the same length, and so is empty, unless only the tail changes. Raises
+        `ScheduleError`, with nothing changed, and `ModelLoadError` if the new context cannot be made; this object is
+        closed then.
         """
         check_schedule_argument(swaa)
         with self._guard.step():
+            if self._replace_tail(swaa):
+                return
             self._replace_context(swaa)
             self._forget(cells=False)
             self._prompt_end, self._clock = 0, None
@@ -107,16 +113,25 @@ class Llama(LoadedLlama):
             super().reset()
             self._forget(cells=False)
 
-    def eval(self, tokens: Sequence[int], decode: bool = False) -> None:
+    def eval(self, tokens: Sequence[int], decode: bool = False, *, ends_prompt: bool = True) -> None:
         """Evaluate tokens after those in the cache: prompt tokens, or generated ones if `decode`.
 
-        If a ring has overwritten what the cache must still hold, everything is evaluated again.
+        ends_prompt: the last of these tokens are the last of the prompt, and so its tail; False for a piece that is not
+        the last. If a ring has overwritten what the cache must still hold, everything is evaluated again.
         Raises `PromptTooLong` or `ContextFull`, with nothing evaluated, and `DecodeError`.
         """
         with self._guard.step():
-            self._eval([int(token) for token in tokens], decode)
+            self._eval([int(token) for token in tokens], decode, ends_prompt)
 
-    def _eval(self, tokens: list[int], decode: bool) -> None:
+    def _tail_of_prompt(self) -> int:
+        """Tokens that the next prompt ends with and that read all of it."""
+        if self.schedule is None:
+            return 0
+        own = self._prompt_tail if self._generating else None
+        schedule = self.schedule if own is None else replace(self.schedule, tail=own)
+        return schedule.active_tail
+
+    def _eval(self, tokens: list[int], decode: bool, ends_prompt: bool) -> None:
         clock = self._clock if self._generating else None
         decode = decode or (clock is not None and clock.decoding)
         start = self.n_tokens
@@ -126,35 +141,44 @@ class Llama(LoadedLlama):
             wrong = next(token for token in tokens if not 0 <= token < self.n_vocab())
             raise DecodeError(f"invalid token {wrong}; the vocabulary has {self.n_vocab()}")
         self._changes += 1
-        prompt_end = min(self._prompt_end, start) if decode else start + len(tokens)
+        end = start + len(tokens)
         if not self._keep_cells(start):
             tokens = [*self.input_ids[:start].tolist(), *tokens]
             self._forget()
         if clock and not decode:
             clock.cached_tokens = self.n_tokens
+        if decode:
+            prompt_end = min(self._prompt_end, start)
+        else:
+            # What is in the cache was read before, and is not read again for the tail.
+            tail = self._tail_of_prompt() if ends_prompt else 0
+            prompt_end = max(self.n_tokens, end - tail)
         self._prompt_end = prompt_end
         native.llama_swaa_set_prompt_end(self.ctx, 0, prompt_end)
-        n_prompt = max(0, prompt_end - self.n_tokens)
+        n_windowed = max(0, prompt_end - self.n_tokens)
+        n_prompt = n_windowed if decode else len(tokens)
         doing = f"reading a prompt of {n_prompt} tokens" if n_prompt else "generating"
         with crash.step(doing), engine_log.captured(self.verbose) as log:
-            if prompt := tokens[:n_prompt]:
+            if n_prompt:
                 # Steps of n_ubatch give the parts that llama.cpp would make of n_batch anyway.
                 report = self.on_prefill or (lambda done, total: None)
                 report(0, n_prompt)
-                for done in self._evaluate(prompt, self.context_params.n_ubatch, log):
+                for done in self._evaluate(tokens[:n_prompt], self.context_params.n_ubatch, n_windowed, log):
                     report(done, n_prompt)
-            for _ in self._evaluate(tokens[n_prompt:], self.n_batch, log):
+            for _ in self._evaluate(tokens[n_prompt:], self.n_batch, 0, log):
                 pass
 
-    def _evaluate(self, tokens: list[int], step: int, log: engine_log.EngineLog) -> Iterator[int]:
-        """Evaluate in parts of `step` tokens, as llama.cpp divides a batch; yields the tokens done after each."""
-        for first in range(0, len(tokens), self.n_batch):
-            batch = tokens[first : first + self.n_batch]
-            for begin in range(0, len(batch), step):
-                part = batch[begin : begin + step]
-                done = first + begin + len(part)
-                self._decode(part, log, last=done == len(tokens))
-                yield done
+    def _evaluate(self, tokens: list[int], step: int, n_windowed: int, log: engine_log.EngineLog) -> Iterator[int]:
+        """Evaluate in parts of `step` tokens, as llama.cpp divides a batch; yields the tokens done after each.
+
+        The first `n_windowed` are of another phase than the others, so no part has some of both.
+        """
+        for first, last in ((0, n_windowed), (n_windowed, len(tokens))):
+            for batch in range(first, last, self.n_batch):
+                for begin in range(batch, min(batch + self.n_batch, last), step):
+                    done = min(begin + step, batch + self.n_batch, last)
+                    self._decode(tokens[begin:done], log, last=done == len(tokens))
+                    yield done
 
     def _decode(self, tokens: list[int], log: engine_log.EngineLog, *, last: bool) -> None:
         """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide."""
@@ -202,9 +226,13 @@ class Llama(LoadedLlama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Upstream's `generate`, same arguments: the prompt is evaluated as prefill, all that follows as decode.
 
+        prompt_tail: a keyword of ours, for a tail of this prompt's own instead of the schedule's; 0 for none.
         Tokens given to `send()` are appended after the token just yielded, and count as generated. Raises
         `ContextChanged` at the next token if another call has changed the context in between.
         """
+        prompt_tail = kwargs.pop("prompt_tail", None)
+        if prompt_tail is not None:
+            check_number("prompt_tail", prompt_tail)
         arguments = inspect.signature(super().generate).bind(list(tokens), *args, **kwargs)
         given = arguments.arguments
         given["stopping_criteria"] = self._callbacks.stopping_criteria(given.get("stopping_criteria"))
@@ -227,7 +255,7 @@ class Llama(LoadedLlama):
                     given.update(tokens=[text[-1], *sent], reset=False)
                     upstream = super().generate(*arguments.args, **arguments.kwargs)
                     text += sent
-                self._clock, self._generating = clock, True
+                self._clock, self._generating, self._prompt_tail = clock, True, prompt_tail
                 started = time.perf_counter()
                 try:
                     token = next(upstream)

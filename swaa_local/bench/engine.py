@@ -144,7 +144,9 @@ class BenchModel:
         self._n_open += 1
         batch = _c.llama_batch_init(int(params.n_batch), 0, 1)
         try:
-            context = BenchContext(ctx, batch, int(params.n_batch), self.n_vocab, self._verbose)
+            context = BenchContext(
+                ctx, batch, int(params.n_batch), self.n_vocab, self._verbose, setting.active_schedule.active_tail
+            )
             context.measure_peaks = lambda: (
                 _difference(process_memory.peak_rss_bytes() if can_tell else None, others_host),
                 _difference(_difference(self._free_device, memory.free_gpu_bytes()), others_device),
@@ -161,8 +163,9 @@ class BenchModel:
 class BenchContext:
     """A context of one sequence, and the tokens in it."""
 
-    def __init__(self, ctx: Any, batch: Any, n_batch: int, n_vocab: int, verbose: bool) -> None:
+    def __init__(self, ctx: Any, batch: Any, n_batch: int, n_vocab: int, verbose: bool, tail: int) -> None:
         self._ctx = ctx
+        self._tail = tail
         self._batch = batch
         self._n_batch = n_batch
         self._n_vocab = n_vocab
@@ -212,8 +215,8 @@ class BenchContext:
     ) -> float:
         """Seconds for n prompt tokens behind those in the cache, all work done. on_tokens: after each batch, with the
         tokens that were given to the engine. prompt_end: where the prompt ends if it goes on after them."""
-        end = self.n_past + n
-        native.llama_swaa_set_prompt_end(self._ctx, 0, end if prompt_end is None else prompt_end)
+        end = self.n_past + n if prompt_end is None else prompt_end
+        native.llama_swaa_set_prompt_end(self._ctx, 0, max(self.n_past, end - self._tail))
         with self._run(abort=True) as go_on:
             started = time.perf_counter()
             for done in range(0, n, self._n_batch):

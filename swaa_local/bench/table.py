@@ -232,6 +232,7 @@ def _setting(setting: Setting) -> dict[str, Any]:
         "kind": setting.kind,
         "window": setting.window,
         "sinks": setting.sinks,
+        "tail": setting.active_schedule.active_tail,
         "layer_modes": [int(mode) for mode in setting.active_schedule.layer_modes],
         "n_batch": setting.n_batch,
         "n_ubatch": setting.n_ubatch,

@@ -25,6 +25,7 @@ from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama
 from swaa_local.model_file.model_info import read_model_info
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.text import in_one_line
 from swaa_local.sources.find import find_gguf
@@ -91,7 +92,8 @@ def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
 
 def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     path = find_gguf(options.model)
-    swaa = options.schedule.config(read_model_info(path).n_layer) or None  # --no-swaa is `full` below
+    n_layer = read_model_info(path).n_layer
+    swaa = options.schedule.config(n_layer, lambda: read_schedule(path)) or None  # --no-swaa is `full` below
 
     advice = "pass -c"  # which /swaa comes too late for
 

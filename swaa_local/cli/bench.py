@@ -13,6 +13,7 @@ from swaa_local.cli.click_types import FILE, Numbers
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.engine.options import EngineOptions
+from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.choice import ScheduleOptions
 
 _FROM_0, _FROM_1 = Numbers(0, "numbers from 0 on,"), Numbers(1, "numbers from 1 on,")
@@ -132,7 +133,7 @@ def bench_command(
         from swaa_local.schedule.config import SWAAConfig
 
         n_layer = read_model_info(path).n_layer
-        own = (schedule.config(n_layer) or SWAAConfig()).schedule(n_layer)
+        own = (schedule.config(n_layer, lambda: read_schedule(path)) or SWAAConfig()).schedule(n_layer)
     # -d and -pg say themselves what is measured; the default prompts are for those who say nothing.
     nothing_said = not depths and not pairs
     request = BenchRequest(

@@ -18,7 +18,7 @@ from swaa_local.schedule.presets import PRESETS, Preset, get_preset
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_NAMES = ("preset", "window", "sinks", "full_layers", "fa_decode", "fa_decode_layers", "clip_layers", "no_swaa")
+_NAMES = ("preset", "window", "sinks", "full_layers", "fa_decode", "fa_decode_layers", "clip_layers", "tail", "no_swaa")
 
 
 def schedule_options(command: Command) -> Command:
@@ -46,6 +46,11 @@ def schedule_options(command: Command) -> Command:
         ),
         click.option(
             "--clip-layers", is_flag=True, help="Drop listed layers past the model's last one instead of refusing."
+        ),
+        click.option(
+            "--tail",
+            type=tokens(0),
+            help="Last tokens of the prompt that are read with full attention, with FA decode [the preset's, or 0].",
         ),
         click.option("--no-swaa", is_flag=True, help="No schedule: full attention, whatever the file says."),
         click.option(
@@ -78,10 +83,11 @@ def _check(options: ScheduleOptions) -> None:
         "--fa-decode-layers": options.fa_decode_layers is not None,
         "--clip-layers": options.clip_layers,
     }
+    # A tail alone may replace that of the file's schedule.
     said = [name for name, is_given in details.items() if is_given]
-    if options.no_swaa and (options.given or said):
+    if options.no_swaa and (options.given or said or options.tail is not None):
         raise click.UsageError("--no-swaa means no schedule; leave out the schedule's other options")
-    if said and not options.given and not options.no_swaa:
+    if said and not options.has_window and not options.no_swaa:
         raise click.UsageError(f"{said[0]} needs a window: add --window TOKENS or --preset NAME")
     if options.fa_decode is not None and options.fa_decode_layers is not None:
         raise click.UsageError("--fa-decode means all layers and --fa-decode-layers some; give one of them")
@@ -101,5 +107,6 @@ def _list_presets(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 def describe_preset(preset: Preset) -> str:
     """Name, settings and what is known, on several lines."""
     settings = f"--window {preset.window} --sinks {preset.sinks} --full-layers '{preset.full_layers}'"
-    lines = [preset.name, f"  {preset.description}", f"  {settings}{' --fa-decode' if preset.fa_decode else ''}"]
+    settings += " --fa-decode" * preset.fa_decode + f" --tail {preset.tail}" * (preset.tail > 0)
+    lines = [preset.name, f"  {preset.description}", f"  {settings}"]
     return "\n".join([*lines, *(f"  - {note}" for note in preset.notes)])

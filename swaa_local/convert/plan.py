@@ -103,7 +103,7 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
         raise ConvertError("--pre-tokenizer is for checkpoints; a GGUF already names its pre-tokenizer")
     with open_gguf(path) as file:
         model = model_info_of(file)
-        choice = request.choice(model.n_layer)
+        choice = request.choice(model.n_layer, lambda: schedule_of(file))
         old = has_schedule_keys(file)
         schedule = schedule_of(file) if choice is None else _resolve(choice, model.n_layer, model.unsupported)
         if out_type is not None and out_type.name.upper() == model.file_type:

@@ -11,6 +11,7 @@ from swaa_local.convert.checkpoint import Checkpoint
 from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
 from swaa_local.schedule.choice import ScheduleChoice
+from swaa_local.schedule.config import Schedule
 from swaa_local.sources import hub
 
 
@@ -22,21 +23,21 @@ class ConvertError(SWAAError):
 class Request:
     """What is asked for.
 
-    schedule: a choice, or a function that makes one for a model of so many layers.
+    schedule: a choice, or a function that makes one for a model of so many layers, and may read what the source stores.
     out_type: llama-quantize's name of a weight type, in any case; None: a GGUF's as it is, a checkpoint's 16-bit type.
     """
 
     source: str
     output: Path
-    schedule: ScheduleChoice | Callable[[int], ScheduleChoice] = None
+    schedule: ScheduleChoice | Callable[[int, Callable[[], Schedule | None]], ScheduleChoice] = None
     out_type: str | None = None
     pre_tokenizer: str | None = None
     force: bool = False
     allow_requantize: bool = False
     verbose: bool = False
 
-    def choice(self, n_layer: int) -> ScheduleChoice:
-        return self.schedule(n_layer) if callable(self.schedule) else self.schedule
+    def choice(self, n_layer: int, read_stored: Callable[[], Schedule | None] = lambda: None) -> ScheduleChoice:
+        return self.schedule(n_layer, read_stored) if callable(self.schedule) else self.schedule
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,16 @@ llama_model_swaa_get = _declare(
     ctypes.c_bool,
 )
 
+# uint32_t llama_model_swaa_tail(const struct llama_model *)
+# Tokens of the tail; 0 without one. The engine keeps it for programs, which set the prompt end by it.
+llama_model_swaa_tail = _declare("llama_model_swaa_tail", [_c.llama_model_p_ctypes], ctypes.c_uint32)
+
+# int32_t llama_model_swaa_set_tail(struct llama_model *, uint32_t tail)
+# 0 on success; llama_model_swaa_set begins without a tail.
+llama_model_swaa_set_tail = _declare(
+    "llama_model_swaa_set_tail", [_c.llama_model_p_ctypes, ctypes.c_uint32], ctypes.c_int32
+)
+
 # void llama_swaa_set_prompt_end(struct llama_context *, llama_seq_id, llama_pos)
 # Positions from `pos` on are decode for this sequence; -1: automatic.
 llama_swaa_set_prompt_end = _declare(

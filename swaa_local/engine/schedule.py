@@ -31,8 +31,18 @@ def get_schedule(model: Any) -> Schedule | None:
     window, sinks, modes = ctypes.c_uint32(), ctypes.c_uint32(), (ctypes.c_uint8 * max(1, n_layer))()
     if not native.llama_model_swaa_get(model, ctypes.byref(window), ctypes.byref(sinks), modes, n_layer):
         return None
-    schedule = Schedule(window.value, sinks.value, tuple(modes))
+    schedule = Schedule(window.value, sinks.value, tuple(modes), int(native.llama_model_swaa_tail(model)))
     return None if schedule.is_full else schedule
+
+
+def resolve_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | None) -> Schedule:
+    """What is wanted, for this model's layers. Raises `ScheduleError`."""
+    n_layer = _c.llama_model_n_layer(model)
+    if isinstance(wanted, SWAAConfig):
+        return wanted.schedule(n_layer)
+    if isinstance(wanted, Schedule):
+        return wanted
+    return (of_file if wanted is None else None) or Schedule.full(max(1, n_layer))
 
 
 def apply_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | None, *, verbose: bool) -> Schedule | None:
@@ -40,18 +50,13 @@ def apply_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | Non
 
     Raises `ScheduleError` with the engine's reason, or if the schedule does not fit the number of layers.
     """
-    n_layer = _c.llama_model_n_layer(model)
-    full = Schedule.full(max(1, n_layer))
-    if isinstance(wanted, SWAAConfig):
-        wanted = wanted.schedule(n_layer)
-    elif wanted is None:
-        wanted = of_file or full
-    elif not isinstance(wanted, Schedule):
-        wanted = full
-    if wanted != (get_schedule(model) or full):
+    wanted = resolve_schedule(model, wanted, of_file)
+    if wanted != (get_schedule(model) or Schedule.full(wanted.n_layer)):
         modes = (ctypes.c_uint8 * wanted.n_layer)(*wanted.layer_modes)
         with engine_log.captured(verbose) as log:
             code = native.llama_model_swaa_set(model, wanted.window, wanted.sinks, modes, wanted.n_layer)
+            if code == 0 and not wanted.is_full:
+                code = native.llama_model_swaa_set_tail(model, wanted.tail)
         if code != 0:
             raise ScheduleError(log.reason or f"the engine refused the schedule (code {code})")
     return get_schedule(model)

@@ -30,7 +30,13 @@ from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.engine.limits import check_number, check_numbers
 from swaa_local.engine.message_form import FormedFormatter
-from swaa_local.engine.schedule import ScheduleArgument, apply_schedule, check_schedule_argument, get_schedule
+from swaa_local.engine.schedule import (
+    ScheduleArgument,
+    apply_schedule,
+    check_schedule_argument,
+    get_schedule,
+    resolve_schedule,
+)
 from swaa_local.errors import GGUFError, ModelLoadError, PromptTooLong, SWAAError
 from swaa_local.model_file.check import check_gguf
 from swaa_local.model_file.model_info import describe_model, file_type_name
@@ -240,6 +246,15 @@ class LoadedLlama(llama_cpp.Llama):
     def _has_template_handler(self) -> bool:
         """Whether chats are formatted by a template of the GGUF's, or a handler that the user gave."""
         return self.chat_handler is not None or self.chat_format in self._chat_handlers
+
+    def _replace_tail(self, swaa: ScheduleArgument) -> bool:
+        """Take another tail and keep the context, if that is all that the schedule would change."""
+        wanted = resolve_schedule(self.model, swaa, self.file_schedule)
+        if self.schedule in (None, wanted) or not wanted.has_cells_of(self.schedule):
+            return False
+        self.schedule = apply_schedule(self.model, wanted, self.file_schedule, verbose=self.verbose)
+        self._swaa = swaa
+        return True
 
     def _replace_context(self, swaa: ScheduleArgument) -> None:
         """Another schedule on the same weights, and an empty context for it; errors as of `Llama.set_schedule`."""

@@ -170,6 +170,8 @@ def _as_row(variant: Variant) -> dict[str, Any]:
     """Without window and sinks where no layer slides."""
     schedule = variant.schedule
     meaning = {} if schedule.is_full else {"window": schedule.window, "sinks": schedule.sinks}
+    if schedule.active_tail:  # files from before there were tails go on
+        meaning["tail"] = schedule.active_tail
     return {"think": variant.think, "layer_modes": [int(mode) for mode in schedule.layer_modes]} | meaning
 
 

@@ -215,6 +215,7 @@ def as_json(evaluation: Evaluation) -> str:
             "think": v.think,
             "window": v.window,
             "sinks": v.schedule.sinks,
+            "tail": v.schedule.active_tail,
             "layer_modes": list(map(int, v.schedule.layer_modes)),
         }
         for v in evaluation.variants

@@ -30,10 +30,15 @@ _SPECIAL = _c.LLAMA_TOKEN_ATTR_CONTROL | _c.LLAMA_TOKEN_ATTR_UNKNOWN
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation ready to be evaluated. closing: the mark that ends a thought begun by the prompt, or None."""
+    """A conversation ready to be evaluated.
+
+    closing: the mark that ends a thought begun by the prompt, or None. n_question: tokens from the beginning of the
+    last message's question to the end of the prompt, about; None where it is not known.
+    """
 
     tokens: list[int]
     closing: str | None
+    n_question: int | None = None
 
 
 class ChatTemplate:
@@ -55,8 +60,16 @@ class ChatTemplate:
         self._guarded = re.compile(f"{spelled}|[{_OPEN}{_CLOSE}]" if spelled else f"[{_OPEN}{_CLOSE}]")
         self.leaves_out = frozenset(role for role, form in self._formatter.forms.items() if form is Form.NEITHER)
 
-    def prompt(self, llm: Llama, messages: Sequence[dict[str, Any]], *, think: bool | None = None) -> Prompt:
-        """Render and tokenize. `think` None leaves the choice to the template. Raises `TemplateError`, and `TextError`
+    def prompt(
+        self,
+        llm: Llama,
+        messages: Sequence[dict[str, Any]],
+        *,
+        think: bool | None = None,
+        question: str | None = None,
+    ) -> Prompt:
+        """Render and tokenize. `think` None leaves the choice to the template. question: what the last message ends
+        with, behind its documents. Raises `TemplateError`, and `TextError`
         for a message that is no UTF-8.
 
         Special tokens that a message's text spells out are taken as text, so that a document about chat templates, or
@@ -88,7 +101,11 @@ class ChatTemplate:
         bos = llm.token_bos()
         if llm.adds_bos() and bos >= 0 and tokens[:1] != [bos]:
             tokens.insert(0, bos)
-        return Prompt(tokens, open_tag(text))
+        n_question = None
+        if question and (begin := text.rfind(self._guard(question.strip(), []))) >= 0:
+            asked = _PLACEHOLDER.sub("?", text[begin:])
+            n_question = len(_tokenize(llm, asked, special=True))
+        return Prompt(tokens, open_tag(text), n_question)
 
     def _guard(self, text: str, literals: list[str]) -> str:
         def replace(match: re.Match[str]) -> str:

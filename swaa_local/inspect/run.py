@@ -29,6 +29,8 @@ class Cost:
     """Query-key pairs of a prompt as long as the context, over all layers."""
     decode_keys: int
     """Keys read for one token at the end of the context, over all layers."""
+    tail_pairs: int
+    """Of the prefill pairs, those that there are for the tail alone."""
 
 
 @dataclass(frozen=True)
@@ -98,4 +100,5 @@ def _cost(model: ModelInfo, schedule: Schedule, n_ctx: int, n_ubatch: int, type_
         ),
         prefill_pairs=sum(schedule.prefill_pairs(n_ctx)),
         decode_keys=sum(schedule.decode_keys(n_ctx - 1)),
+        tail_pairs=schedule.tail_pairs(n_ctx),
     )

@@ -60,6 +60,9 @@ def _costs(inspection: Inspection, full: Cost) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+    if scheduled is not None and schedule is not None and schedule.active_tail:
+        share = schedule.tail_pairs(inspection.n_ctx) / scheduled.prefill_pairs
+        lines.append(f"tail: its {schedule.active_tail} tokens take {share:.1%} of the scheduled query-key pairs")
     if schedule is not None and schedule.has_ring:
         ring, whole = schedule.ring_cells(inspection.n_ctx, n_ubatch=inspection.n_ubatch), full_cells(inspection.n_ctx)
         lines.append(
@@ -92,6 +95,7 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
             "kv_cells": list(value.kv_cells),
             "prefill_pairs": value.prefill_pairs,
             "decode_keys": value.decode_keys,
+            "tail_pairs": value.tail_pairs,
         }
 
     config = None
@@ -105,6 +109,7 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
                 if isinstance(paper.force_fa_decode, bool)
                 else list(paper.force_fa_decode),
                 "non_sliding_layers": list(paper.non_sliding_layers),
+                "prompt_tail": paper.prompt_tail,
             },
         }
     return {

@@ -26,6 +26,8 @@ KEY_SINKS = "swaa.sinks"
 
 
 KEY_LAYER_MODES = "swaa.layer_modes"
+KEY_TAIL = "swaa.tail"
+"""Optional; 0 where it is missing."""
 
 
 SCHEDULE_VERSION = 1
@@ -76,6 +78,9 @@ def schedule_of(file: GGUFFile) -> Schedule | None:
         raise fail(f"{KEY_WINDOW} is {window}, expected 1 to {MAX_TOKENS}")
     if sinks > MAX_TOKENS:
         raise fail(f"{KEY_SINKS} is {sinks}, expected 0 to {MAX_TOKENS}")
+    tail = u32(KEY_TAIL) if KEY_TAIL in file.keys else 0
+    if tail > MAX_TOKENS:
+        raise fail(f"{KEY_TAIL} is {tail}, expected 0 to {MAX_TOKENS}")
 
     found = entry(KEY_LAYER_MODES)
     if found.type is not ValueType.ARRAY or found.item_type is not ValueType.I32:
@@ -90,14 +95,15 @@ def schedule_of(file: GGUFFile) -> Schedule | None:
                 f"{KEY_LAYER_MODES}[{layer}] is {mode}, expected 0 (full), 1 (window in prefill) or 2 (window always)"
             )
         modes.append(LayerMode(mode))
-    return Schedule(window, sinks, tuple(modes))
+    return Schedule(window, sinks, tuple(modes), tail)
 
 
 def encode_schedule(schedule: Schedule) -> list[bytes]:
-    """The four metadata entries, encoded."""
-    return [
+    """The metadata entries, encoded; a tail only where there is one."""
+    entries = [
         encode_u32(KEY_VERSION, SCHEDULE_VERSION),
         encode_u32(KEY_WINDOW, schedule.window),
         encode_u32(KEY_SINKS, schedule.sinks),
         encode_i32_array(KEY_LAYER_MODES, [int(mode) for mode in schedule.layer_modes]),
     ]
+    return [*entries, encode_u32(KEY_TAIL, schedule.tail)] if schedule.tail else entries

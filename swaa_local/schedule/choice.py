@@ -5,10 +5,12 @@ and asks for `config(n_layer)`. Knows nothing of the command line that fills it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from swaa_local.schedule.config import SWAAConfig
+from swaa_local.errors import ScheduleError
+from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.schedule.layers import parse_layers
 from swaa_local.schedule.presets import Preset
 
@@ -24,22 +26,38 @@ class ScheduleOptions:
     fa_decode: bool | None = None
     fa_decode_layers: str | None = None
     clip_layers: bool = False
+    tail: int | None = None
     no_swaa: bool = False
 
     @property
     def given(self) -> bool:
-        """True if the user asked for a schedule."""
+        """True if the user asked for a schedule, or for another tail of the file's."""
+        return self.has_window or self.tail is not None
+
+    @property
+    def has_window(self) -> bool:
+        """True if the user asked for a schedule of their own."""
         return self.preset is not None or self.window is not None
 
-    def config(self, n_layer: int) -> SWAAConfig | Literal[False] | None:
+    def config(
+        self, n_layer: int, read_stored: Callable[[], Schedule | None] = lambda: None
+    ) -> SWAAConfig | Literal[False] | None:
         """The schedule for a model of this depth; False for --no-swaa, None if nothing was said.
 
-        Given options replace the preset's. Raises `ScheduleError`.
+        read_stored: gives the schedule that the model's file stores; asked only if its tail alone is replaced. Given
+        options replace the preset's. Raises `ScheduleError`.
         """
         if self.no_swaa:
             return False
-        if not self.given:
-            return None
+        if not self.has_window:
+            if self.tail is None:
+                return None
+            stored = read_stored()
+            if stored is None:
+                raise ScheduleError(
+                    "--tail needs a schedule and the file has none: add --window TOKENS or --preset NAME"
+                )
+            return replace(stored.config(), prompt_tail=self.tail)
 
         def layers(text: str) -> tuple[int, ...]:
             return parse_layers(text, n_layer, clip_layers=self.clip_layers)
@@ -51,7 +69,9 @@ class ScheduleOptions:
             base = (
                 self.preset.config(n_layer, clip_layers=self.clip_layers)
                 if full is None
-                else SWAAConfig(self.preset.window, self.preset.sinks, self.preset.fa_decode)
+                else SWAAConfig(
+                    self.preset.window, self.preset.sinks, self.preset.fa_decode, prompt_tail=self.preset.tail
+                )
             )
         return SWAAConfig(
             sliding_window_size=base.sliding_window_size if window is None else window,
@@ -64,6 +84,7 @@ class ScheduleOptions:
                 else decode
             ),
             non_sliding_layers=base.non_sliding_layers if full is None else layers(full),
+            prompt_tail=base.prompt_tail if self.tail is None else self.tail,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -50,6 +50,8 @@ class SWAAConfig:
     """Full attention for generated tokens: in all sliding layers, or in those listed."""
     non_sliding_layers: Sequence[int] = ()
     """Layers that keep full attention."""
+    prompt_tail: int = 0
+    """T: the last tokens of a prompt, which read with full attention where FA decode applies. Not in the paper."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -61,6 +63,7 @@ class SWAAConfig:
             # An empty list says the same as False.
             set_field(self, "force_fa_decode", _layers("force_fa_decode", self.force_fa_decode) or False)
         set_field(self, "non_sliding_layers", _layers("non_sliding_layers", self.non_sliding_layers))
+        set_field(self, "prompt_tail", _tokens("prompt_tail", self.prompt_tail, least=0))
 
     def schedule(self, n_layer: int, *, clip_layers: bool = False) -> Schedule:
         """The mode of each of the model's `n_layer` layers.
@@ -85,7 +88,8 @@ class SWAAConfig:
             prefill_only = decode if isinstance(decode, bool) else layer in decode
             return LayerMode.PREFILL if prefill_only else LayerMode.ALWAYS
 
-        return Schedule(self.sliding_window_size, self.keep_first, tuple(mode(i) for i in range(n_layer)))
+        modes = tuple(mode(i) for i in range(n_layer))
+        return Schedule(self.sliding_window_size, self.keep_first, modes, self.prompt_tail)
 
     @staticmethod
     def _within(name: str, layers: Sequence[int], n_layer: int, clip: bool) -> frozenset[int]:
@@ -111,10 +115,13 @@ class Schedule:
     """k, in tokens."""
     layer_modes: tuple[LayerMode, ...]
     """One per layer."""
+    tail: int = 0
+    """T in tokens: the last ones of each prompt, which `PREFILL` layers read with full attention."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", _tokens("window", self.window, least=1))
         object.__setattr__(self, "sinks", _tokens("sinks", self.sinks, least=0))
+        object.__setattr__(self, "tail", _tokens("tail", self.tail, least=0))
         if not self.layer_modes:
             raise ScheduleError("layer_modes is empty; a schedule names a mode for each layer")
         modes = []
@@ -138,7 +145,8 @@ class Schedule:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: modes as numbers."""
-        return {"window": self.window, "sinks": self.sinks, "layer_modes": [int(mode) for mode in self.layer_modes]}
+        modes = [int(mode) for mode in self.layer_modes]
+        return {"window": self.window, "sinks": self.sinks, "tail": self.tail, "layer_modes": modes}
 
     @property
     def is_full(self) -> bool:
@@ -149,6 +157,15 @@ class Schedule:
     def has_ring(self) -> bool:
         """True if some layer's KV cache is a ring."""
         return LayerMode.ALWAYS in self.layer_modes
+
+    @property
+    def active_tail(self) -> int:
+        """The tail, where some layer has a use for it; else 0."""
+        return self.tail if LayerMode.PREFILL in self.layer_modes else 0
+
+    def has_cells_of(self, other: Schedule) -> bool:
+        """True if a cache that was filled under `other` can be used under this one: they differ by the tail alone."""
+        return replace(self, tail=other.tail) == other
 
     def layers(self, mode: LayerMode) -> tuple[int, ...]:
         """Indices of the layers with this mode."""
@@ -164,6 +181,7 @@ class Schedule:
             keep_first=self.sinks,
             force_fa_decode=prefill if prefill and always else bool(prefill),
             non_sliding_layers=self.layers(LayerMode.FULL),
+            prompt_tail=self.tail,
         )
 
     def ring_cells(self, n_ctx: int, *, n_ubatch: int = 512, n_seq_max: int = 1, unified: bool = False) -> int:
@@ -183,9 +201,16 @@ class Schedule:
         return tuple(ring if mode is LayerMode.ALWAYS else full for mode in self.layer_modes)
 
     def prefill_pairs(self, n_tokens: int) -> tuple[int, ...]:
-        """Query-key pairs that each layer must attend to while prefilling `n_tokens` from an empty cache."""
+        """Query-key pairs that each layer must attend to while reading a prompt of `n_tokens` from an empty cache."""
         full, windowed = full_pairs(n_tokens), window_pairs(n_tokens, self.window, self.sinks)
-        return tuple(full if mode is LayerMode.FULL else windowed for mode in self.layer_modes)
+        n_windowed = max(0, n_tokens - self.tail)
+        with_tail = window_pairs(n_windowed, self.window, self.sinks) + full - full_pairs(n_windowed)
+        pairs = {LayerMode.FULL: full, LayerMode.PREFILL: with_tail, LayerMode.ALWAYS: windowed}
+        return tuple(pairs[mode] for mode in self.layer_modes)
+
+    def tail_pairs(self, n_tokens: int) -> int:
+        """How many of these pairs, over all layers, there are for the tail alone."""
+        return sum(self.prefill_pairs(n_tokens)) - sum(replace(self, tail=0).prefill_pairs(n_tokens))
 
     def decode_keys(self, n_tokens: int) -> tuple[int, ...]:
         """Keys that each layer reads for one generated token at position `n_tokens` (the token itself included)."""

@@ -5,7 +5,7 @@ Knows no model file; the rules that a preset is held to are in `config`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import SWAAConfig
@@ -24,6 +24,8 @@ class Preset:
     full_layers: str = ""
     """In the syntax of `parse_layers`."""
     fa_decode: bool = True
+    tail: int = 0
+    """In tokens; ours, and not in the paper."""
     n_layer: int | None = None
     """Depth of the model it was published for; None: a generic preset for any depth."""
 
@@ -51,10 +53,17 @@ class Preset:
             keep_first=self.sinks,
             force_fa_decode=self.fa_decode,
             non_sliding_layers=parse_layers(self.full_layers, depth, clip_layers=clip_layers),
+            prompt_tail=self.tail,
         )
 
 
 _PAPER = "Published configuration of SWAA (arXiv 2512.10411), measured there on long chat histories (LongMemEval, 24k)."
+TAIL = 128
+_PAPER_SUFFIX = "-paper"
+_TAIL = (
+    f"The tail of {TAIL} tokens is ours and not the paper's: the question reads the whole text. Add {_PAPER_SUFFIX} to "
+    "the name for the same without it."
+)
 _FA_DECODE = "FA decode speeds up reading the prompt, not writing the answer, and saves no memory."
 _LAYERS_DIFFER = (
     "Which layers must stay full differs from model to model: the other half can be far worse, so measure before you "
@@ -72,7 +81,7 @@ _LIGHT = (
 
 def _published(stem: str, model: str, n_layer: int, parity: str, full_layers: str) -> list[Preset]:
     def preset(name: str, description: str, notes: tuple[str, ...], window: int = 2048, layers: str = "") -> Preset:
-        return Preset(name, description, notes, window=window, full_layers=layers, n_layer=n_layer)
+        return Preset(name, description, (*notes, _TAIL), window=window, full_layers=layers, tail=TAIL, n_layer=n_layer)
 
     return [
         preset(
@@ -100,26 +109,30 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "llama-3.1-8b-lighttransfer",
             "Llama-3.1-8B-Instruct: window 2048, LightTransfer's layers full, FA decode",
-            (_LIGHT, _FA_DECODE),
+            (_LIGHT, _FA_DECODE, _TAIL),
             full_layers="0,1,4,5,8-11,13,14,21,23-27",
+            tail=TAIL,
             n_layer=32,
         ),
         Preset(
             "half",
             "any model: window 2048, even layers full, FA decode; where to start with an unlisted model",
-            ("Not measured for your model.", _LAYERS_DIFFER, "Compare with half-odd.", _FA_DECODE),
+            ("Not measured for your model.", _LAYERS_DIFFER, "Compare with half-odd.", _FA_DECODE, _TAIL),
             full_layers="0::2",
+            tail=TAIL,
         ),
         Preset(
             "half-odd",
             "any model: window 2048, odd layers full, FA decode",
-            ("Not measured for your model.", _LAYERS_DIFFER, "Compare with half.", _FA_DECODE),
+            ("Not measured for your model.", _LAYERS_DIFFER, "Compare with half.", _FA_DECODE, _TAIL),
             full_layers="1::2",
+            tail=TAIL,
         ),
         Preset(
             "fa-decode",
             "any model: window 2048, no full layers, FA decode; the fastest reading",
-            (_GIST, "Thinking models lose less, as they look facts up again while they decode.", _FA_DECODE),
+            (_GIST, "Thinking models lose less, as they look facts up again while they decode.", _FA_DECODE, _TAIL),
+            tail=TAIL,
         ),
         Preset(
             "streaming",
@@ -136,9 +149,18 @@ PRESETS: dict[str, Preset] = {
 GENERIC_PRESETS: tuple[str, ...] = tuple(name for name, preset in PRESETS.items() if preset.n_layer is None)
 
 
+def is_preset(name: str) -> bool:
+    """True if `get_preset` knows this name."""
+    return name.lower().removesuffix(_PAPER_SUFFIX) in PRESETS
+
+
 def get_preset(name: str) -> Preset:
-    """The preset of this name; `ScheduleError` lists the names otherwise."""
-    try:
-        return PRESETS[name.lower()]
-    except KeyError:
-        raise ScheduleError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}") from None
+    """The preset of this name; with `-paper` behind it, without its tail. `ScheduleError` lists the names otherwise."""
+    stem = name.lower().removesuffix(_PAPER_SUFFIX)
+    if stem not in PRESETS:
+        raise ScheduleError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    preset = PRESETS[stem]
+    if stem == name.lower():
+        return preset
+    notes = tuple(note for note in preset.notes if note != _TAIL)
+    return replace(preset, name=stem + _PAPER_SUFFIX, tail=0, notes=notes)

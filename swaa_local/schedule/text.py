@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.schedule.layers import compact_layers, format_layers
-from swaa_local.schedule.variants import FA_DECODE, FULL
+from swaa_local.schedule.variants import FA_DECODE, FULL, TAIL
 
 LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 """Of the modes, here as in the engine's log and its `swaa.layer_modes` override (llama-swaa.cpp)."""
@@ -38,7 +38,8 @@ def layer_by_layer(schedule: Schedule) -> list[str]:
     """The schedule as text: settings, the strip, and the layers of each mode."""
     if schedule.is_full:
         return [f"full attention in all {schedule.n_layer} layers"]
-    lines = [f"window {schedule.window}, sinks {schedule.sinks}, {schedule.n_layer} layers"]
+    tail = f"tail {schedule.tail}, " if schedule.tail else ""
+    lines = [f"window {schedule.window}, sinks {schedule.sinks}, {tail}{schedule.n_layer} layers"]
     lines += ["  " + line for line in layer_strip(schedule.layer_modes)]
     for mode in LayerMode:
         if layers := schedule.layers(mode):
@@ -59,6 +60,8 @@ def in_words(schedule: Schedule) -> str:
         words.append(f"{FA_DECODE} in {format_layers(prefill)}" if always else FA_DECODE)
     if full := schedule.layers(LayerMode.FULL):
         words.append(compact_layers(full, schedule.n_layer))
+    if schedule.tail:
+        words.append(f"{TAIL}{schedule.tail}")
     return " ".join(words)
 
 
@@ -74,4 +77,6 @@ def in_one_line(schedule: Schedule | None) -> str:
     ):
         if layers := schedule.layers(mode):
             parts.append(f"{what} in layers {format_layers(layers)}")
+    if schedule.active_tail:
+        parts.append(f"the last {schedule.active_tail} tokens of a prompt read all of it")
     return "; ".join(parts)

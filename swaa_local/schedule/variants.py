@@ -7,6 +7,8 @@ by blanks:
     k100       sinks, in tokens                 sinks      as many as the file has
     fadec      FA decode in all layers          layers     the full layers of the file
     1::2       full layers: 1,3,5 or 0-3 too
+    tail128    the last tokens of the prompt, read with full attention (with FA decode)
+    tail       as many of them as the file has
 
 For `eval` either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other
 variants. For `bench` words say how the engine runs it: `fa` or `nofa` (flash attention), and a type of the KV cache,
@@ -26,9 +28,9 @@ from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
 from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.layers import parse_layers
-from swaa_local.schedule.presets import PRESETS, get_preset
+from swaa_local.schedule.presets import PRESETS, get_preset, is_preset
 
-FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE = "full", "file", "naive", "sinks", "layers", "fadec"
+FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE, TAIL = "full", "file", "naive", "sinks", "layers", "fadec", "tail"
 THINK = {"think": True, "direct": False}
 FLASH_ATTN = {"fa": True, "nofa": False}
 
@@ -132,10 +134,10 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
         return Schedule.full(n_layer)
     if name == FILE:
         return _stored(of_file)
-    if name.lower() in PRESETS:
+    if is_preset(name):
         return get_preset(name).config(n_layer).schedule(n_layer)
     window: int | None = None
-    sinks, fa_decode = 0, False
+    sinks, fa_decode, tail = 0, False, 0
     layers: list[int] = []
     # Blanks around a comma belong to the layer list.
     for word in re.sub(r"\s*,\s*", ",", name).split(" "):
@@ -151,16 +153,22 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
             layers += _stored(of_file).layers(LayerMode.FULL)
         elif word == FA_DECODE:
             fa_decode = True
+        elif word == TAIL:
+            tail = _stored(of_file).tail
+        elif match := re.fullmatch(r"tail(\d+)", word):
+            tail = int(match[1])
         elif re.fullmatch(r"[\d:,-]+", word):
             layers += parse_layers(word, n_layer)
         else:
             raise ScheduleError(
                 f"unknown word {word!r}; a variant is full, naive, file, a preset ({', '.join(PRESETS)}), or words "
-                "such as w2048 k100 fadec 1::2"
+                "such as w2048 k100 fadec tail128 1::2"
             )
     if window is None:
         raise ScheduleError("it needs a window: w2048, or naive for that of the file")
-    return SWAAConfig(window, sinks, fa_decode, layers).schedule(n_layer)
+    if tail and not fa_decode:
+        raise ScheduleError("a tail needs FA decode: fadec")
+    return SWAAConfig(window, sinks, fa_decode, layers, tail).schedule(n_layer)
 
 
 def _stored(of_file: Schedule | None) -> Schedule:

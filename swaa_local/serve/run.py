@@ -189,8 +189,8 @@ def _refuse_other_models(extra: Sequence[str], env: Mapping[str, str]) -> None:
 def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | None, list[str]]:
     """The schedule that the server will run, and the arguments that make it so where the file says otherwise."""
     n_layer = read_model_info(path).n_layer
-    config = wanted.config(n_layer)
     of_file = read_schedule(path)
+    config = wanted.config(n_layer, lambda: of_file)
     if config is None:
         return of_file, []
     full = Schedule.full(n_layer)
@@ -208,6 +208,7 @@ def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | 
         f"swaa.window=int:{schedule.window}",
         f"swaa.sinks=int:{schedule.sinks}",
         f"swaa.layer_modes=str:{letters}",
+        f"swaa.tail=int:{schedule.tail}",
     )
     return None if schedule.is_full else schedule, ["--override-kv", ",".join(values)]
 

@@ -15,7 +15,7 @@ from tests.support.serving import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals, and no fork")
 
-WATCH = "from swaa_local import crash; crash.watch('running a test'); import os, signal, sys;"
+WATCH = "from swaa_local.engine import crash; crash.watch('running a test'); import os, signal, sys;"
 ABORT = "crash_native._c._lib.ggml_abort(b'/build/ggml/src/ggml.c', 12, b'GGML_ASSERT(%s) failed', b'n > 0')"
 
 
@@ -68,7 +68,7 @@ def test_a_file_name_reaches_no_terminal_raw() -> None:
 @pytest.mark.parametrize("thread", [False, True])
 def test_an_abort_of_the_engine_says_why(thread: bool) -> None:
     call = f"import threading; t = threading.Thread(target=lambda: {ABORT}); t.start(); t.join()" if thread else ABORT
-    code = f"{WATCH} from swaa_local import native as crash_native\nwith crash.step('reading'): {call}"
+    code = f"{WATCH} from swaa_local.engine import native as crash_native\nwith crash.step('reading'): {call}"
     done = python(code)
     assert done.returncode == -signal.SIGABRT
     # one line, whatever debugger the machine has
@@ -80,7 +80,7 @@ def test_an_abort_of_the_engine_says_why(thread: bool) -> None:
 
 def test_verbose_keeps_the_engines_own_report() -> None:
     watch = WATCH.replace("test'", "test', keep_backtrace=True")
-    done = python(f"{watch} from swaa_local import native as crash_native; {ABORT}", GGML_NO_BACKTRACE="1")
+    done = python(f"{watch} from swaa_local.engine import native as crash_native; {ABORT}", GGML_NO_BACKTRACE="1")
     first, last = done.stderr.splitlines()
     assert first == "/build/ggml/src/ggml.c:12: GGML_ASSERT(n > 0) failed"
     assert last.startswith("swaa-local: error: ended by SIGABRT while running a test; ")

@@ -6,6 +6,7 @@ the standard deviation of the logits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ CONFIGS = {
     "all modes": SWAAConfig(24, keep_first=4, force_fa_decode=[1, 2], non_sliding_layers=[2]),
     "window above the ubatch": SWAAConfig(100, keep_first=8, force_fa_decode=[0, 1], non_sliding_layers=[3]),
 }
+TAILS = [0, 1, 5, 40]
 SPLITS = [(512, 512), (512, 32), (64, 16), (32, 32), (7, 7)]
 
 
@@ -102,11 +104,18 @@ class Subject:
         model = self.transformer
         return {name: model.logits(self.tokens, schedule(config), PROMPT) for name, config in CONFIGS.items()}
 
-    def run(self, config: str | None, split: tuple[int, int], cache: Cache, gguf: Path | None = None) -> np.ndarray:
+    @functools.cache  # noqa: B019 - subjects live as long as the module
+    def reference_with_tail(self, config: str, tail: int) -> np.ndarray:
+        model = self.transformer
+        return model.logits(self.tokens, schedule(CONFIGS[config]), PROMPT - tail)
+
+    def run(
+        self, config: str | None, split: tuple[int, int], cache: Cache, gguf: Path | None = None, tail: int = 0
+    ) -> np.ndarray:
         """Logits of the engine; config None: the schedule that the file holds."""
         llm = Llama(
             str(gguf or self.gguf),
-            swaa=None if config is None else CONFIGS[config],
+            swaa=None if config is None else dataclasses.replace(CONFIGS[config], prompt_tail=tail),
             n_ctx=512,
             n_batch=split[0],
             n_ubatch=split[1],
@@ -175,6 +184,21 @@ def test_parity(subjects, record_property, kind, config, split, cache):
         record_property("parity", (float(worst), cache, kind, config, "/".join(map(str, split))))
         assert worst < (GPU_TOLERANCE if GPU_LAYERS else tolerance)
         assert all(worst_ratio(got, references[name]) > (5 if GPU_LAYERS else 10) * worst for name in others)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parity_with_a_tail(subjects, config, split, tail):
+    """The last tokens of the prompt are decode tokens, in every configuration and split; models take turns."""
+    turn = list(CONFIGS).index(config) + SPLITS.index(split) + 2 * TAILS.index(tail)
+    subject = subjects[list(KINDS)[turn % len(KINDS)]]
+    cache = CACHES["f16, flash attention" if turn % 2 else "f32"]
+    want = subject.reference_with_tail(config, tail)
+    worst = worst_ratio(subject.run(config, split, cache, tail=tail), want)
+    assert worst < (GPU_TOLERANCE if GPU_LAYERS else cache.tolerance)
+    if tail > 1 and PREFILL in schedule(CONFIGS[config]).layer_modes:
+        assert worst_ratio(subject.references[config], want) > (5 if GPU_LAYERS else 10) * worst
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", []), ("qwen3-moe", ["--pre-tokenizer", "qwen2"])])

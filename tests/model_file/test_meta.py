@@ -27,6 +27,13 @@ def test_schedule_of_a_file(tmp_path):
     assert read_schedule(path) == Schedule(8, 2, (F, P, A, F))
 
 
+def test_a_tail_is_optional(tmp_path):
+    path = write_header_model(tmp_path / "m.gguf", SWAA | {"swaa.tail": u32(96)})
+    schedule = read_schedule(path)
+    assert schedule is not None
+    assert schedule.tail == 96
+
+
 def test_no_schedule(tmp_path):
     assert read_schedule(write_header_model(tmp_path / "m.gguf", {})) is None
 
@@ -47,6 +54,8 @@ def test_no_schedule(tmp_path):
         ({"swaa.sinks": None}, "key swaa.sinks is missing"),
         ({"swaa.sinks": Typed(True, T.BOOL)}, r"swaa.sinks is True \(bool\)"),
         ({"swaa.sinks": u32(2**32 - 1)}, "swaa.sinks is 4294967295"),
+        ({"swaa.tail": u32(2**31)}, "swaa.tail is 2147483648, expected 0 to"),
+        ({"swaa.tail": Typed(5, T.INT32)}, r"swaa.tail is 5 \(i32\), expected a u32"),
         ({"swaa.layer_modes": None}, "key swaa.layer_modes is missing"),
         ({"swaa.layer_modes": i32s([0, 1, 2])}, "swaa.layer_modes has 3 entries, but the model has 4 layers"),
         ({"swaa.layer_modes": i32s([0, 1, 2, 0, 0])}, "swaa.layer_modes has 5 entries"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -226,3 +227,31 @@ def test_attention_work_is_the_size_of_the_mask(window, sinks):
     schedule = SWAAConfig(window, sinks, force_fa_decode=[1], non_sliding_layers=[0]).schedule(3)
     assert schedule.prefill_pairs(n) == (n * (n + 1) // 2, visible.sum(), visible.sum())
     assert schedule.decode_keys(n - 1) == (n, n, visible[-1].sum())
+
+
+@pytest.mark.parametrize("tail", [0, 1, 5, 40])
+@pytest.mark.parametrize("n", [0, 1, 4, 30])
+def test_a_tail_sees_all_where_decode_does(n, tail):
+    p1, p0 = np.mgrid[:n, :n]
+    causal = p0 <= p1
+    windowed = causal & ((p1 - p0 < 8) | (p0 < 3))
+    with_tail = np.where(p1 >= n - tail, causal, windowed)
+    schedule = SWAAConfig(8, 3, force_fa_decode=[1], non_sliding_layers=[0], prompt_tail=tail).schedule(3)
+    assert schedule.prefill_pairs(n) == (causal.sum(), with_tail.sum(), windowed.sum())
+    assert schedule.tail_pairs(n) == with_tail.sum() - windowed.sum()
+
+
+def test_a_tail_without_fa_decode_has_no_use():
+    assert SWAAConfig(8, prompt_tail=5).schedule(2).active_tail == 0
+    assert SWAAConfig(prompt_tail=5).schedule(2) == Schedule.full(2)
+    assert SWAAConfig(8, force_fa_decode=[1], prompt_tail=5).schedule(2).active_tail == 5
+
+
+def test_presets_have_a_tail_where_decode_is_full_and_the_papers_have_none():
+    for preset in PRESETS.values():
+        assert preset.tail == (128 if preset.fa_decode else 0)
+        paper = get_preset(f"{preset.name}-paper")
+        assert paper.config(preset.n_layer or 4) == dataclasses.replace(
+            preset.config(preset.n_layer or 4), prompt_tail=0
+        )
+        assert not any("tail" in note for note in paper.notes)

@@ -30,14 +30,16 @@ def parse(text: str, of_file: Schedule | None = STORED) -> list[Variant]:
         ("w2048 k100 fadec 1::2", Schedule(2048, 100, (P, F, P, F))),
         ("1,3 w64", Schedule(64, 0, (A, F, A, F))),
         ("w64  0-2", Schedule(64, 0, (F, F, F, A))),
-        ("half", Schedule(2048, 0, (F, P, F, P))),
+        ("w64 fadec tail5", Schedule(64, 0, (P, P, P, P), 5)),
+        ("half", Schedule(2048, 0, (F, P, F, P), 128)),
+        ("half-paper", Schedule(2048, 0, (F, P, F, P))),
         ("streaming", Schedule(2048, 0, (A, A, A, A))),
     ],
 )
 def test_a_variant_is_a_name_or_words(text, schedule):
     [variant] = parse(text)
-    if text in ("half", "streaming"):  # presets bring their own sinks
-        schedule = Schedule(schedule.window, variant.schedule.sinks, schedule.layer_modes)
+    if text in ("half", "half-paper", "streaming"):  # presets bring their own sinks
+        schedule = Schedule(schedule.window, variant.schedule.sinks, schedule.layer_modes, schedule.tail)
     assert variant == Variant(" ".join(text.split()), schedule)
 
 
@@ -68,6 +70,7 @@ def test_the_window_is_known_where_there_is_one():
         ("", "empty variant"),
         ("k100", "'k100': it needs a window: w2048, or naive"),
         ("fadec", "needs a window"),
+        ("w8 tail5", "a tail needs FA decode: fadec"),
         ("think", "unknown word 'think'"),
         ("w2048 wide", "unknown word 'wide'; a variant is full, naive, file, a preset"),
         ("w0", "between 1 and"),
@@ -143,7 +146,9 @@ def test_words_of_another_command_and_contradictions_are_refused(text, words, re
         parse_variants(text, 4, STORED, words=words)
 
 
-@pytest.mark.parametrize("text", ["full", "w8 k0", "w8 k1 fadec 0-2", "w8 k1 0-1,3", "w2048 k100 fadec 1,3"])
+@pytest.mark.parametrize(
+    "text", ["full", "w8 k0", "w8 k1 fadec 0-2", "w8 k1 0-1,3", "w2048 k100 fadec 1,3", "w8 k0 fadec 0 tail5"]
+)
 def test_a_schedule_has_words_that_mean_it(text):
     [variant] = parse(text)
     assert in_words(variant.schedule) == text

@@ -135,6 +135,7 @@ def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> 
     from swaa_local.model_file.schedule_keys import (
         KEY_LAYER_MODES,
         KEY_SINKS,
+        KEY_TAIL,
         KEY_VERSION,
         KEY_WINDOW,
         SCHEDULE_VERSION,
@@ -159,6 +160,8 @@ def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> 
             self.add_uint32(KEY_VERSION, SCHEDULE_VERSION)
             self.add_uint32(KEY_WINDOW, schedule["window"])
             self.add_uint32(KEY_SINKS, schedule["sinks"])
+            if schedule["tail"]:
+                self.add_uint32(KEY_TAIL, schedule["tail"])
             self.add_key_value(KEY_LAYER_MODES, modes, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
         n_bytes = sum(tensor.nbytes for shard in self.tensors for tensor in shard.values())
         emit(writing=n_bytes, architecture=architecture, file_type=int(keys.get("general.file_type", 0)))

@@ -12,6 +12,7 @@ from swaa_local.eval.tasks.base import Question, Task, TaskError
 from swaa_local.eval.tasks.essay import Essay
 from swaa_local.eval.tasks.facts_task import Facts
 from swaa_local.eval.tasks.needles import Needles
+from swaa_local.eval.tasks.quoting import Quoting
 from swaa_local.eval.tasks.tracking import VariableTracking
 
 __all__ = ["GROUPS", "TASKS", "Question", "Task", "TaskError", "make_tasks", "needs_haystack"]
@@ -24,6 +25,7 @@ _ESSAY_TASKS: dict[str, Callable[[str, Essay], Task]] = {
     "niah_multikey_1": lambda name, essay: Needles(name, "essay", n_keys=4, essay=essay),
     "niah_multivalue": lambda name, essay: Needles(name, "essay", n_values=4, essay=essay),
     "niah_multiquery": lambda name, essay: Needles(name, "essay", n_queries=4, essay=essay),
+    "quote": Quoting,
 }
 _OTHERS: tuple[Task, ...] = (
     Facts("facts_statements", "statements"),
@@ -43,7 +45,7 @@ TASKS: tuple[str, ...] = (
 GROUPS: dict[str, tuple[str, ...]] = {
     "facts": ("facts_statements", "facts_sections"),
     "ruler": tuple(task.name for task in _OTHERS if not isinstance(task, Facts)),
-    "ruler-synth": tuple(name + SYNTH for name in _ESSAY_TASKS),
+    "ruler-synth": tuple(name + SYNTH for name in _ESSAY_TASKS if name.startswith("niah")),
 }
 """Names that stand for several tasks."""
 
