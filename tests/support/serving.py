@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class Running:
             with error:
                 return error.code, json.loads(error.read())
 
-    def stream(self, path: str, body: Any, timeout: float = 120) -> Iterator[Any]:
+    def stream(self, path: str, body: Any, timeout: float = 120) -> Generator[Any, None, None]:
         """The JSON of each server-sent event. Closing the iterator closes the connection."""
         request = urllib.request.Request(self.url + path, data=json.dumps(body | {"stream": True}).encode())
         request.add_header("Content-Type", "application/json")
