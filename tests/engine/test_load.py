@@ -203,6 +203,14 @@ MALFORMED = {
     "modes no array": ({"swaa.layer_modes": 2}, "swaa.layer_modes", ""),
     "modes of another type": ({"swaa.layer_modes": array([2.0, 0.0, 1.0, 2.0], T.FLOAT32)}, "swaa.layer_modes", ""),
     "modes as bytes": ({"swaa.layer_modes": array([2, 0, 1, 2], T.UINT8)}, "swaa.layer_modes", ""),
+    "tail too large": ({"swaa.tail": 2**30 + 1}, "swaa.tail", "1073741825"),
+    "tail of another type": ({"swaa.tail": "five"}, "swaa.tail", "str"),
+    "tail negative": ({"swaa.tail": -1}, "swaa.tail", "i32"),
+    "tail without the others": (
+        {"swaa.tail": 5, "swaa.version": None, "swaa.window": None, "swaa.sinks": None, "swaa.layer_modes": None},
+        "swaa.version",
+        "",
+    ),
     "only a version": (
         {"swaa.window": None, "swaa.sinks": None, "swaa.layer_modes": None},
         r"swaa\.(window|sinks|layer_modes)",

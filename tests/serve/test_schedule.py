@@ -9,12 +9,15 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from llama_cpp.llama_cpp import llama_get_logits_ith
 
 from swaa_local import Llama
 from tests.support.program import fails
@@ -37,6 +40,11 @@ SIZES = ("-c", "8192", "-kvu", "-b", "64", "-ub", "32")
 Make = Callable[..., Path]
 
 
+def phases(n_prompt: int, tail: int) -> list[bool]:
+    """Of each token of a prompt that is not in the cache, whether it is decoded."""
+    return [position >= n_prompt - tail for position in range(n_prompt)]
+
+
 class Alone:
     """The same model in this process."""
 
@@ -47,15 +55,25 @@ class Alone:
         """Greedy tokens, where what was evaluated for the last prompt is not evaluated again."""
         return [int(token) for _, token in zip(range(n), self._llm.generate(prompt, temp=0.0), strict=False)]
 
-    def complete(self, prompt: Sequence[int], n: int, *, last_is_decode: bool = False) -> list[int]:
-        """Greedy tokens after a cold prefill. last_is_decode: take the prompt's last token for a generated one."""
+    def complete(self, prompt: Sequence[int], n: int, *, tail: int = 0) -> list[int]:
+        """Greedy tokens after a cold prefill of all but the last `tail` tokens, which are decoded."""
+        return self.complete_as(prompt, phases(len(prompt), tail), n)
+
+    def read(self, prompt: Sequence[int], decoded: Sequence[bool]) -> np.ndarray:
+        """A cold start, each token in its phase; log probabilities of the next token."""
         llm = self._llm
-        tokens: list[int] = []
         llm.reset()
         llm._forget()
-        llm.eval(prompt[:-1] if last_is_decode else prompt)
-        if last_is_decode:
-            llm.eval(prompt[-1:], decode=True)
+        for decode, run in groupby(zip(prompt, decoded, strict=True), key=itemgetter(1)):
+            llm.eval([token for token, _ in run], decode=decode)
+        logits = np.ctypeslib.as_array(llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).astype(np.float64)
+        return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+    def complete_as(self, prompt: Sequence[int], decoded: Sequence[bool], n: int) -> list[int]:
+        """Greedy tokens after a cold start, each token of the prompt in its phase."""
+        llm = self._llm
+        tokens: list[int] = []
+        self.read(prompt, decoded)
         while len(tokens) < n:
             tokens.append(int(llm.sample(temp=0.0)))
             llm.eval(tokens[-1:], decode=True)
@@ -105,7 +123,7 @@ def test_a_guess_by_the_batch_would_show(prefilling: Path) -> None:
     """The premise of the test above: taken for a generated token, the last one changes the answer."""
     alone = Alone(prefilling)
     prompt = random_tokens(401, seed=8)
-    assert alone.complete(prompt, 16) != alone.complete(prompt, 16, last_is_decode=True)
+    assert alone.complete(prompt, 16) != alone.complete(prompt, 16, tail=1)
 
 
 def test_slots_decode_while_another_prefills(scheduled: tuple[Running, Alone]) -> None:

@@ -28,7 +28,14 @@ GPU_LAYERS = int(os.environ.get("SWAA_TEST_GPU_LAYERS", "0"))
 # by 0.02 sigma. Different masks are an order of magnitude further apart.
 GPU_TOLERANCE = 0.03
 
-PATCH_SYMBOLS = ("llama_model_swaa_set", "llama_model_swaa_get", "llama_swaa_set_prompt_end", "llama_swaa_kv_bytes")
+PATCH_SYMBOLS = (
+    "llama_model_swaa_set",
+    "llama_model_swaa_get",
+    "llama_model_swaa_set_tail",
+    "llama_model_swaa_tail",
+    "llama_swaa_set_prompt_end",
+    "llama_swaa_kv_bytes",
+)
 MISSING_SYMBOLS = [name for name in PATCH_SYMBOLS if not hasattr(_lib, name)]
 
 if not MISSING_SYMBOLS:
@@ -38,6 +45,10 @@ if not MISSING_SYMBOLS:
     _lib.llama_model_swaa_set.restype = ctypes.c_int32
     _lib.llama_model_swaa_get.argtypes = [ctypes.c_void_p, _u32_p, _u32_p, _u8_p, ctypes.c_size_t]
     _lib.llama_model_swaa_get.restype = ctypes.c_bool
+    _lib.llama_model_swaa_set_tail.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+    _lib.llama_model_swaa_set_tail.restype = ctypes.c_int32
+    _lib.llama_model_swaa_tail.argtypes = [ctypes.c_void_p]
+    _lib.llama_model_swaa_tail.restype = ctypes.c_uint32
     _lib.llama_swaa_set_prompt_end.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
     _lib.llama_swaa_set_prompt_end.restype = None
     _lib.llama_swaa_kv_bytes.argtypes = [ctypes.c_void_p]
@@ -103,6 +114,16 @@ class EngineModel:
         if not _lib.llama_model_swaa_get(self.ptr, window, sinks, modes, self.n_layer):
             return None
         return Sched(window.value, sinks.value, tuple(modes))
+
+    def set_tail(self, n_tail: int) -> None:
+        with captured_log() as log:
+            rc = _lib.llama_model_swaa_set_tail(self.ptr, n_tail)
+        if rc != 0:
+            raise EngineError("".join(log))
+
+    @property
+    def tail(self) -> int:
+        return int(_lib.llama_model_swaa_tail(self.ptr))
 
     def context(self, **kwargs: Any) -> EngineContext:
         return EngineContext(self, **kwargs)

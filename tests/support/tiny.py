@@ -38,12 +38,13 @@ ARCHES = ("llama", "qwen2", "qwen3", "qwen3moe")
 
 
 class ScheduleKeys(NamedTuple):
-    """The four `swaa.*` values of a GGUF (DESIGN section 3), unchecked, so that bad files can be written too."""
+    """The `swaa.*` values of a GGUF (DESIGN section 3), unchecked, so that bad files can be written too."""
 
     window: int
     sinks: int
     layer_modes: Sequence[int]
     version: int = 1
+    tail: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def write_tiny_gguf(
         writer.add_uint32("swaa.window", schedule.window)
         writer.add_uint32("swaa.sinks", schedule.sinks)
         writer.add_array("swaa.layer_modes", [int(m) for m in schedule.layer_modes])
+        if (tail := getattr(schedule, "tail", None)) is not None:
+            writer.add_uint32("swaa.tail", tail)
     for key, value in (extra or {}).items():
         _add(writer, key, value)
     for name, array in (tiny_weights(shape, seed) if weights is None else weights).items():

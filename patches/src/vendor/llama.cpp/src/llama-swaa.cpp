@@ -29,6 +29,7 @@ static const char * const LLAMA_SWAA_KEY_VERSION     = "swaa.version";
 static const char * const LLAMA_SWAA_KEY_WINDOW      = "swaa.window";
 static const char * const LLAMA_SWAA_KEY_SINKS       = "swaa.sinks";
 static const char * const LLAMA_SWAA_KEY_LAYER_MODES = "swaa.layer_modes";
+static const char * const LLAMA_SWAA_KEY_TAIL        = "swaa.tail";
 
 // far above any context, low enough for sums of positions, windows and sinks to fit a llama_pos
 static constexpr uint32_t LLAMA_SWAA_MAX_TOKENS = 1u << 30;
@@ -49,7 +50,7 @@ llama_swaa_mode llama_swaa_schedule::mode(int32_t il) const {
     return (llama_swaa_mode) modes.at(il);
 }
 
-bool llama_swaa_schedule::operator==(const llama_swaa_schedule & other) const {
+bool llama_swaa_schedule::is_compatible(const llama_swaa_schedule & other) const {
     return window == other.window && n_sink == other.n_sink && modes == other.modes;
 }
 
@@ -110,7 +111,7 @@ void llama_swaa_schedule::state_check(llama_io_read_i & io) const {
         throw std::runtime_error("the swaa schedule of the state is corrupt");
     }
 
-    if (!(saved == *this)) {
+    if (!is_compatible(saved)) {
         throw std::runtime_error(format("the state was saved under another swaa schedule: %s; the context has: %s",
                     saved.str().c_str(), str().c_str()));
     }
@@ -120,7 +121,8 @@ void llama_swaa_schedule::state_check(llama_io_read_i & io) const {
 // loading
 //
 
-static uint32_t llama_swaa_get_u32(const llama_model_loader & ml, const char * key) {
+// val_default - what a missing key stands for, NULL: it is needed
+static uint32_t llama_swaa_get_u32(const llama_model_loader & ml, const char * key, const uint32_t * val_default = nullptr) {
     const auto it = ml.kv_overrides.find(key);
     if (it != ml.kv_overrides.end()) {
         const auto & ovrd = it->second;
@@ -138,6 +140,9 @@ static uint32_t llama_swaa_get_u32(const llama_model_loader & ml, const char * k
 
     const int64_t kid = gguf_find_key(meta, key);
 
+    if (kid < 0 && val_default) {
+        return *val_default;
+    }
     if (kid < 0) {
         throw std::runtime_error(format("key %s is missing, but the file has other swaa.* keys", key));
     }
@@ -146,6 +151,12 @@ static uint32_t llama_swaa_get_u32(const llama_model_loader & ml, const char * k
     }
 
     return gguf_get_val_u32(meta, kid);
+}
+
+static void llama_swaa_validate_tail(uint32_t n_tail) {
+    if (n_tail > LLAMA_SWAA_MAX_TOKENS) {
+        throw std::runtime_error(format("%s = %u, expected 0 to %u", LLAMA_SWAA_KEY_TAIL, n_tail, LLAMA_SWAA_MAX_TOKENS));
+    }
 }
 
 // throws if the values do not make a schedule for a model of n_layer layers
@@ -191,6 +202,9 @@ static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, uint32
 
     res.window = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_WINDOW);
     res.n_sink = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_SINKS);
+    res.n_tail = llama_swaa_get_u32(ml, LLAMA_SWAA_KEY_TAIL, &res.n_tail);
+
+    llama_swaa_validate_tail(res.n_tail);
 
     if (res.window == 0) {
         throw std::runtime_error(format("%s = 0, expected at least 1", LLAMA_SWAA_KEY_WINDOW));
@@ -356,7 +370,7 @@ void llama_swaa_load(llama_model & model, const llama_model_loader & ml) {
         throw std::runtime_error(format("the file has a swaa schedule, but the model cannot: %s", reason.c_str()));
     }
 
-    LLAMA_LOG_INFO("%s: %s\n", __func__, schedule.str().c_str());
+    LLAMA_LOG_INFO("%s: %s, tail = %u\n", __func__, schedule.str().c_str(), schedule.n_tail);
 
     model.swaa = std::move(schedule);
 }
@@ -374,6 +388,11 @@ void llama_swaa_save(const llama_model & model, gguf_context * meta) {
     gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_WINDOW,      schedule.window);
     gguf_set_val_u32 (meta, LLAMA_SWAA_KEY_SINKS,       schedule.n_sink);
     gguf_set_arr_data(meta, LLAMA_SWAA_KEY_LAYER_MODES, GGUF_TYPE_INT32, modes.data(), modes.size());
+
+    // other readers of schedules need not know the key if there is no tail
+    if (schedule.n_tail > 0) {
+        gguf_set_val_u32(meta, LLAMA_SWAA_KEY_TAIL, schedule.n_tail);
+    }
 }
 
 //
@@ -448,4 +467,29 @@ bool llama_model_swaa_get(
     }
 
     return true;
+}
+
+int32_t llama_model_swaa_set_tail(llama_model * model, uint32_t n_tail) {
+    try {
+        llama_swaa_validate_tail(n_tail);
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
+        return -1;
+    }
+
+    if (!model->swaa.any()) {
+        if (n_tail > 0) {
+            LLAMA_LOG_ERROR("%s: a tail of %u tokens is part of a swaa schedule, but the model has none\n", __func__, n_tail);
+            return -1;
+        }
+        return 0;
+    }
+
+    model->swaa.n_tail = n_tail;
+
+    return 0;
+}
+
+uint32_t llama_model_swaa_tail(const llama_model * model) {
+    return model->swaa.n_tail;
 }

@@ -37,6 +37,10 @@ struct llama_swaa_schedule {
     uint32_t window = 0;
     uint32_t n_sink = 0;
 
+    // how many tokens at the end of a prompt are decoded, for whoever tells the memory where prompts end
+    // it decides nothing of what a memory holds, so states of another tail are as good
+    uint32_t n_tail = 0;
+
     std::vector<uint8_t> modes; // llama_swaa_mode of each layer, empty: no schedule
 
     // true if at least one layer is windowed
@@ -46,9 +50,10 @@ struct llama_swaa_schedule {
 
     llama_swaa_mode mode(int32_t il) const;
 
-    bool operator==(const llama_swaa_schedule & other) const;
+    // whether a memory holds and shows the same under both, whatever their tails
+    bool is_compatible(const llama_swaa_schedule & other) const;
 
-    // short description for logs and errors
+    // short description of what a memory holds and shows, for logs and errors
     std::string str() const;
 
     void state_write(llama_io_write_i & io) const;

@@ -1,14 +1,19 @@
-// A schedule in the server: what cannot work with it, and how far back a ring holds what is needed
+// A schedule in the server: what cannot work with it, the tail of a request, and how far back a ring holds what is needed
 //
-// Relies on, of llama.cpp: the C interface alone (llama_model_swaa_get()); the list of ways to draft, common_speculative_type;
-// and of server-context.cpp the arithmetic of checkpoints, in which n_swa is how many tokens before the next are needed.
+// Relies on, of llama.cpp: the C interface alone (llama_model_swaa_get(), llama_model_swaa_tail()); the list of ways to draft,
+// common_speculative_type; and of server-context.cpp the arithmetic of checkpoints, in which n_swa is how many tokens before
+// the next are needed.
 
 #include "server-swaa.h"
 
 #include "speculative.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
+
+// as llama_model_swaa_set_tail()
+static constexpr int32_t SERVER_SWAA_MAX_TAIL = 1 << 30;
 
 static std::vector<uint8_t> server_swaa_modes(const llama_model * model) {
     std::vector<uint8_t> res(llama_model_n_layer(model));
@@ -24,6 +29,37 @@ bool server_swaa_has_ring(const llama_model * model) {
     const auto modes = server_swaa_modes(model);
 
     return std::find(modes.begin(), modes.end(), LLAMA_SWAA_MODE_ALWAYS) != modes.end();
+}
+
+json server_swaa_props(const llama_model * model) {
+    uint32_t window = 0;
+    uint32_t n_sink = 0;
+
+    if (!llama_model_swaa_get(model, &window, &n_sink, nullptr, 0)) {
+        return nullptr;
+    }
+
+    // in the letters of the log and of overrides
+    std::string layer_modes;
+    for (const auto mode : server_swaa_modes(model)) {
+        layer_modes += "FPA"[mode];
+    }
+
+    return {
+        { "window",      window },
+        { "sinks",       n_sink },
+        { "layer_modes", layer_modes },
+        { "tail",        llama_model_swaa_tail(model) },
+    };
+}
+
+int32_t server_swaa_parse_tail(const json & value) {
+    // a conversion alone would take a fraction or a truth value for a number, and the largest are negative
+    const int64_t n_tail = value.is_number_integer() ? value.get<int64_t>() : -1;
+    if (n_tail < 0 || n_tail > SERVER_SWAA_MAX_TAIL) {
+        throw std::invalid_argument(string_format("%s is not a number of tokens, an integer from 0 to %d", safe_json_to_str(value).c_str(), SERVER_SWAA_MAX_TAIL));
+    }
+    return n_tail;
 }
 
 std::string server_swaa_refusal(const llama_model * model, const llama_model * model_dft, const common_params & params) {

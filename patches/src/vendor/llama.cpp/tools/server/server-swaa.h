@@ -2,6 +2,7 @@
 
 #include "common.h"
 #include "llama.h"
+#include "server-common.h"
 
 #include <string>
 
@@ -9,6 +10,12 @@
 
 // whether the schedule keeps rings, whose dropped tokens cannot be gone back to
 bool server_swaa_has_ring(const llama_model * model);
+
+// the schedule as the server tells it, null if there is none
+json server_swaa_props(const llama_model * model);
+
+// what a request says of the tail of its prompt, throws if it is not a number of tokens
+int32_t server_swaa_parse_tail(const json & value);
 
 // why the server cannot do what the parameters ask for under the schedule of the model, empty: it can
 // model_dft - the draft model or NULL
