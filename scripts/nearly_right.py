@@ -69,6 +69,7 @@ _COMPLETION = {
     "n_probs": 2,
     "min_keep": 1,
     "n_keep": 0,
+    "prompt_tail": 3,
     "n_indent": 0,
     "t_max_predict_ms": 1000,
     "response_fields": ["content"],
