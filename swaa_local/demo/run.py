@@ -40,10 +40,10 @@ _UBATCH = 256
 _ROWS = (
     ("full attention", "full direct"),
     ("naive window", "naive direct"),
-    ("+ sinks", "naive sinks direct"),
-    ("+ FA decode", "naive fadec direct"),
-    ("+ full layers", "naive layers direct"),
-    ("+ thinking first", "naive think"),
+    ("window, sinks", "naive sinks direct"),
+    ("window, FA decode", "naive fadec direct"),
+    ("window, full layers", "naive layers direct"),
+    ("window, thinking first", "naive think"),
     ("all four", "file think"),
 )
 """What a row is called, and the variant it is; the last one is what the file recommends."""

@@ -344,6 +344,7 @@ def judge(question: QuestionRecord, answer: str, finish: str, distractors: Seque
 
 def _warm_up(answerer: Any, question: QuestionRecord) -> None:
     """A new context's first evaluation also reads weights and compiles kernels; that is no prefill time."""
+    answerer.llm.reset()  # where only the tail has changed, the context is the old one
     answerer.llm.eval(answerer.prompt(question.prompt).tokens[:_WARM_UP_TOKENS])
     answerer.llm.reset()
 

@@ -55,7 +55,7 @@ class ScheduleOptions:
             stored = read_stored()
             if stored is None:
                 raise ScheduleError(
-                    "--tail needs a schedule and the file has none: add --window TOKENS or --preset NAME"
+                    "the file has no schedule for --tail to change; add --window TOKENS or --preset NAME"
                 )
             return replace(stored.config(), prompt_tail=self.tail)
 

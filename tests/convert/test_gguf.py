@@ -129,11 +129,24 @@ def test_presets_and_options_on_top(tmp_path, tiny_model):
     done = run("convert", tiny_model, "-o", out, "--preset", "HALF", "--window", 64)
     assert done.returncode == 0, done.stderr
     assert "FA decode speeds up reading" in " ".join(done.stderr.split())
-    assert read_schedule(out) == Schedule(64, 100, (F, P, F, P))
+    assert read_schedule(out) == Schedule(64, 100, (F, P, F, P), 128)
     message = fails("convert", tiny_model, "-o", tmp_path / "b.gguf", "--preset", "qwen3-4b")
     assert "published for a model of 36 layers, and this one has 4" in message
     succeeds("convert", tiny_model, "-o", tmp_path / "b.gguf", "--preset", "qwen3-4b", "--clip-layers")
-    assert read_schedule(tmp_path / "b.gguf") == Schedule(2048, 100, (P, F, P, F))
+    assert read_schedule(tmp_path / "b.gguf") == Schedule(2048, 100, (P, F, P, F), 128)
+
+
+def test_a_tail_of_its_own_and_of_another_schedule(tmp_path, tiny_model):
+    first, second, third = (tmp_path / f"{name}.gguf" for name in "abc")
+    succeeds("convert", tiny_model, "-o", first, "--window", 16, "--sinks", 2, "--fa-decode", "--tail", 40)
+    assert read_schedule(first) == Schedule(16, 2, (P,) * 4, 40)
+    succeeds("convert", first, "-o", second, "--tail", 8)
+    assert read_schedule(second) == Schedule(16, 2, (P,) * 4, 8)
+    succeeds("convert", tiny_model, "-o", third, "--preset", "half-paper")
+    assert read_schedule(third) == Schedule(2048, 100, (F, P, F, P))
+    assert "tail 40" in succeeds("inspect", first)
+    message = fails("convert", tiny_model, "-o", tmp_path / "d.gguf", "--tail", 8)
+    assert "the file has no schedule for --tail to change; add --window TOKENS or --preset NAME" in message
 
 
 def test_fa_decode_by_layer(tmp_path, tiny_model):

@@ -19,7 +19,15 @@ from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys
 
 pytestmark = pytest.mark.usefixtures("engine")
 
-TITLES = ["full attention", "naive window", "+ sinks", "+ FA decode", "+ full layers", "+ thinking first", "all four"]
+TITLES = [
+    "full attention",
+    "naive window",
+    "window, sinks",
+    "window, FA decode",
+    "window, full layers",
+    "window, thinking first",
+    "all four",
+]
 
 
 @pytest.fixture(scope="module")

@@ -271,3 +271,14 @@ def test_wrong_names_and_missing_texts_are_refused():
         make_tasks(["nope"])
     with pytest.raises(TaskError, match=r"niah_single_2 needs a text: --haystack FILE, or take niah_single_2-synth"):
         make_tasks(["niah_single_2"])
+
+
+def test_a_quote_stands_once_in_the_text_and_is_asked_for_by_its_author():
+    question = make("quote-synth", 2000)
+    [quote] = question.references
+    assert len(quote.split()) == 10
+    assert question.prompt.count(quote) == 1
+    assert question.needle_at is not None
+    author = question.answer_prefix.removeprefix("The ledger of ").removesuffix(" says:")
+    assert question.prompt[question.needle_at :].startswith(f"The ledger of {author} says: {quote}.")
+    assert question.prompt.endswith(f"Repeat, word for word, what the ledger of {author} says in the text.")
