@@ -109,7 +109,6 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
                 if isinstance(paper.force_fa_decode, bool)
                 else list(paper.force_fa_decode),
                 "non_sliding_layers": list(paper.non_sliding_layers),
-                "prompt_tail": paper.prompt_tail,
             },
         }
     return {

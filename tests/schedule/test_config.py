@@ -158,12 +158,12 @@ def test_clip_layers_drops_what_is_past_the_last_layer():
 
 def test_published_presets():
     odd, even = tuple(range(1, 36, 2)), tuple(range(0, 48, 2))
-    assert get_preset("qwen3-4b").config() == SWAAConfig(2048, 100, True, odd)
-    assert get_preset("Qwen3-4B-w4096").config() == SWAAConfig(4096, 100, True, odd)
-    assert get_preset("qwen3-30b-a3b").config() == SWAAConfig(2048, 100, True, even)
-    assert get_preset("llama-3.1-8b").config(32) == SWAAConfig(2048, 100, True, even[:16])
+    assert get_preset("qwen3-4b-paper").config() == SWAAConfig(2048, 100, True, odd)
+    assert get_preset("Qwen3-4B-w4096-paper").config() == SWAAConfig(4096, 100, True, odd)
+    assert get_preset("qwen3-30b-a3b-paper").config() == SWAAConfig(2048, 100, True, even)
+    assert get_preset("llama-3.1-8b-paper").config(32) == SWAAConfig(2048, 100, True, even[:16])
     light = (0, 1, 4, 5, 8, 9, 10, 11, 13, 14, 21, 23, 24, 25, 26, 27)
-    assert get_preset("llama-3.1-8b-lighttransfer").config() == SWAAConfig(2048, 100, True, light)
+    assert get_preset("llama-3.1-8b-lighttransfer-paper").config() == SWAAConfig(2048, 100, True, light)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
@@ -254,4 +254,4 @@ def test_presets_have_a_tail_where_decode_is_full_and_the_papers_have_none():
         assert paper.config(preset.n_layer or 4) == dataclasses.replace(
             preset.config(preset.n_layer or 4), prompt_tail=0
         )
-        assert not any("tail" in note for note in paper.notes)
+        assert not any("tail of" in note for note in paper.notes)
