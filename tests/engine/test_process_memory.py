@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from swaa_local.engine.process_memory import peak_rss_bytes, reset_peak_rss, rss_bytes
-from tests.support.program import environment
+from swaa_local.engine.process_memory import peak_rss_bytes
+from tests.support.program import ROOT, environment
 
 _MIB = 1 << 20
 LARGE = 256 * _MIB
@@ -19,27 +19,30 @@ def filled(n_bytes: int) -> bytearray:
     return bytearray(b"x") * n_bytes
 
 
+def fresh(code: str) -> list[int]:
+    """The numbers that a process of its own prints: a long test run has freed much, which it would take again."""
+    head = (
+        "from swaa_local.engine.process_memory import peak_rss_bytes, reset_peak_rss, rss_bytes\n"
+        "from tests.engine.test_process_memory import filled\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", head + code], env=environment(), capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return [int(number) for number in done.stdout.split()]
+
+
 def test_what_is_taken_is_resident_memory() -> None:
-    before = rss_bytes()
-    taken = filled(LARGE)
-    after = rss_bytes()
-    assert before is not None
-    assert after is not None
+    before, after = fresh(f"before = rss_bytes(); taken = filled({LARGE}); print(before, rss_bytes())")
     assert LARGE - 16 * _MIB < after - before < LARGE + 16 * _MIB
-    del taken
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a part of a run is Linux's to tell")
 def test_the_peak_is_that_since_its_reset() -> None:
-    filled(LARGE)
-    peak = peak_rss_bytes()
-    assert reset_peak_rss()
-    start = rss_bytes()
-    filled(SMALL)
-    after = peak_rss_bytes()
-    assert peak is not None
-    assert start is not None
-    assert after is not None
+    reset, peak, start, after = fresh(
+        f"filled({LARGE}); peak = peak_rss_bytes(); reset = reset_peak_rss(); start = rss_bytes()\n"
+        f"filled({SMALL}); print(int(reset), peak, start, peak_rss_bytes())"
+    )
+    assert reset
     assert SMALL - 16 * _MIB < after - start < SMALL + 16 * _MIB
     assert peak > after + (LARGE - SMALL) // 2
 

@@ -65,7 +65,7 @@ class Alone:
         llm.reset()
         llm._forget()
         for decode, run in groupby(zip(prompt, decoded, strict=True), key=itemgetter(1)):
-            llm.eval([token for token, _ in run], decode=decode)
+            llm.eval([token for token, _ in run], decode=decode, ends_prompt=False)
         logits = np.ctypeslib.as_array(llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).astype(np.float64)
         return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
 
