@@ -51,7 +51,9 @@ def test_full_attention_and_the_recipe_find_the_facts(outcome, title):
     assert row.right >= 0.9 * N, [verdict.answer for verdict in row.verdicts]
 
 
-@pytest.mark.parametrize("title", ["naive window", "+ sinks", "+ FA decode", "+ full layers", "+ thinking first"])
+@pytest.mark.parametrize(
+    "title", ["naive window", "window, sinks", "window, FA decode", "window, full layers", "window, thinking first"]
+)
 def test_a_window_with_one_strategy_alone_does_not(outcome, title):
     [row] = [row for row in outcome.rows if row.title == title]
     assert row.right <= 0.3 * N, [verdict.answer for verdict in row.verdicts]
