@@ -194,7 +194,7 @@ def test_without_a_schedule_the_graph_is_upstream_s(tiny_model_factory, arch):
 def test_without_a_schedule_everything_is_bit_identical_to_the_unpatched_build(tiny_model_factory, arch):
     """Logits and state files, in a process of its own on the unpatched libraries (SWAA_STOCK_LIB=DIR).
 
-    All but flash attention with fewer than 64 tokens, which patches 0006 and 0015 compute in F32 where upstream sums an
+    All but flash attention with fewer than 64 tokens, which our kernels compute in F32 where upstream sums an
     F16 cache in F16: there the logits (of standard deviation 0.5) are near upstream's, and what is written to the cache
     with them.
     """
