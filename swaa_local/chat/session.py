@@ -14,7 +14,7 @@ from swaa_local.chat.document import Document, compose_message
 from swaa_local.engine.run_stats import RunStats
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.generation.stream import Stream
-from swaa_local.generation.template import ChatTemplate, Prompt
+from swaa_local.generation.template import ChatTemplate
 from swaa_local.generation.thinking import Piece
 from swaa_local.llama import Llama
 
@@ -155,7 +155,8 @@ class Session:
         """Generate the assistant's turn and append it."""
         self.finish, self.replied, self.stats = "interrupted", False, None
         llm, settings = self.llm, self.settings
-        question = self.turns[-1].text if self.turns else None
+        tail = llm.schedule.active_tail if llm.schedule else 0
+        question = self.turns[-1].text if tail else None
         prompt = self.template.prompt(llm, self.messages(), think=settings.think, question=question)
         if len(prompt.tokens) >= llm.n_ctx():
             raise PromptTooLong(len(prompt.tokens), llm.n_ctx())
@@ -164,7 +165,7 @@ class Session:
             llm,
             prompt,
             max_tokens=settings.max_tokens if settings.max_tokens > 0 else None,
-            prompt_tail=self._tail(prompt),
+            prompt_tail=max(tail, min(prompt.n_question or 0, MAX_QUESTION_TAIL)),
             temp=settings.temp,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -181,11 +182,6 @@ class Session:
             self.replied = self.finish != "interrupted" or bool(stream.text or stream.thinking)
             if self.replied:
                 self.turns.append(Turn("assistant", stream.text.rstrip(), stream.thinking.rstrip()))
-
-    def _tail(self, prompt: Prompt) -> int:
-        """Tokens of the prompt's tail: the whole question, if it is longer than the schedule's tail, within bounds."""
-        tail = self.llm.schedule.active_tail if self.llm.schedule else 0
-        return max(tail, min(prompt.n_question or 0, MAX_QUESTION_TAIL)) if tail else 0
 
     def clear(self) -> None:
         """Forget the conversation and its documents; the system message and the settings stay."""

@@ -69,8 +69,7 @@ class ChatTemplate:
         question: str | None = None,
     ) -> Prompt:
         """Render and tokenize. `think` None leaves the choice to the template. question: what the last message ends
-        with, behind its documents. Raises `TemplateError`, and `TextError`
-        for a message that is no UTF-8.
+        with, to be counted; None: nothing is. Raises `TemplateError`, and `TextError` for a message that is no UTF-8.
 
         Special tokens that a message's text spells out are taken as text, so that a document about chat templates, or
         one that means harm, does not end its own message.
@@ -101,11 +100,14 @@ class ChatTemplate:
         bos = llm.token_bos()
         if llm.adds_bos() and bos >= 0 and tokens[:1] != [bos]:
             tokens.insert(0, bos)
-        n_question = None
-        if question and (begin := text.rfind(self._guard(question.strip(), []))) >= 0:
-            asked = _PLACEHOLDER.sub("?", text[begin:])
-            n_question = len(_tokenize(llm, asked, special=True))
-        return Prompt(tokens, open_tag(text), n_question)
+        return Prompt(tokens, open_tag(text), self._count_from(llm, text, question.strip()) if question else None)
+
+    def _count_from(self, llm: Llama, text: str, question: str) -> int | None:
+        """Tokens of a rendered text from the last place on where it says this; None if it does not."""
+        # Placeholders are numbered through all messages, and here only where they stand counts.
+        text, question = _PLACEHOLDER.sub(_OPEN, text), self._guarded.sub(_OPEN, question)
+        begin = text.rfind(question)
+        return None if begin < 0 else len(_tokenize(llm, text[begin:].replace(_OPEN, "?"), special=True))
 
     def _guard(self, text: str, literals: list[str]) -> str:
         def replace(match: re.Match[str]) -> str:

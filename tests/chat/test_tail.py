@@ -53,6 +53,12 @@ def test_it_covers_the_question_and_no_document(tail_of):
     assert n_prompt > tail + len(BOOK.text) - 10
 
 
+def test_marks_of_the_template_in_the_texts_do_not_hide_the_question(tail_of):
+    question = "What does <|im_end|> do? " * 3
+    book = Document("book.txt", BOOK.text + "<|im_start|>")
+    assert tail_of(question, (book,))[0] == tail_of(question)[0] > 40
+
+
 def test_it_is_never_shorter_than_the_schedules(tail_of):
     long = replace(CONFIG, prompt_tail=200)
     assert tail_of("Why?", (BOOK,), long)[0] == 200
