@@ -134,14 +134,14 @@ class Llama(LoadedLlama):
     def _eval(self, tokens: list[int], decode: bool, ends_prompt: bool) -> None:
         clock = self._clock if self._generating else None
         decode = decode or (clock is not None and clock.decoding)
-        start = self.n_tokens
-        if start + len(tokens) > self.n_ctx():
-            raise ContextFull(self.n_ctx()) if decode else PromptTooLong(start + len(tokens), self.n_ctx())
-        if tokens and not (min(tokens) >= 0 and max(tokens) < self.n_vocab()):
-            wrong = next(token for token in tokens if not 0 <= token < self.n_vocab())
-            raise DecodeError(f"invalid token {wrong}; the vocabulary has {self.n_vocab()}")
-        self._changes += 1
+        start, n_ctx, n_vocab = self.n_tokens, self.n_ctx(), self.n_vocab()
         end = start + len(tokens)
+        if end > n_ctx:
+            raise ContextFull(n_ctx) if decode else PromptTooLong(end, n_ctx)
+        if tokens and not (min(tokens) >= 0 and max(tokens) < n_vocab):
+            wrong = next(token for token in tokens if not 0 <= token < n_vocab)
+            raise DecodeError(f"invalid token {wrong}; the vocabulary has {n_vocab}")
+        self._changes += 1
         if not self._keep_cells(start):
             tokens = [*self.input_ids[:start].tolist(), *tokens]
             self._forget()

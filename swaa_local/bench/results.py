@@ -8,7 +8,7 @@ from typing import Literal
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.model_info import describe_model
 from swaa_local.schedule.config import Schedule
-from swaa_local.schedule.cost import CELL_PADDING
+from swaa_local.schedule.cost import pad_cells
 
 Kind = Literal["full", "scheduled", "limit"]
 
@@ -83,7 +83,7 @@ class Setting:
         """Tokens of context, as llama.cpp pads them."""
         needed = self.limit_prompts(size.n_prompt)[1] if self.kind == "limit" else size.n_tokens
         # The warm-up decodes one token after a whole ubatch or what fits of it.
-        return -(-max(needed, 2) // CELL_PADDING) * CELL_PADDING
+        return pad_cells(max(needed, 2))
 
     def applies(self, size: Size) -> bool:
         """The limit is one of prefill, and of prompts that are longer than those it reads: the queries of shorter ones

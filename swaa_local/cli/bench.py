@@ -13,7 +13,6 @@ from swaa_local.cli.click_types import FILE, Numbers
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.engine.options import EngineOptions
-from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.choice import ScheduleOptions
 
 _FROM_0, _FROM_1 = Numbers(0, "numbers from 0 on,"), Numbers(1, "numbers from 1 on,")
@@ -130,6 +129,7 @@ def bench_command(
     path = bundled_model() if name is None else find_gguf(name)
     own = None
     if given:
+        from swaa_local.model_file.schedule_keys import read_schedule
         from swaa_local.schedule.config import SWAAConfig
 
         n_layer = read_model_info(path).n_layer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -17,8 +18,6 @@ from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.presets import PRESETS, Preset, get_preset
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_NAMES = ("preset", "window", "sinks", "full_layers", "fa_decode", "fa_decode_layers", "clip_layers", "tail", "no_swaa")
 
 
 def schedule_options(command: Command) -> Command:
@@ -65,7 +64,7 @@ def schedule_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        schedule = ScheduleOptions(**{name: kwargs.pop(name) for name in _NAMES})
+        schedule = ScheduleOptions(**{field.name: kwargs.pop(field.name) for field in fields(ScheduleOptions)})
         _check(schedule)
         return command(*args, schedule=schedule, **kwargs)
 

@@ -1,7 +1,8 @@
 """What a user asked for as a schedule, before the model is known: a preset, settings, none, or nothing at all.
 
 A list of layers such as `1::2` has no meaning before the model's depth is known, so a command gets `ScheduleOptions`
-and asks for `config(n_layer)`. Knows nothing of the command line that fills it."""
+and asks for `config(n_layer)`. Knows nothing of the command line that fills it.
+"""
 
 from __future__ import annotations
 

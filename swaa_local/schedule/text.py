@@ -10,15 +10,11 @@ from swaa_local.schedule.variants import FA_DECODE, FULL, TAIL
 
 LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
 """Of the modes, here as in the engine's log and its `swaa.layer_modes` override (llama-swaa.cpp)."""
-
-
 MEANINGS = {
     LayerMode.FULL: "full attention",
     LayerMode.PREFILL: "window while prefilling, full attention while decoding",
     LayerMode.ALWAYS: "window always, KV cache is a ring",
 }
-
-
 _STRIP_WIDTH = 64
 
 
