@@ -282,3 +282,12 @@ def test_a_quote_stands_once_in_the_text_and_is_asked_for_by_its_author():
     author = question.answer_prefix.removeprefix("The ledger of ").removesuffix(" says:")
     assert question.prompt[question.needle_at :].startswith(f"The ledger of {author} says: {quote}.")
     assert question.prompt.endswith(f"Repeat, word for word, what the ledger of {author} says in the text.")
+
+
+def test_a_question_that_stands_first_is_not_repeated_at_the_end():
+    question = make("quote_first-synth", 2000)
+    author = question.prompt.split("what the ledger of ")[1].split(" says")[0]
+    assert question.prompt.startswith("Repeat, word for word")
+    assert question.prompt.count(author) == 2  # in the question and in the sentence
+    assert author not in question.answer_prefix
+    assert question.prompt[question.needle_at :].startswith(f"The ledger of {author} says: {question.references[0]}.")

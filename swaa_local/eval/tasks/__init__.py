@@ -26,6 +26,7 @@ _ESSAY_TASKS: dict[str, Callable[[str, Essay], Task]] = {
     "niah_multivalue": lambda name, essay: Needles(name, "essay", n_values=4, essay=essay),
     "niah_multiquery": lambda name, essay: Needles(name, "essay", n_queries=4, essay=essay),
     "quote": Quoting,
+    "quote_first": lambda name, essay: Quoting(name, essay, question_first=True),
 }
 _OTHERS: tuple[Task, ...] = (
     Facts("facts_statements", "statements"),
