@@ -98,7 +98,7 @@ def bench_command(
       full     full attention
       file     the schedule of the file
       NAME     a preset; see --list-presets
-      words    a window w2048, and any of: sinks k100, FA decode fadec, full layers 1::2
+      words    a window w2048, and any of: sinks k100, FA decode fadec, full layers 1::2, tail tail128
     Any of them may be followed by fa or nofa (flash attention) and by a type of the KV cache, such as q8_0.
 
     \b
