@@ -19,7 +19,7 @@ _LENGTHS = Numbers(1, "positive numbers")
 def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    from swaa_local.eval.tasks import GROUPS, TASKS
+    from swaa_local.tasks import GROUPS, TASKS
 
     click.echo("\n".join([*(f"{name}: {', '.join(tasks)}" for name, tasks in GROUPS.items()), *TASKS]))
     ctx.exit()

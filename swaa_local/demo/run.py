@@ -20,12 +20,12 @@ from typing import Any
 
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
-from swaa_local.eval.scoring import MISS, score
-from swaa_local.eval.tasks.facts_task import spread
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.needle import documents as facts
 from swaa_local.schedule.variants import Variant, parse_variants
+from swaa_local.tasks.facts_task import spread
+from swaa_local.tasks.scoring import MISS, score
 
 MAX_LENGTH = 7680
 """Tokens, where the user does not say: more takes too long."""

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from swaa_local.demo.run import Asked, Outcome, Row, View
-from swaa_local.eval.scoring import wilson
 from swaa_local.needle import documents as facts
+from swaa_local.report.intervals import wilson
 from swaa_local.report.tables import markdown_table
 from swaa_local.report.terminal import Console
 from swaa_local.text.printable import printable

@@ -19,15 +19,15 @@ from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
 from swaa_local.eval.log import EvalLog
 from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
-from swaa_local.eval.scoring import MISS, Metric, Score, score
-from swaa_local.eval.tasks import Question, Task, make_tasks, needs_haystack
-from swaa_local.eval.tasks.datasets import Dataset, read_dataset
-from swaa_local.eval.tasks.essay import read_essay
 from swaa_local.eval.watch import SILENT, Watch
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.config import default_n_ubatch
 from swaa_local.schedule.variants import FILE, FULL, NAIVE, Variant, parse_variants, whole_in_window, without_schedule
+from swaa_local.tasks import Question, Task, make_tasks, needs_haystack
+from swaa_local.tasks.datasets import Dataset, read_dataset
+from swaa_local.tasks.essay import read_essay
+from swaa_local.tasks.scoring import MISS, Metric, Score, score
 
 _WARM_UP_TOKENS = 64
 

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
-from swaa_local.eval.scoring import wilson
+from swaa_local.report.intervals import wilson
 from swaa_local.report.tables import markdown_table
 from swaa_local.text.printable import printable, printable_json
 from swaa_local.text.units import format_bytes

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from swaa_local.eval.tasks.base import TaskError
 from swaa_local.files.input_file import read_input
 from swaa_local.needle.documents import Filler
+from swaa_local.tasks.base import TaskError
 
 _SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]\u2019\u201d]*\s+(?=["'(\[\u2018\u201c]*[A-Z0-9])""")
 

@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from swaa_local.eval.tasks import GROUPS, TASKS, Question, TaskError, make_tasks
-from swaa_local.eval.tasks.essay import Essay, read_essay, split_sentences
-from swaa_local.eval.tasks.facts_task import spread
+from swaa_local.tasks import GROUPS, TASKS, Question, TaskError, make_tasks
+from swaa_local.tasks.essay import Essay, read_essay, split_sentences
+from swaa_local.tasks.facts_task import spread
 
 # keys, values of each key, keys asked for, type of key, type of value
 NEEDLES = {

@@ -12,9 +12,9 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swaa_local.eval.tasks import words
-from swaa_local.eval.tasks.base import CountTokens, Question, sized
 from swaa_local.needle.documents import sample
+from swaa_local.tasks import words
+from swaa_local.tasks.base import CountTokens, Question, sized
 
 _SHORT = 4096  # tokens; below it RULER repeats words less often
 

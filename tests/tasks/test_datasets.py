@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from swaa_local.eval.tasks import TaskError
-from swaa_local.eval.tasks.datasets import read_dataset
+from swaa_local.tasks import TaskError
+from swaa_local.tasks.datasets import read_dataset
 
 
 def write(path: Path, *rows: Any) -> Path:

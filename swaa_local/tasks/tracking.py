@@ -12,10 +12,10 @@ import string
 from dataclasses import dataclass
 from itertools import pairwise
 
-from swaa_local.eval.tasks import words
-from swaa_local.eval.tasks.base import CountTokens, Question, sized
-from swaa_local.eval.tasks.needles import NOISE
 from swaa_local.needle.documents import sample
+from swaa_local.tasks import words
+from swaa_local.tasks.base import CountTokens, Question, sized
+from swaa_local.tasks.needles import NOISE
 
 N_HOPS = 4
 MAX_TOKENS = 30

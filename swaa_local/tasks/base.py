@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swaa_local.errors import SWAAError
-from swaa_local.eval.scoring import Metric
+from swaa_local.tasks.scoring import Metric
 
 
 class TaskError(SWAAError, ValueError):

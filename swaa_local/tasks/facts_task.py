@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from swaa_local.eval.tasks.base import CountTokens, Question, TaskError
 from swaa_local.needle import documents as facts
+from swaa_local.tasks.base import CountTokens, Question, TaskError
 
 MAX_TOKENS = 96
 """Of a reply with a thought such as the bundled model's."""

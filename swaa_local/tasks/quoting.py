@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from swaa_local.eval.tasks import words
-from swaa_local.eval.tasks.base import CountTokens, Question, sized
-from swaa_local.eval.tasks.essay import Essay
+from swaa_local.tasks import words
+from swaa_local.tasks.base import CountTokens, Question, sized
+from swaa_local.tasks.essay import Essay
 
 MAX_TOKENS = 96
 N_WORDS = 10

@@ -11,10 +11,10 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from swaa_local.eval.tasks import words
-from swaa_local.eval.tasks.base import CountTokens, Question, sized
-from swaa_local.eval.tasks.essay import Essay
 from swaa_local.needle.documents import sample
+from swaa_local.tasks import words
+from swaa_local.tasks.base import CountTokens, Question, sized
+from swaa_local.tasks.essay import Essay
 
 Haystack = Literal["noise", "needles", "essay"]
 

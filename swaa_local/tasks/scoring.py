@@ -9,7 +9,6 @@ The SWAA paper counts an answer as right or wrong: right is what has all that it
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,15 +53,3 @@ def _only_value(answer: str, reference: str, distractors: Sequence[str]) -> bool
     if not has(wanted) or any(has(other) for other in others if other != wanted):
         return False
     return not any(word.isdigit() and len(word) >= len(reference) and word != reference for word in words)
-
-
-def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default, as (low, high) between 0 and 1; n is at least 1.
-
-    Unlike the normal approximation it is sensible at 0 and at 100 %.
-    """
-    share = right / n
-    denominator = 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / denominator
-    half = z / denominator * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)

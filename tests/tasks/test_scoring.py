@@ -1,10 +1,10 @@
-"""Scores at their edges, and Wilson's interval against published values."""
+"""Scores at their edges."""
 
 from __future__ import annotations
 
 import pytest
 
-from swaa_local.eval.scoring import MISS, Score, score, wilson
+from swaa_local.tasks.scoring import MISS, Score, score
 
 
 @pytest.mark.parametrize(
@@ -49,18 +49,3 @@ def test_part_asks_for_one_of_them(metric):
 def test_a_value_must_stand_alone(answer, reference, right):
     distractors = ["11111", "blue lamp", "iron"] if reference != "iron kettle" else ["11111", "blue lamp"]
     assert score(answer, [reference], "value", distractors) == Score(float(right), right)
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    # Newcombe 1998, table I, method 3; and the closed forms at 0 and n.
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0),
-    ],
-)
-def test_wilsons_interval(right, n, low, high):
-    assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swaa_local.eval.scoring import Metric
-from swaa_local.eval.tasks.base import Question, TaskError
+from swaa_local.tasks.base import Question, TaskError
+from swaa_local.tasks.scoring import Metric
 
 # Answer lengths of RULER's tasks by the beginning of their names, in tokens, and the one measured by any reference.
 _RULER_TOKENS = {"niah": 128, "vt": 30, "variable_tracking": 30, "cwe": 120, "common_words": 120, "fwe": 50, "freq": 50}

@@ -1,4 +1,4 @@
-"""The tasks of `swaa-local eval` by name.
+"""Questions about long texts, and how their answers are judged: the tasks of `swaa-local eval` by name.
 
 Each module knows one kind of question; none knows models or files of results.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from swaa_local.eval.tasks.aggregation import CommonWords, FrequentWords
-from swaa_local.eval.tasks.base import Question, Task, TaskError
-from swaa_local.eval.tasks.essay import Essay
-from swaa_local.eval.tasks.facts_task import Facts
-from swaa_local.eval.tasks.needles import Needles
-from swaa_local.eval.tasks.quoting import Quoting
-from swaa_local.eval.tasks.tracking import VariableTracking
+from swaa_local.tasks.aggregation import CommonWords, FrequentWords
+from swaa_local.tasks.base import Question, Task, TaskError
+from swaa_local.tasks.essay import Essay
+from swaa_local.tasks.facts_task import Facts
+from swaa_local.tasks.needles import Needles
+from swaa_local.tasks.quoting import Quoting
+from swaa_local.tasks.tracking import VariableTracking
 
 __all__ = ["GROUPS", "TASKS", "Question", "Task", "TaskError", "make_tasks", "needs_haystack"]
 
