@@ -19,6 +19,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import crash, native
 from swaa_local.engine import log as engine_log
+from swaa_local.engine.answer_score import AnswerScore, token_scores
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.limits import check_number
@@ -41,6 +42,7 @@ from swaa_local.errors import (
 )
 
 __all__ = [
+    "AnswerScore",
     "BusyError",
     "ClosedError",
     "ContextChanged",
@@ -56,6 +58,9 @@ __all__ = [
     "TemplateError",
     "TrainedLengthWarning",
 ]
+
+_SCORED_AT_ONCE = 64
+"""Tokens of an answer whose logits, a row of the vocabulary's length each, are held at a time."""
 
 
 class Llama(LoadedLlama):
@@ -134,13 +139,11 @@ class Llama(LoadedLlama):
     def _eval(self, tokens: list[int], decode: bool, ends_prompt: bool) -> None:
         clock = self._clock if self._generating else None
         decode = decode or (clock is not None and clock.decoding)
-        start, n_ctx, n_vocab = self.n_tokens, self.n_ctx(), self.n_vocab()
+        start, n_ctx = self.n_tokens, self.n_ctx()
         end = start + len(tokens)
         if end > n_ctx:
             raise ContextFull(n_ctx) if decode else PromptTooLong(end, n_ctx)
-        if tokens and not (min(tokens) >= 0 and max(tokens) < n_vocab):
-            wrong = next(token for token in tokens if not 0 <= token < n_vocab)
-            raise DecodeError(f"invalid token {wrong}; the vocabulary has {n_vocab}")
+        self._check_tokens(tokens)
         self._changes += 1
         if not self._keep_cells(start):
             tokens = [*self.input_ids[:start].tolist(), *tokens]
@@ -168,25 +171,90 @@ class Llama(LoadedLlama):
             for _ in self._evaluate(tokens[n_prompt:], self.n_batch, 0, log):
                 pass
 
-    def _evaluate(self, tokens: list[int], step: int, n_windowed: int, log: engine_log.EngineLog) -> Iterator[int]:
+    def score(
+        self,
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        *,
+        reuse: bool = False,
+        temperatures: Sequence[float] = (1.0,),
+    ) -> AnswerScore:
+        """How likely the answer's tokens are behind the prompt, each after the ones before it (teacher-forced).
+
+        The prompt is read as a whole prompt is, tail included, and the answer as if it were generated; logits are
+        computed for the answer alone. reuse: keep what the cache has of the prompt, up to where its tail begins, so
+        that many questions about one text cost one reading; the score is that of a cold reading. Raises
+        `PromptTooLong`, with nothing evaluated, and `DecodeError`, also for an empty prompt or answer.
+        """
+        prompt, answer = [int(token) for token in prompt], [int(token) for token in answer]
+        with self._guard.step():
+            if not prompt or not answer:
+                raise DecodeError(f"nothing to score: {len(prompt)} tokens of prompt and {len(answer)} of answer")
+            if len(prompt) + len(answer) > self.n_ctx():
+                raise PromptTooLong(len(prompt) + len(answer), self.n_ctx())
+            self._check_tokens([*prompt, *answer])
+            kept = self._common_prefill(prompt) if reuse else 0
+            if kept and self._keep_cells(kept):
+                self.n_tokens = kept
+            else:
+                self._forget()
+            self._eval(prompt[self.n_tokens :], decode=False, ends_prompt=True)
+            scores = [token_scores(self.ctx, -1, answer[:1], self.n_vocab(), temperatures)]
+            with crash.step("scoring an answer"), engine_log.captured(self.verbose) as log:
+                done = 0
+                for end in self._evaluate(answer[:-1], min(_SCORED_AT_ONCE, self.n_batch), 0, log, all_logits=True):
+                    scores.append(token_scores(self.ctx, 0, answer[done + 1 : end + 1], self.n_vocab(), temperatures))
+                    done = end
+            return AnswerScore.joined(scores)
+
+    def synchronize(self) -> None:
+        """Wait for the device: it may still work when `eval` has returned, which matters to whoever reads a clock."""
+        with self._guard.look():
+            _c.llama_synchronize(self.ctx)
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        n_vocab = self.n_vocab()
+        if tokens and not (min(tokens) >= 0 and max(tokens) < n_vocab):
+            wrong = next(token for token in tokens if not 0 <= token < n_vocab)
+            raise DecodeError(f"invalid token {wrong}; the vocabulary has {n_vocab}")
+
+    def _common_prefill(self, prompt: list[int]) -> int:
+        """Tokens of this prompt that are in the cache and were read as it would read them: before its tail."""
+        most = min(self.n_tokens, self._prompt_end, len(prompt) - max(1, self._tail_of_prompt()))
+        if most <= 0:
+            return 0
+        differing = np.flatnonzero(self.input_ids[:most] != np.array(prompt[:most]))
+        return int(differing[0]) if len(differing) else most
+
+    def _evaluate(
+        self,
+        tokens: list[int],
+        step: int,
+        n_windowed: int,
+        log: engine_log.EngineLog,
+        *,
+        all_logits: bool = False,
+    ) -> Iterator[int]:
         """Evaluate in parts of `step` tokens, as llama.cpp divides a batch; yields the tokens done after each.
 
-        The first `n_windowed` are of another phase than the others, so no part has some of both.
+        The first `n_windowed` are of another phase than the others, so no part has some of both. all_logits: have those
+        of every token of the part, and not only of the last token of all.
         """
         for first, last in ((0, n_windowed), (n_windowed, len(tokens))):
             for batch in range(first, last, self.n_batch):
                 for begin in range(batch, min(batch + self.n_batch, last), step):
                     done = min(begin + step, batch + self.n_batch, last)
-                    self._decode(tokens[begin:done], log, last=done == len(tokens))
+                    n_logits = done - begin if all_logits else int(done == len(tokens))
+                    self._decode(tokens[begin:done], log, n_logits)
                     yield done
 
-    def _decode(self, tokens: list[int], log: engine_log.EngineLog, *, last: bool) -> None:
-        """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide."""
+    def _decode(self, tokens: list[int], log: engine_log.EngineLog, n_logits: int) -> None:
+        """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide. n_logits: 0, 1 or all of them."""
         n_past, n = self.n_tokens, len(tokens)
-        batch = self._make_batch(tokens, n_past, logits=last)
+        batch = self._make_batch(tokens, n_past, n_logits)
         with DeferInterrupt(abort=self.ctx if n > 1 else None):
             code = _c.llama_decode(self.ctx, batch)
-            self._n_logits = n if self.has_all_logits else int(last)
+            self._n_logits = n if self.has_all_logits else n_logits
             if code == 0:
                 self.input_ids[n_past : n_past + n] = tokens
                 if self.has_all_logits:

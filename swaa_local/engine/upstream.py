@@ -193,10 +193,12 @@ class LoadedLlama(llama_cpp.Llama):
         """Take everything behind the first `n_tokens` out of the cache; False if a ring lacks what they need."""
         return bool(self._ctx.kv_cache_seq_rm(-1, n_tokens, -1))
 
-    def _make_batch(self, tokens: Sequence[int], n_past: int, *, logits: bool) -> Any:
-        """The `llama_batch` of these tokens. logits: of the last one, also where not all are kept."""
-        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
-        if not (logits or self._logits_all or self.context_params.embeddings):
+    def _make_batch(self, tokens: Sequence[int], n_past: int, n_logits: int) -> Any:
+        """The `llama_batch` of these tokens. n_logits: wanted, where not all are kept anyway: of none, of the last
+        token, or of all."""
+        every = self._logits_all or n_logits > 1
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=every)
+        if not (n_logits or every or self.context_params.embeddings):
             self._batch.batch.logits[len(tokens) - 1] = False
         return self._batch.batch
 
