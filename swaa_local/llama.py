@@ -19,6 +19,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import crash, native
 from swaa_local.engine import log as engine_log
+from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.answer_score import AnswerScore, token_scores
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
 from swaa_local.engine.interrupt import DeferInterrupt
@@ -42,6 +43,7 @@ from swaa_local.errors import (
 )
 
 __all__ = [
+    "AdapterWarning",
     "AnswerScore",
     "BusyError",
     "ClosedError",
@@ -75,6 +77,8 @@ class Llama(LoadedLlama):
         `config.default_n_ubatch`.
     flash_attn: None leaves it to llama.cpp, as its own tools do.
     verbose: llama.cpp's log on stderr; off by default, unlike upstream.
+    lora_path, lora_scale: a LoRA adapter in GGUF and the factor of what it adds. An `AdapterWarning` names both, where
+        it was tuned on another model or for another schedule.
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
         may raise to stop; what was evaluated stays in the cache. Not pickled.
 
@@ -106,11 +110,11 @@ class Llama(LoadedLlama):
         """
         check_schedule_argument(swaa)
         with self._guard.step():
-            if self._replace_tail(swaa):
-                return
-            self._replace_context(swaa)
-            self._forget(cells=False)
-            self._prompt_end, self._clock = 0, None
+            if not self._replace_tail(swaa):
+                self._replace_context(swaa)
+                self._forget(cells=False)
+                self._prompt_end, self._clock = 0, None
+            self._warn_of_adapter(stacklevel=3)
 
     def reset(self) -> None:
         """Upstream's `reset`: start over, but reuse what the next prompt has in common with the cache."""

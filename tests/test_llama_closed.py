@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
-import numpy as np
 import pytest
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from swaa_local import Llama
 from swaa_local.errors import ClosedError, ModelLoadError
+from tests.support.adapters import write_adapter
 from tests.support.program import environment
 from tests.support.tiny import TinyShape, random_tokens, tiny_weights
 
@@ -229,31 +228,12 @@ def test_a_failed_construction_frees_the_model_at_once(tiny_model: Path, monkeyp
 # Adapters
 
 
-def write_adapter(path: Path, *, n_layer: int = 4, names: tuple[str, ...] = ("attn_q",), gain: float = 1.0) -> Path:
-    rng, weights = np.random.default_rng(5), tiny_weights(TinyShape(n_layer=n_layer))
-    writer = gguf.GGUFWriter(str(path), "qwen3")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    for i in range(n_layer):
-        for name in names:
-            tensor = f"blk.{i}.{name}.weight"
-            rows, columns = weights[tensor].shape
-            writer.add_tensor(tensor + ".lora_a", gain * rng.standard_normal((4, columns)).astype(np.float32))
-            writer.add_tensor(tensor + ".lora_b", rng.standard_normal((rows, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_an_adapter_that_does_not_load_is_an_error_of_the_constructor(
     tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     garbage = tmp_path / "garbage.gguf"
     garbage.write_bytes(b"this is no adapter" * 100)
-    deeper = write_adapter(tmp_path / "deeper.gguf", n_layer=6)
+    deeper = write_adapter(tmp_path / "deeper.gguf", tiny_weights(TinyShape(n_layer=6)), layers=range(6))
     for path in (tmp_path / "missing.gguf", garbage, tmp_path, tiny_model, deeper):
         with pytest.raises(ModelLoadError, match=rf"^the LoRA adapter {path} does not load: \S"):
             Llama(str(tiny_model), n_ctx=256, lora_path=str(path))
@@ -261,7 +241,7 @@ def test_an_adapter_that_does_not_load_is_an_error_of_the_constructor(
 
 
 def test_an_adapter_works_under_every_schedule_and_until_the_end(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter.gguf", names=("attn_q", "attn_k", "attn_v", "attn_output"), gain=0.2)
+    adapter = write_adapter(tmp_path / "adapter.gguf", tiny_weights(TinyShape()))
 
     def greedy(llm: Llama) -> str:
         llm.reset()

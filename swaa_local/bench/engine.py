@@ -21,6 +21,7 @@ from llama_cpp import llama_cpp as _c
 from swaa_local.bench.results import BenchError, Setting, Size
 from swaa_local.engine import log as engine_log
 from swaa_local.engine import memory, native, process_memory
+from swaa_local.engine.adapter import LoadedAdapter
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
 from swaa_local.engine.limits import check_numbers
@@ -58,6 +59,13 @@ class BenchModel:
             self.model = _c.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ModelLoadError(f"{path}: {log.reason or 'llama.cpp cannot load it'}")
+        self.adapter: LoadedAdapter | None = None
+        if engine.lora is not None:
+            try:
+                self.adapter = LoadedAdapter(self.model, engine.lora.path, engine.lora.scale, verbose=self._verbose)
+            except BaseException:
+                self.__exit__()
+                raise
         self.n_layer = int(_c.llama_model_n_layer(self.model))
         self.n_params = int(_c.llama_model_n_params(self.model))
         self.size_bytes = int(_c.llama_model_size(self.model))
@@ -75,6 +83,8 @@ class BenchModel:
 
     def __exit__(self, *_exc: object) -> None:
         with engine_log.captured(self._verbose):
+            if self.adapter is not None:
+                self.adapter.free()
             _c.llama_model_free(self.model)
 
     def _params(self, setting: Setting, n_ctx: int) -> Any:
@@ -141,6 +151,8 @@ class BenchModel:
                 f"{setting.variant}: no context of {n_ctx} tokens: {log.reason or 'llama.cpp cannot make it'}; measure "
                 "fewer tokens, or take a smaller cache or n_ubatch"
             )
+        if self.adapter is not None:
+            self.adapter.attach(ctx)
         self._n_open += 1
         batch = _c.llama_batch_init(int(params.n_batch), 0, 1)
         try:

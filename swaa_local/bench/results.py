@@ -162,6 +162,8 @@ class ModelFacts:
     n_params: int
     n_layer: int
     file_type: str
+    lora: str | None = None
+    """The adapter that it ran with, and its scale."""
 
     @property
     def description(self) -> str:

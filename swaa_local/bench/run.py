@@ -23,6 +23,7 @@ from swaa_local.engine import memory
 from swaa_local.engine.context_length import beyond_training, gpu_layers
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
+from swaa_local.model_file.adapter import adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule
@@ -90,6 +91,10 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
         watch.note(said)
     for variant in variants:
         choices.requested_flash_attn(variant)  # raises for what excludes itself, before the weights are loaded
+    if request.engine.lora is not None:
+        adapter = read_adapter(request.engine.lora.path)
+        for remark in adapter_remarks(adapter, request.model, [variant.schedule for variant in variants]):
+            watch.note(remark)
     with watch.loading(request.model.name):
         model = BenchModel(request.model, request.engine)
     with model:
@@ -101,6 +106,7 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
             n_params=model.n_params,
             n_layer=model.n_layer,
             file_type=info.file_type,
+            lora=None if request.engine.lora is None else str(request.engine.lora),
         )
 
         def result(complete: bool) -> Bench:

@@ -100,9 +100,10 @@ def _notes(bench: Bench) -> list[str]:
     threads += f" ({bench.n_threads_batch} to prefill)" if bench.n_threads_batch != bench.n_threads else ""
     batches = ", ".join(str(b) for b in dict.fromkeys(row.setting.n_ubatch for row in bench.rows))
     caches = ", ".join(dict.fromkeys(_cache(row.setting) for row in bench.rows))
+    adapter = f", LoRA adapter {printable(model.lora)}" if model.lora else ""
     lines = [
         f"{printable(Path(model.path).name)} ({printable(model.description)}), "
-        f"{format_bytes(model.size_bytes)} of weights; {where}; {threads}; "
+        f"{format_bytes(model.size_bytes)} of weights{adapter}; {where}; {threads}; "
         f"n_batch {bench.rows[0].setting.n_batch}, n_ubatch {batches}; KV cache {caches}; "
         f"llama-cpp-python {machine.engine}.",
         f"{measured} Ratios are taken within each "
@@ -212,6 +213,7 @@ def _run_settings(bench: Bench) -> dict[str, Any]:
         "model_size": model.size_bytes,
         "model_n_params": model.n_params,
         "n_layer": model.n_layer,
+        "lora": model.lora,
         "cpu_info": machine.cpu,
         "gpu_info": ", ".join(machine.gpus),
         "system": machine.system,

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from swaa_local.files.user_input import user_path
+from swaa_local.model_file.adapter import Adapter
 from swaa_local.schedule.config import MAX_TOKENS
 
 
@@ -21,6 +22,30 @@ class _UserPath(click.Path):
 
 PATH = _UserPath(path_type=Path)
 FILE = _UserPath(path_type=Path, dir_okay=False)
+
+
+class _Lora(click.ParamType):
+    """A LoRA adapter: FILE or FILE:SCALE."""
+
+    name = "FILE[:SCALE]"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Adapter:
+        return value if isinstance(value, Adapter) else Adapter.parse(value)
+
+
+class _Loras(_Lora):
+    """Several, separated by commas."""
+
+    name = "FILE[:SCALE],..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, tuple) else Adapter.parse_list(value)
+
+
+LORA, LORAS = _Lora(), _Loras()
 
 
 class Number(click.ParamType):

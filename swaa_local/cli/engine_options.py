@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from swaa_local.cli.click_types import Number, tokens
+from swaa_local.cli.click_types import LORA, Number, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
 from swaa_local.engine.options import EngineOptions
@@ -60,6 +60,7 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         "type_v": click.option(
             "-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16]."
         ),
+        "lora": click.option("--lora", type=LORA, help="A LoRA adapter in GGUF, for this run, scaled by SCALE [1]."),
         "verbose": click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def eval_command(
 )
 @click.option("-m", "--model", metavar="MODEL", help="Another GGUF with a schedule, made for such questions.")
 @click.option("--chat/--no-chat", "may_chat", default=True, help="Offer to talk about the document afterwards.")
-@engine_options
+@functools.partial(engine_options, without=("lora",))
 def demo_command(
     n_questions: int, seed: int, length: int | None, model: str | None, may_chat: bool, engine: EngineOptions
 ) -> int:

@@ -19,13 +19,14 @@ import click
 from swaa_local import __version__
 from swaa_local.cli import streams
 from swaa_local.cli.bench import bench_command
-from swaa_local.cli.click_types import PATH, Number, tokens
+from swaa_local.cli.click_types import LORA, PATH, Number, tokens
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.cli.serve import serve_command
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
+from swaa_local.model_file.adapter import Adapter
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.presets import PRESETS
@@ -178,6 +179,7 @@ def inspect_command(
     help="Weight type: f32, f16, bf16, q8_0, q4_k_m, ... by llama-quantize's names.",
 )
 @schedule_options
+@click.option("--lora", type=LORA, help="A LoRA adapter in GGUF, to be merged into a checkpoint's weights.")
 @click.option("--pre-tokenizer", metavar="NAME", help="Of a BPE tokenizer that upstream's converter does not know.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is already quantized; loses quality.")
@@ -189,6 +191,7 @@ def convert_command(
     output: Path | None,
     out_type: str | None,
     schedule: ScheduleOptions,
+    lora: Adapter | None,
     pre_tokenizer: str | None,
     force: bool,
     allow_requantize: bool,
@@ -210,6 +213,7 @@ def convert_command(
     swaa-local convert model.gguf -o model-swaa.gguf --preset qwen3-4b
     swaa-local convert model.gguf -o out.gguf --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
     swaa-local convert ./my-finetune -o out.gguf --outtype q4_k_m --preset half --pre-tokenizer qwen2
+    swaa-local convert ./checkpoint -o out.gguf --outtype q4_k_m --preset half --lora adapter.gguf
     swaa-local convert org/name:Q4_K_M -o out.gguf --preset half --dry-run
     swaa-local convert model-swaa.gguf -o plain.gguf --no-swaa
 
@@ -234,6 +238,7 @@ def convert_command(
         schedule=schedule.config if schedule.given else False if schedule.no_swaa else None,
         out_type=out_type,
         pre_tokenizer=pre_tokenizer,
+        lora=lora,
         force=force,
         allow_requantize=allow_requantize,
         verbose=verbose,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from swaa_local.cli import streams
-from swaa_local.cli.click_types import FILE
+from swaa_local.cli.click_types import FILE, LORAS
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.schedule.choice import ScheduleOptions
 
@@ -92,6 +92,7 @@ def _server_help(ctx: click.Context, _param: click.Parameter, value: bool) -> No
     metavar="FILE",
     help="API keys, one a line; or set LLAMA_API_KEY.",
 )
+@click.option("--lora", type=LORAS, default=(), help="LoRA adapters in GGUF, each scaled by SCALE [1].")
 @click.option("-v", "--verbose", is_flag=True, help="Show the server's log, not its warnings alone.")
 @click.option(
     "--server-help",

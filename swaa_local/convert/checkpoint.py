@@ -17,6 +17,7 @@ from typing import Any
 
 from swaa_local.errors import SWAAError
 from swaa_local.files.child_process import ChildError, Event, run_child
+from swaa_local.model_file.adapter import Adapter
 from swaa_local.report.progress import Reporter
 from swaa_local.schedule.config import Schedule
 from swaa_local.sources.checkpoint_files import WEIGHTS, checkpoint_files
@@ -223,11 +224,13 @@ def convert_checkpoint(
     *,
     schedule: Schedule | None = None,
     pre_tokenizer: str | None = None,
+    lora: Adapter | None = None,
     reporter: Reporter,
     verbose: bool = False,
 ) -> None:
     """Write a checkpoint as GGUF, schedule included, with upstream's converter.
 
+    lora: what is merged into the weights.
     out_type: one of `CONVERTER_TYPES`, or `auto`: the 16-bit type that the checkpoint has. verbose: the converter's log
     on stderr. Raises `SWAAError`; a partial target is the caller's to remove.
     """
@@ -238,6 +241,7 @@ def convert_checkpoint(
         "out_type": out_type,
         "pre_tokenizer": pre_tokenizer,
         "schedule": schedule and schedule.as_dict(),
+        "lora": lora and {"path": os.fspath(lora.path), "scale": lora.scale},
     }
     try:
         with _Stage(reporter, target) as stage:

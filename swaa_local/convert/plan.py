@@ -13,6 +13,7 @@ from swaa_local.convert.quantize import OutType, parse_out_type, quantized_types
 from swaa_local.convert.request import ConvertError, LocalCheckpoint, LocalGGUF, Request, resolve
 from swaa_local.files.output_file import check_output
 from swaa_local.files.user_input import user_path
+from swaa_local.model_file.adapter import Adapter, read_adapter
 from swaa_local.model_file.copy import encode_header
 from swaa_local.model_file.header import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
@@ -101,6 +102,8 @@ def make_plan(request: Request) -> Plan:
 def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPlan:
     if request.pre_tokenizer is not None:
         raise ConvertError("--pre-tokenizer is for checkpoints; a GGUF already names its pre-tokenizer")
+    if request.lora is not None:
+        raise _no_weights_to_merge_into(path.name, request.lora)
     with open_gguf(path) as file:
         model = model_info_of(file)
         choice = request.choice(model.n_layer, lambda: schedule_of(file))
@@ -158,11 +161,14 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
             f"{checkpoint.label}: config.json does not say how many layers the model has, so no schedule can be made; "
             "convert it without one, then convert the GGUF"
         )
+    adapter_notes = () if request.lora is None else _check_adapter(request.lora, schedule)
     direct = out_type is None or out_type.name in hf.CONVERTER_TYPES
     converter_type = "auto" if out_type is None or not direct else out_type.name
     size = checkpoint.size_bytes(out_type.bpw if out_type else 16.0)
     shown = "its 16-bit type" if converter_type == "auto" else converter_type.upper()
     steps = [f"convert the checkpoint to GGUF in {shown}{' with the schedule' if schedule else ''}"]
+    if request.lora is not None:
+        steps[0] += f"{' and' if schedule else ','} the LoRA adapter {request.lora} merged in"
     if not direct and out_type is not None:
         steps.append(f"quantize it to {out_type.name.upper()}")
     outcome = Outcome(
@@ -171,7 +177,7 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
         steps=tuple(steps),
         output_bytes=size,
         temporary_bytes=0 if direct else checkpoint.size_bytes(16.0),
-        notes=() if schedule else (_NO_SCHEDULE_YET,),
+        notes=(*(() if schedule else (_NO_SCHEDULE_YET,)), *adapter_notes),
         architecture=checkpoint.architecture,
         n_layer=checkpoint.n_layer,
         schedule=schedule,
@@ -188,6 +194,8 @@ def _plan_hub(request: Request, model: hub.HubModel, out_type: OutType | None) -
     if model.gguf is None:
         outcome = _plan_hub_checkpoint(request, model, out_type).outcome
     else:
+        if request.lora is not None:
+            raise _no_weights_to_merge_into(f"{listing.hub_id.repo}:{model.gguf}", request.lora)
         n_files = len(model.files)
         if request.schedule is None and out_type is None and n_files == 1:
             raise _nothing_to_do(str(listing.hub_id))
@@ -258,6 +266,23 @@ def _check_requantize(request: Request, path: Path, file: GGUFFile, out_type: Ou
         raise ConvertError(
             f"{path} has {file.alignment}-byte alignment, which llama.cpp's quantizer cannot write; leave out --outtype"
         )
+
+
+def _no_weights_to_merge_into(name: str, lora: Adapter) -> ConvertError:
+    return ConvertError(
+        f"{name} is a GGUF, and convert does not change its weights; give chat, serve, bench or eval --lora {lora}, "
+        "which add the adapter as they run, or convert the checkpoint that the GGUF was made of"
+    )
+
+
+def _check_adapter(lora: Adapter, schedule: Schedule | None) -> tuple[str, ...]:
+    """What to note of an adapter that is to be merged. Raises `GGUFError` or `ConvertError`."""
+    info = read_adapter(lora.path)
+    if info.others:
+        raise ConvertError(
+            f"{lora.path} holds {info.others[0]}, which is no part of a low-rank pair; such an adapter cannot be merged"
+        )
+    return tuple(info.schedule_remarks([schedule]))
 
 
 def _nothing_to_do(source: str) -> ConvertError:

@@ -10,6 +10,7 @@ from swaa_local.convert import checkpoint as hf
 from swaa_local.convert.checkpoint import Checkpoint
 from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
+from swaa_local.model_file.adapter import Adapter
 from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
 from swaa_local.sources import hub
@@ -24,6 +25,7 @@ class Request:
     """What is asked for.
 
     schedule: a choice, or a function that makes one for a model of so many layers, and may read what the source stores.
+    lora: an adapter to merge into the weights of a checkpoint.
     out_type: llama-quantize's name of a weight type, in any case; None: a GGUF's as it is, a checkpoint's 16-bit type.
     """
 
@@ -35,6 +37,7 @@ class Request:
     force: bool = False
     allow_requantize: bool = False
     verbose: bool = False
+    lora: Adapter | None = None
 
     def choice(self, n_layer: int, read_stored: Callable[[], Schedule | None] = lambda: None) -> ScheduleChoice:
         return self.schedule(n_layer, read_stored) if callable(self.schedule) else self.schedule

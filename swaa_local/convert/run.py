@@ -59,6 +59,7 @@ def _from_checkpoint(plan: CheckpointPlan, folder: Path, result: Path, request: 
         plan.converter_type,
         schedule=plan.outcome.schedule,
         pre_tokenizer=request.pre_tokenizer,
+        lora=request.lora,
         reporter=reporter,
         verbose=request.verbose,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from swaa_local.model_file.adapter import Adapter
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -18,6 +20,7 @@ class EngineOptions:
     flash_attn: bool | None = None
     type_k: str | None = None
     type_v: str | None = None
+    lora: Adapter | None = None
     verbose: bool = False
 
     def arguments(self) -> dict[str, Any]:
@@ -25,6 +28,9 @@ class EngineOptions:
         from swaa_local.engine.kv_types import kv_type_id
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        del given["lora"]
+        if self.lora is not None:
+            given |= {"lora_path": str(self.lora.path), "lora_scale": self.lora.scale}
         given["n_threads_batch"] = self.n_threads_batch or self.n_threads
         for name in ("type_k", "type_v"):
             given[name] = None if given[name] is None else kv_type_id(given[name])

@@ -6,10 +6,10 @@ itself: `RELIED_ON`, to be looked at when upstream moves. What is evaluated, and
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +23,7 @@ from llama_cpp._internals import LlamaContext
 
 from swaa_local.engine import crash, native, vocabulary
 from swaa_local.engine import log as engine_log
+from swaa_local.engine.adapter import AdapterWarning, LoadedAdapter
 from swaa_local.engine.callbacks import Callbacks, check_sampler
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
@@ -38,6 +39,7 @@ from swaa_local.engine.schedule import (
     resolve_schedule,
 )
 from swaa_local.errors import GGUFError, ModelLoadError, PromptTooLong, SWAAError
+from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
 from swaa_local.model_file.model_info import describe_model, file_type_name
 from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, default_n_ubatch
@@ -115,7 +117,7 @@ class LoadedLlama(llama_cpp.Llama):
         self._requested_n_ubatch = n_ubatch
         self._requested_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
         self._adapter_path = lora_path
-        self._adapter: Any = None
+        self._adapter: LoadedAdapter | None = None
         self.schedule: Schedule | None = None
         self.file_schedule: Schedule | None = None
         self.on_prefill = on_prefill
@@ -288,21 +290,21 @@ class LoadedLlama(llama_cpp.Llama):
 
     def _load_adapter(self) -> None:
         """Before there is a context: it reserves graphs for the adapters that it finds."""
-        if self._adapter_path is None:
+        if self._adapter_path is None or self.model_params.vocab_only:
             return
-        with engine_log.captured(self.verbose) as log:
-            self._adapter = _c.llama_adapter_lora_init(self.model, os.fsencode(self._adapter_path))
-        if not self._adapter:
-            raise ModelLoadError(f"the LoRA adapter {self._adapter_path} does not load: {log.reason}")
-        self._stack.callback(_c.llama_adapter_lora_free, self._adapter)
+        self._adapter = LoadedAdapter(self.model, self._adapter_path, self.lora_scale, verbose=self.verbose)
+        self._stack.callback(self._adapter.free)
+        self._warn_of_adapter(stacklevel=6)
 
     def _attach_adapter(self) -> None:
         self.lora_path, self._lora_adapter = self._adapter_path, self._adapter  # as upstream calls them
-        if self._adapter is None:
-            return
-        adapters, scales = (_c.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(self.lora_scale)
-        if _c.llama_set_adapters_lora(self.ctx, adapters, 1, scales):
-            raise ModelLoadError(f"the LoRA adapter {self._adapter_path} cannot be set")
+        if self._adapter is not None:
+            self._adapter.attach(self.ctx)
+
+    def _warn_of_adapter(self, *, stacklevel: int) -> None:
+        if self._adapter is not None:
+            for remark in adapter_remarks(self._adapter.info, self.model_path, [self.schedule]):
+                warnings.warn(remark, AdapterWarning, stacklevel=stacklevel)
 
     def _form_chats(self) -> None:
         """Make upstream's handlers of the GGUF's templates give contents as each takes them. A blank one is none."""

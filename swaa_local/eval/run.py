@@ -20,6 +20,7 @@ from swaa_local.errors import SWAAError
 from swaa_local.eval.log import EvalLog
 from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
 from swaa_local.eval.watch import SILENT, Watch
+from swaa_local.model_file.adapter import adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.schedule.config import default_n_ubatch
@@ -85,6 +86,10 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
     if any(not variant.is_full for variant in variants) and info.unsupported:
         raise EvalError(info.unsupported)
     _check_memory(request, info, variants)
+    if request.engine.lora is not None:
+        adapter = read_adapter(request.engine.lora.path)
+        for remark in adapter_remarks(adapter, request.model, [variant.schedule for variant in variants]):
+            watch.note(remark)
     source = _Source(request, [variant.think for variant in variants], info.n_ctx_train, watch)
     with closing(source), EvalLog(request.results, source.config()) as log:
         batches = list(source.batches())
@@ -172,7 +177,9 @@ class _Source:
         import llama_cpp
 
         request, engine = self._request, self._request.engine
-        return {
+        # Files from before there were adapters go on.
+        lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": _fingerprint(engine.lora.path)}
+        return lora | {
             "model": request.model.name,
             "model_sha256": _fingerprint(request.model),
             "seed": request.seed,
@@ -283,6 +290,7 @@ class _Source:
 def _run_batch(
     request: EvalRequest, source: _Source, batch: _Batch, variants: Sequence[Variant], log: EvalLog, watch: Watch
 ) -> None:
+    from swaa_local.engine.adapter import AdapterWarning
     from swaa_local.engine.context_length import TrainedLengthWarning
     from swaa_local.generation.answer import Answerer
     from swaa_local.llama import Llama
@@ -294,7 +302,9 @@ def _run_batch(
     if not any(todo.values()):
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrainedLengthWarning)  # the watch has said so
+        # the watch has said so
+        warnings.simplefilter("ignore", TrainedLengthWarning)
+        warnings.simplefilter("ignore", AdapterWarning)
         llm = Llama(
             str(request.model), n_ctx=source.n_ctx(batch), on_prefill=watch.on_prefill, **request.engine.arguments()
         )
@@ -304,7 +314,9 @@ def _run_batch(
                 continue
             think = request.think if variant.think is None else variant.think
             answerer = Answerer(llm, think=think, think_tokens=request.think_tokens)
-            llm.set_schedule(variant.schedule)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AdapterWarning)
+                llm.set_schedule(variant.schedule)
             llm.on_prefill = None
             _warm_up(answerer, batch.questions[indices[0]])
             llm.on_prefill = watch.on_prefill

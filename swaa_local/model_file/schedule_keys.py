@@ -5,6 +5,7 @@ Reads headers only; the engine has the last word on a file."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from swaa_local.errors import GGUFError
 from swaa_local.model_file.check import describe_value
@@ -50,8 +51,12 @@ def has_schedule_keys(file: GGUFFile) -> bool:
 
 def schedule_of(file: GGUFFile) -> Schedule | None:
     """`read_schedule` for an open file."""
-    if not has_schedule_keys(file):
-        return None
+    return schedule_entries(file, lambda: model_info_of(file).n_layer) if has_schedule_keys(file) else None
+
+
+def schedule_entries(file: GGUFFile, n_layer_of_model: Callable[[], int] | None = None) -> Schedule:
+    """The schedule as the keys say it, of a model or, without its number of layers, of an adapter; errors as of
+    `read_schedule`."""
 
     def fail(what: str) -> GGUFError:
         return GGUFError(f"{file.path}: {what}; write the schedule again with swaa-local convert")
@@ -85,9 +90,11 @@ def schedule_of(file: GGUFFile) -> Schedule | None:
     found = entry(KEY_LAYER_MODES)
     if found.type is not ValueType.ARRAY or found.item_type is not ValueType.I32:
         raise fail(f"{KEY_LAYER_MODES} is {describe_value(file, found)}, expected an array of i32")
-    n_layer = model_info_of(file).n_layer
+    n_layer = n_layer_of_model() if n_layer_of_model else found.n_items
     if found.n_items != n_layer:
         raise fail(f"{KEY_LAYER_MODES} has {found.n_items} entries, but the model has {n_layer} layers")
+    if n_layer == 0:
+        raise fail(f"{KEY_LAYER_MODES} is empty")
     modes = []
     for layer, mode in enumerate(file.get(KEY_LAYER_MODES)):
         if not LayerMode.FULL <= mode <= LayerMode.ALWAYS:

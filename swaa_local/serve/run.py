@@ -20,6 +20,7 @@ from swaa_local.engine.context_length import has_gpu
 from swaa_local.errors import SWAAError
 from swaa_local.files.signals import ended_by
 from swaa_local.files.user_input import user_path
+from swaa_local.model_file.adapter import Adapter, adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.needle.model import bundled_template, is_bundled
@@ -73,6 +74,7 @@ class ServeOptions:
     api_key_file: Path | None = None
     verbose: bool = False
     extra: tuple[str, ...] = ()
+    lora: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     keys = find_keys(options, os.environ)
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)
+    arguments += lora_arguments(path, options.lora, schedule, reporter)
     extra = options.extra
     arguments += context_arguments(
         read_model_info(path), schedule, lambda names: value_of(names, extra, os.environ), reporter
@@ -211,6 +214,24 @@ def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | 
         f"swaa.tail=int:{schedule.tail}",
     )
     return None if schedule.is_full else schedule, ["--override-kv", ",".join(values)]
+
+
+def lora_arguments(path: Path, adapters: Sequence[Adapter], schedule: Schedule | None, reporter: Reporter) -> list[str]:
+    """The adapters as llama-server takes them; notes those that were tuned on another model or for another schedule.
+
+    Raises `GGUFError` for a file that is no adapter.
+    """
+    for adapter in adapters:
+        for remark in adapter_remarks(read_adapter(adapter.path), path, [schedule]):
+            reporter.note(remark)
+    if not adapters:
+        return []
+    if all(adapter.scale == 1 for adapter in adapters):
+        return ["--lora", ",".join(_csv_field(str(adapter.path)) for adapter in adapters)]
+    for adapter in adapters:
+        if ":" in str(adapter.path):
+            raise ServeError(f"llama-server takes no scale for {adapter.path}, whose name has a colon; rename it")
+    return ["--lora-scaled", ",".join(_csv_field(f"{adapter.path}:{adapter.scale!r}") for adapter in adapters)]
 
 
 def default_arguments(

@@ -36,7 +36,7 @@ def checkpoint_files(names: Iterable[str]) -> tuple[tuple[str, ...], str | None]
 
 def _why_no_checkpoint(top: list[str], weights: list[str]) -> str | None:
     if not weights and ({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"} & set(top)):
-        return "it is a LoRA adapter; merge it into its base model first (merge_and_unload in peft)"
+        return "it is a LoRA adapter; merge it into its base model: convert that one with --lora and the adapter's GGUF"
     if "config.json" not in top:
         ggufs = [name for name in top if name.endswith(".gguf")]
         if ggufs:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from llama_cpp import llama_cpp as C
 
+from tests.support.adapters import merged, write_adapter
 from tests.support.engine import EngineContext, assert_close, worst_ratio
 from tests.support.masks import Sched
 from tests.support.reference_numpy import forward
@@ -17,31 +17,15 @@ from tests.support.tiny import ALWAYS, FULL, PREFILL, TinyShape, random_tokens, 
 
 SCHEDULE = Sched(24, 4, (ALWAYS, FULL, PREFILL, PREFILL))
 TOKENS = random_tokens(200)
-RANK, ALPHA, SCALE = 4, 8.0, 0.25
-TARGETS = [f"blk.{i}.{name}.weight" for i in range(4) for name in ("attn_q", "attn_k", "attn_v", "attn_output")]
+SCALE = 0.25
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
     """An adapter file and the model's weights with it merged at SCALE."""
-    rng, weights = np.random.default_rng(5), tiny_weights(TinyShape())
-    path = tmp_path_factory.mktemp("lora") / "adapter.gguf"
-    writer = gguf.GGUFWriter(str(path), "qwen3")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", ALPHA)
-    for name in TARGETS:
-        rows, columns = weights[name].shape
-        a = (rng.standard_normal((RANK, columns)) / np.sqrt(columns)).astype(np.float32)
-        b = (rng.standard_normal((rows, RANK)) / np.sqrt(RANK)).astype(np.float32)
-        writer.add_tensor(name + ".lora_a", a)
-        writer.add_tensor(name + ".lora_b", b)
-        weights[name] = weights[name] + SCALE * ALPHA / RANK * b @ a
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, weights
+    weights = tiny_weights(TinyShape())
+    path = write_adapter(tmp_path_factory.mktemp("lora") / "adapter.gguf", weights)
+    return path, merged(weights, scale=SCALE)
 
 
 def attach(ctx: EngineContext, adapter: int | None) -> None:
@@ -51,8 +35,8 @@ def attach(ctx: EngineContext, adapter: int | None) -> None:
 
 
 def test_adapter_with_a_schedule(load_model, adapter):
-    path, merged = adapter
-    plain, adapted = forward(TOKENS, SCHEDULE, 180), forward(TOKENS, SCHEDULE, 180, weights=merged)
+    path, weights = adapter
+    plain, adapted = forward(TOKENS, SCHEDULE, 180), forward(TOKENS, SCHEDULE, 180, weights=weights)
     assert worst_ratio(plain, adapted) > 0.2
     model = load_model(SCHEDULE)
     lora = C.llama_adapter_lora_init(model.ptr, str(path).encode())

@@ -14,12 +14,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from llama_cpp.llama_cpp import llama_get_logits_ith
 
 from swaa_local import Llama
+from tests.support.adapters import write_adapter
 from tests.support.program import fails
 from tests.support.serving import Running, serving, together
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, TinyShape, random_tokens, tiny_weights
@@ -290,7 +290,8 @@ def test_drafts_change_no_token(tiny_model_factory: Make, schedule: ScheduleKeys
 @pytest.mark.parametrize("schedule", [MIXED], ids=["all modes"])
 def test_each_request_takes_its_own_adapters(tiny_model_factory: Make, tmp_path: Path, schedule: ScheduleKeys) -> None:
     path = tiny_model_factory(schedule=schedule, n_ctx_train=8192)
-    adapters = [write_adapter(tmp_path / f"{seed}.gguf", seed) for seed in (1, 2)]
+    weights = tiny_weights(TinyShape())
+    adapters = [write_adapter(tmp_path / f"{seed}.gguf", weights, seed=seed) for seed in (1, 2)]
     prompt = random_tokens(300, seed=4)
     scales = ([0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0])
     bodies = [{"lora": [{"id": i, "scale": scale} for i, scale in enumerate(pair)]} for pair in scales]
@@ -304,25 +305,6 @@ def test_each_request_takes_its_own_adapters(tiny_model_factory: Make, tmp_path:
     assert alone[0] == Alone(path).complete(prompt, 24)
     assert len({tuple(tokens) for tokens in alone}) == len(alone)
     assert at_once == alone
-
-
-def write_adapter(path: Path, seed: int) -> Path:
-    """A LoRA adapter of rank 4 for the attention outputs of a tiny model."""
-    rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(str(path), "qwen3")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    for name, weight in tiny_weights(TinyShape()).items():
-        if name.endswith("attn_output.weight"):
-            rows, columns = weight.shape
-            writer.add_tensor(name + ".lora_a", (rng.standard_normal((4, columns)) / 8).astype(np.float32))
-            writer.add_tensor(name + ".lora_b", (rng.standard_normal((rows, 4)) / 8).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("schedule", [PREFILLING, MIXED], ids=["windowed prefill", "all modes"])

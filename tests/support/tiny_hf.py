@@ -147,9 +147,13 @@ def _random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) 
     return (gain * noise / np.sqrt(shape[-1])).astype(np.float32)
 
 
+def converter_folder() -> Path:
+    """Where upstream's converters are."""
+    return Path(llama_cpp.__file__).parent / "convert"
+
+
 def convert_all(checkpoints: Mapping[Path, Path]) -> None:
     """Checkpoint directory -> GGUF with float32 weights, by upstream's own converter, in one process."""
-    converter = Path(llama_cpp.__file__).parent / "convert"
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -161,6 +165,6 @@ for source, target in list(zip(sys.argv[2::2], sys.argv[3::2])):
     convert_hf_to_gguf.main()
 """
     paths = [str(path) for pair in checkpoints.items() for path in pair]
-    done = subprocess.run([sys.executable, "-c", code, str(converter), *paths], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(converter_folder()), *paths], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"upstream's converter failed:\n{done.stderr[-4000:]}")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swaa_local.convert.children.lora import merge_while_converting
 from swaa_local.files.child_process import child_main
 
 
@@ -46,6 +47,8 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
         return
     try:
         _wrap_pre_tokenizer(request.get("pre_tokenizer"), emit)
+        if request.get("lora"):
+            merge_while_converting(request["lora"]["path"], request["lora"]["scale"], emit)
         _wrap_writer(request.get("schedule"), emit)
         sys.argv = [
             str(converter),
