@@ -1,4 +1,4 @@
-"""How likely an answer is, from the logits that a context holds. Knows rows of logits; what was evaluated, `llama` knows."""
+"""How likely an answer is, from the logits that a context holds. What was evaluated, `llama` knows."""
 
 from __future__ import annotations
 
