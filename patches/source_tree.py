@@ -15,7 +15,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -27,6 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from pip_download import DownloadError, pip_download
 from strict_diff import Patch, PatchError, apply, parse
 
 HERE = Path(__file__).resolve().parent
@@ -107,45 +107,16 @@ def _download(pin: Pin, directory: Path) -> Path:
     requirements = directory / "requirements.txt"
     # pip checks the hash before it runs any code of the sdist (it asks a downloaded sdist for its metadata)
     requirements.write_text(f"{DISTRIBUTION}=={pin.version} --hash=sha256:{pin.sha256}\n", "utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--progress-bar", "off"]
+    options = ["--no-binary", ":all:", "--require-hashes", "-r", str(requirements)]
     if importlib.util.find_spec("scikit_build_core"):
-        command.append("--no-build-isolation")
-    command += ["--require-hashes", "--dest", str(directory), "-r", str(requirements)]
-    run = subprocess.run(
-        command, env=_pip_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    if run.returncode == 0:
-        found = [*directory.glob("*.tar.gz"), *directory.glob("*.zip")]
-        if len(found) == 1:
-            return found[0]
-    if "No module named pip" in run.stdout:
-        raise SourceError(f"{sys.executable} has no pip to download {DISTRIBUTION} {pin.version} with; install pip")
-    if mismatch := re.search(r"Got\s+([0-9a-f]{64})", run.stdout):
-        raise _wrong_checksum(pin, "the sdist that pip downloaded", mismatch[1])
-    sys.stderr.write(run.stdout)
-    errors = re.findall(r"^ERROR: (.+)$", run.stdout, re.MULTILINE)
-    raise SourceError(
-        f"pip cannot download the sdist of {DISTRIBUTION} {pin.version} "
-        f"({errors[-1].rstrip('.') if errors else f'exit code {run.returncode}'}); "
-        f"check the network and the index, or set {SDIST_ENV} to a local copy"
-    )
-
-
-def _pip_environment() -> dict[str, str]:
-    """The user's environment, in which pip takes uv's index where only uv has been told one."""
-    # What an outer pip tells this backend's process would make the inner pip look for upstream's backend in patches/.
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("_PYPROJECT_HOOKS_", "PEP517_"))}
-    env = {**own, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_NO_INPUT": "1"}
-    for ours, theirs in (
-        ("PIP_INDEX_URL", ("UV_DEFAULT_INDEX", "UV_INDEX_URL")),
-        ("PIP_EXTRA_INDEX_URL", ("UV_INDEX", "UV_EXTRA_INDEX_URL")),
-        ("PIP_FIND_LINKS", ("UV_FIND_LINKS",)),
-    ):
-        for name in theirs:
-            if ours not in env and env.get(name):
-                # uv allows NAME=URL
-                env[ours] = " ".join(re.sub(r"^[\w-]+=(?=\w+:)", "", url) for url in env[name].split())
-    return env
+        options.append("--no-build-isolation")
+    try:
+        return pip_download(f"the sdist of {DISTRIBUTION} {pin.version}", options, directory)
+    except DownloadError as error:
+        if mismatch := re.search(r"Got\s+([0-9a-f]{64})", error.log):
+            raise _wrong_checksum(pin, "the sdist that pip downloaded", mismatch[1]) from None
+        sys.stderr.write(error.log)
+        raise SourceError(f"{error}, or set {SDIST_ENV} to a local copy") from None
 
 
 def unpack(sdist: Path, target: Path) -> None:

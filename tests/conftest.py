@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that; the tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -93,6 +95,25 @@ def load_model(engine: None, tiny_model_factory: Callable[..., Path]) -> Iterato
             return models[key]
 
         yield load
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct, 98 MB, from pytest's cache or by scripts/fetch_model.py; read only.
+
+    Skips where it cannot be had; under SWAA_REQUIRE_MODEL that is a failure.
+    """
+    from fetch_model import SMOLLM2
+
+    path = Path(request.config.cache.mkdir("models")) / SMOLLM2.name
+    script = Path(__file__).resolve().parents[1] / "scripts" / "fetch_model.py"
+    done = subprocess.run([sys.executable, str(script), "-o", str(path), "--force"], capture_output=True, text=True)
+    if done.returncode == 0:
+        return path
+    why = done.stderr.strip().splitlines()[-1]
+    if os.environ.get("SWAA_REQUIRE_MODEL"):
+        pytest.fail(f"SWAA_REQUIRE_MODEL is set, and yet: {why}", pytrace=False)
+    pytest.skip(why)
 
 
 @pytest.fixture

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKEND_FILES = ("build_backend.py", "build_output.py", "source_tree.py", "strict_diff.py", "pyproject.toml")
+BACKEND_FILES = (
+    "build_backend.py",
+    "build_output.py",
+    "pip_download.py",
+    "source_tree.py",
+    "strict_diff.py",
+    "pyproject.toml",
+)
 SDIST_NAME = "llama_cpp_python-0.3.36.tar.gz"
 
 # pip asks a downloaded sdist for its metadata, through the backend that its pyproject.toml names
