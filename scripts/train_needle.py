@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import asdict, replace
@@ -41,6 +42,7 @@ def main() -> None:
     from needle import schedules, trainer
     from needle.docstrings import read_docstrings
     from needle.model import Needle, NeedleConfig, load_checkpoint, save_checkpoint
+    from needle.recipe import schedule_options
     from needle.rows import RowMaker, tokenizer_texts
     from needle.tokenizer import ENDOFTEXT, IM_END, PRE_TOKENIZER, Encoder, save_tokenizer, train_tokenizer
 
@@ -123,10 +125,9 @@ def main() -> None:
     lengths, n = ((256,), 2) if options.smoke else ((2048, 4096, 8192), options.questions)
     evaluation = schedules.report(bench, config.num_hidden_layers, lengths, n, options.goal, log)
     document["evaluation"] = evaluation
-    full_layers = ",".join(map(str, evaluation["full_layers"]))
+    schedule = shlex.join(schedule_options(evaluation["full_layers"]))
     document["convert"] = (
-        f"swaa-local convert DIR -o needle.gguf --outtype q8_0 --pre-tokenizer {PRE_TOKENIZER} "
-        f"--window {schedules.WINDOW} --sinks {schedules.SINKS} --full-layers '{full_layers}' --fa-decode"
+        f"swaa-local convert DIR -o needle.gguf --outtype q8_0 --pre-tokenizer {PRE_TOKENIZER} {schedule}"
     )
     write_log(out, document)
     log(f"{out}: {document['convert']}")

@@ -44,8 +44,8 @@ VARIANT_OF_CPU = {
 QEMU = "qemu-x86_64"
 DEMO = ("demo", "--verbose", "--no-chat", "--threads=1", "--questions=4", "--length=2048")
 # Of the demo's contestants, those that know every answer.
-RIGHT_ROWS = ("full attention", "all four")
-# The same two, and a text that is longer than the window: an imitated CPU is some fifty times slower.
+RIGHT_ROWS = ("full attention", "file's schedule", "file's schedule, thinking first")
+# Two of them, and a text that is longer than the window: an imitated CPU is some fifty times slower.
 SHORT = (
     *("eval", "--verbose", "--threads=1", "--output=json", "--task=facts_statements", "--length=512", "--samples=1"),
     "--variants=full direct,file think",

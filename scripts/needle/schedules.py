@@ -7,7 +7,7 @@ expected reply is what greedy decoding would say: with the reply given, each of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from needle.model import Needle
+from needle.recipe import SINKS, TAIL, WINDOW
 from needle.rows import Question, RowMaker
 from swaa_local.needle.documents import KINDS, Kind
 from swaa_local.schedule.config import LayerMode, SWAAConfig
-
-WINDOW, SINKS = 256, 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class Bench:
         for row, question in zip(tokens, questions, strict=True):
             row[: len(question.tokens)] = question.tokens
         batch = torch.from_numpy(tokens).to(self._device)
-        ends = torch.tensor([q.prompt_end for q in questions], device=self._device)
+        # the tail is decoded
+        ends = torch.tensor([max(0, q.prompt_end - config.prompt_tail) for q in questions], device=self._device)
         modes = config.schedule(self._model.config.num_hidden_layers).layer_modes
         window = config.sliding_window_size or 1
         made = {
@@ -107,7 +107,8 @@ class Bench:
 
 
 def recipe(full_layers: Iterable[int]) -> SWAAConfig:
-    """The combined recipe: these layers full, the others windowed over the prompt, with sinks."""
+    """The combined recipe: these layers full, the others windowed over the prompt, with sinks. No tail: it is searched
+    by what the model says after thinking, for which no tail is needed."""
     return SWAAConfig(WINDOW, SINKS, True, tuple(full_layers))
 
 
@@ -123,6 +124,7 @@ def named_schedules(full_layers: Sequence[int], n_layer: int) -> dict[str, SWAAC
         "interleaved + sinks": SWAAConfig(WINDOW, SINKS, False, full_layers),
         "interleaved + FA decode": SWAAConfig(WINDOW, 0, True, full_layers),
         "recipe": recipe(full_layers),
+        "recipe + tail": replace(recipe(full_layers), prompt_tail=TAIL),
         "recipe, even layers full": recipe(range(0, n_layer, 2)),
         "recipe, odd layers full": recipe(range(1, n_layer, 2)),
     }
@@ -185,6 +187,7 @@ def report(
     return {
         "window": WINDOW,
         "sinks": SINKS,
+        "tail": TAIL,
         "full_layers": list(choice.full_layers),
         "goal": goal,
         "sweep": choice.tried,

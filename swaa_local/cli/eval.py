@@ -91,6 +91,7 @@ def eval_command(
       file     the schedule of the file
       naive    its window and nothing else
       NAME     a preset; see swaa-local convert --list-presets
+               file and NAME take another tail: file tail0
       words    a window w2048 (or naive), and any of: sinks k100, FA decode fadec, full layers 1::2, tail
                tail128; sinks and layers by name take what the file has
     Any of them may end in think or direct, which goes before --think.

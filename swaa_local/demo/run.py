@@ -1,6 +1,7 @@
 """`swaa-local demo`: the whole story on the bundled model.
 
-One document, and the same questions to full attention, to a naive window, to each strategy alone and to all together.
+One document, and the same questions to full attention, to a naive window, to each strategy alone and to the file's
+schedule, which has several: without its tail, with it, and after thinking.
 Decides what is asked of whom and keeps count; how it looks is in `terminal`. Each contestant has its own context and
 reads the document once: questions share it as the prompt's beginning.
 """
@@ -44,9 +45,11 @@ _ROWS = (
     ("window, FA decode", "naive fadec direct"),
     ("window, full layers", "naive layers direct"),
     ("window, thinking first", "naive think"),
-    ("all four", "file think"),
+    (WITHOUT_TAIL := "file's schedule, no tail", "file tail0 direct"),
+    (OF_FILE := "file's schedule", "file direct"),
+    (THINKING := "file's schedule, thinking first", "file think"),
 )
-"""What a row is called, and the variant it is; the last one is what the file recommends."""
+"""What a row is called, and the variant it is. A file whose schedule has no tail has no row without it."""
 
 
 class DemoError(SWAAError, ValueError):
@@ -142,8 +145,9 @@ def run_demo(
     length = length or min(MAX_LENGTH, (info.n_ctx_train or MAX_LENGTH) - _CHAT_ROOM)
     if said := beyond_training(length, info.n_ctx_train):
         view.note(said)
-    variants = parse_variants(",".join(words for _, words in _ROWS), info.n_layer, of_file)
-    rows = [Row(title, variant) for (title, _), variant in zip(_ROWS, variants, strict=True)]
+    shown = [(title, words) for title, words in _ROWS if title != WITHOUT_TAIL or of_file.active_tail]
+    variants = parse_variants(",".join(words for _, words in shown), info.n_layer, of_file)
+    rows = [Row(title, variant) for (title, _), variant in zip(shown, variants, strict=True)]
     with ExitStack() as stack:
         answerers = []
         for row in rows:
@@ -226,7 +230,7 @@ def _read(row: Row, answerer: Any, tokens: list[int], view: View) -> None:
     llm.reset()
     llm.on_prefill = lambda done, total: view.reading(row, done, total)
     started = time.perf_counter()
-    llm.eval(tokens)
+    llm.eval(tokens, ends_prompt=False)  # the question follows
     row.prefill_s += time.perf_counter() - started
     row.prefill_tokens += len(tokens)
     llm.on_prefill = None

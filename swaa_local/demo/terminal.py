@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from swaa_local.demo.run import Asked, Outcome, Row, View
+from swaa_local.demo.run import OF_FILE, THINKING, WITHOUT_TAIL, Asked, Outcome, Row, View
 from swaa_local.needle import documents as facts
 from swaa_local.report.intervals import wilson
 from swaa_local.report.tables import markdown_table
@@ -165,12 +165,20 @@ def _plain(row: Row) -> str:
 
 def conclusion(outcome: Outcome) -> str:
     """What the table shows, in words made of its figures."""
-    full, naive, best = outcome.rows[0], outcome.rows[1], outcome.rows[-1]
-    n = len(full.verdicts)
+    rows = {row.title: row for row in outcome.rows}
+    full, naive = outcome.rows[0], outcome.rows[1]
+    direct, thinking, no_tail = rows[OF_FILE], rows[THINKING], rows.get(WITHOUT_TAIL)
+    tail = direct.variant.schedule.active_tail
+    of_tail = (
+        f" It owes that to its tail: the last {tail} tokens of the prompt, and so the question, read the whole text; "
+        f"without it {no_tail.right} {'is' if no_tail.right == 1 else 'are'} right."
+        if no_tail is not None and no_tail.right < direct.right
+        else ""
+    )
     return (
-        f"Full attention answers {full.right} of {n}. A window of {outcome.window} tokens alone reads "
-        f"{full.prefill_s / naive.prefill_s:.1f} times as fast and answers {naive.right}. All four strategies "
-        "together, the schedule stored in the file and thinking first, read "
-        f"{full.prefill_s / best.prefill_s:.1f} times as fast and answer {best.right}. The document has "
-        f"{outcome.prompt_tokens:,} tokens; the gain grows with the length."
+        f"Full attention answers {full.right} of {len(full.verdicts)}. A window of {outcome.window} tokens alone reads "
+        f"{full.prefill_s / naive.prefill_s:.1f} times as fast and answers {naive.right}. The file's schedule reads "
+        f"{full.prefill_s / direct.prefill_s:.1f} times as fast and answers {direct.right} at once, "
+        f"{thinking.right} after thinking.{of_tail} The document has {outcome.prompt_tokens:,} tokens; the gain grows "
+        "with the length."
     )

@@ -10,6 +10,8 @@ by blanks:
     tail128    the last tokens of the prompt, read with full attention (with FA decode)
     tail       as many of them as the file has
 
+Behind `file` or the name of a preset another tail may stand: `file tail0`.
+
 For `eval` either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other
 variants. For `bench` words say how the engine runs it: `fa` or `nofa` (flash attention), and a type of the KV cache,
 such as `f16` or `q8_0`.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from swaa_local.errors import ScheduleError
@@ -136,6 +138,8 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
         return _stored(of_file)
     if is_preset(name):
         return get_preset(name).config(n_layer).schedule(n_layer)
+    if (match := re.fullmatch(r"(\S+) tail(\d+)", name)) and (match[1] == FILE or is_preset(match[1])):
+        return _with_tail(_schedule(match[1], n_layer, of_file), int(match[2]))
     window: int | None = None
     sinks, fa_decode, tail = 0, False, 0
     layers: list[int] = []
@@ -169,6 +173,12 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
     if tail and not fa_decode:
         raise ScheduleError("a tail needs FA decode: fadec")
     return SWAAConfig(window, sinks, fa_decode, layers, tail).schedule(n_layer)
+
+
+def _with_tail(schedule: Schedule, tail: int) -> Schedule:
+    if tail and LayerMode.PREFILL not in schedule.layer_modes:
+        raise ScheduleError("a tail needs FA decode, which no layer has")
+    return replace(schedule, tail=tail)
 
 
 def _stored(of_file: Schedule | None) -> Schedule:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from swaa_local import Llama
 from swaa_local.demo import run as demo
+from swaa_local.demo.terminal import conclusion
 from swaa_local.engine.options import EngineOptions
 from swaa_local.needle import documents as facts
 from tests.support.program import environment, fails, run
@@ -26,14 +28,16 @@ TITLES = [
     "window, FA decode",
     "window, full layers",
     "window, thinking first",
-    "all four",
+    "file's schedule, no tail",
+    "file's schedule",
+    "file's schedule, thinking first",
 ]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model_factory) -> Path:
     """Random weights: it answers nothing right, but every row differs in schedule."""
-    return tiny_model_factory(schedule=ScheduleKeys(64, 4, [FULL, PREFILL, FULL, PREFILL]))
+    return tiny_model_factory(schedule=ScheduleKeys(64, 4, [FULL, PREFILL, FULL, PREFILL], tail=24))
 
 
 def test_a_plain_run_prints_the_table_and_what_it_means(model):
@@ -64,13 +68,48 @@ def test_rows_are_the_strategies_of_the_files_schedule(model):
         (PREFILL,) * 4,
         (FULL, ALWAYS, FULL, ALWAYS),
         (ALWAYS,) * 4,
-        (FULL, PREFILL, FULL, PREFILL),
+        *[(FULL, PREFILL, FULL, PREFILL)] * 3,
     ]
-    assert [row.variant.schedule.sinks for row in outcome.rows[1:]] == [0, 4, 0, 0, 0, 4]
-    assert [row.variant.think for row in outcome.rows] == [False] * 5 + [True, True]
+    assert [row.variant.schedule.sinks for row in outcome.rows[1:]] == [0, 4, 0, 0, 0, 4, 4, 4]
+    assert [row.variant.schedule.tail for row in outcome.rows] == [0] * 7 + [24, 24]
+    assert [row.variant.think for row in outcome.rows] == [False] * 5 + [True, False, False, True]
     assert outcome.rows[1].kv_bytes < outcome.rows[4].kv_bytes < outcome.rows[0].kv_bytes
-    assert outcome.rows[6].kv_bytes == outcome.rows[0].kv_bytes
+    assert all(row.kv_bytes == outcome.rows[0].kv_bytes for row in outcome.rows[6:])
     assert all(len(row.verdicts) == 2 for row in outcome.rows)
+
+
+def test_a_schedule_without_a_tail_has_no_row_for_that(tiny_model_factory):
+    path = tiny_model_factory(schedule=ScheduleKeys(64, 4, [FULL, PREFILL, FULL, PREFILL]))
+    outcome = demo.run_demo(path, n_questions=1, seed=3, length=1500, engine=EngineOptions(n_threads=1))
+    assert [row.title for row in outcome.rows] == [title for title in TITLES if title != demo.WITHOUT_TAIL]
+    assert "tail" not in conclusion(outcome)
+
+
+def test_the_document_alone_has_no_tail(model, monkeypatch):
+    """It ends with the document, and the tail is for what follows: the question."""
+    pieces: list[tuple[int, bool]] = []
+    evaluate = Llama.eval
+
+    def watched(self: Llama, tokens: Any, decode: bool = False, *, ends_prompt: bool = True) -> None:
+        pieces.append((len(tokens), ends_prompt))
+        evaluate(self, tokens, decode, ends_prompt=ends_prompt)
+
+    monkeypatch.setattr(Llama, "eval", watched)
+    demo.run_demo(model, n_questions=1, seed=3, length=1500, engine=EngineOptions(n_threads=1))
+    read = [ends_prompt for n, ends_prompt in pieces if n > 900]
+    assert read == [False] * len(TITLES)
+
+
+@pytest.mark.parametrize(("without", "said"), [(1, "without it 1 is right"), (0, "without it 0 are"), (2, None)])
+def test_what_the_tail_did_is_said_where_it_did_something(model, without, said):
+    outcome = demo.run_demo(model, n_questions=2, seed=3, length=1500, engine=EngineOptions(n_threads=1))
+    for row in outcome.rows:
+        n_right = without if row.title == demo.WITHOUT_TAIL else 2
+        row.verdicts = [demo.Verdict("", i < n_right) for i in range(2)]
+    text = conclusion(outcome)
+    assert "answers 2 at once, 2 after thinking." in text
+    assert ("its tail: the last 24 tokens" in text) == (said is not None)
+    assert said is None or said in text
 
 
 class _Recorder(demo.View):

@@ -1,16 +1,20 @@
 """The bundled model's accuracy on fixed questions: a broken mask, phase or cache shows here as a collapse.
 
-The document is more than 8 windows long. With full attention and with the schedule in the file the model answers; with
-the window alone, or with any single strategy, it cannot know. Bounds are far from what it does (100 % and 0 to 10 %).
+The document is more than 8 windows long. With full attention and with the schedule in the file the model answers, at
+once or after thinking; without the schedule's tail, with the window alone, or with any single strategy, it cannot know.
+Bounds are far from what it does (100 % and 0 to 10 %).
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from needle import recipe
 from swaa_local.demo.run import Outcome, run_demo
 from swaa_local.engine.options import EngineOptions
 from swaa_local.eval.run import EvalRequest, evaluate
@@ -18,9 +22,11 @@ from swaa_local.eval.table import figures
 from swaa_local.model_file.schedule_keys import read_schedule
 from swaa_local.needle.model import bundled_model
 from swaa_local.schedule.config import SWAAConfig
+from tests.support.program import ROOT, succeeds
 
 pytestmark = pytest.mark.usefixtures("engine")
 
+DOCS = ROOT / "docs"
 N = 20
 ENGINE = EngineOptions(n_threads=1)
 
@@ -37,24 +43,43 @@ def test_it_is_small_and_has_a_schedule():
     assert schedule.window * 8 <= 2560 - 160
 
 
-def test_its_schedule_is_the_one_that_the_training_log_chose():
-    log = Path(__file__).resolve().parents[2] / "docs" / "needle-log.json"
-    chosen = json.loads(log.read_text())["evaluation"]
+def test_its_schedule_is_the_one_that_the_training_log_chose_with_a_tail():
+    chosen = json.loads((DOCS / "needle-log.json").read_text())["evaluation"]
     schedule = read_schedule(bundled_model())
     assert schedule is not None
-    assert schedule.config() == SWAAConfig(chosen["window"], chosen["sinks"], True, chosen["full_layers"])
+    assert schedule.config() == SWAAConfig(chosen["window"], chosen["sinks"], True, chosen["full_layers"], recipe.TAIL)
 
 
-@pytest.mark.parametrize("title", ["full attention", "all four"])
+def test_it_is_the_file_that_the_documented_options_make(tmp_path: Path):
+    chosen = json.loads((DOCS / "needle-log.json").read_text())["evaluation"]
+    options = recipe.schedule_options(chosen["full_layers"])
+    assert shlex.join(options) in (DOCS / "notebook.md").read_text("utf-8")
+    plain, made = tmp_path / "plain.gguf", tmp_path / "made.gguf"
+    succeeds("convert", bundled_model(), "-o", plain, "--no-swaa")
+    succeeds("convert", plain, "-o", made, *options)
+    assert read_schedule(plain) is None
+    assert made.read_bytes() == bundled_model().read_bytes()
+    assert sha256(made.read_bytes()).hexdigest() in (DOCS / "needle.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("title", ["full attention", "file's schedule", "file's schedule, thinking first"])
 def test_full_attention_and_the_recipe_find_the_facts(outcome, title):
     [row] = [row for row in outcome.rows if row.title == title]
     assert row.right >= 0.9 * N, [verdict.answer for verdict in row.verdicts]
 
 
 @pytest.mark.parametrize(
-    "title", ["naive window", "window, sinks", "window, FA decode", "window, full layers", "window, thinking first"]
+    "title",
+    [
+        "naive window",
+        "window, sinks",
+        "window, FA decode",
+        "window, full layers",
+        "window, thinking first",
+        "file's schedule, no tail",
+    ],
 )
-def test_a_window_with_one_strategy_alone_does_not(outcome, title):
+def test_a_window_with_one_strategy_alone_and_a_question_without_a_tail_do_not(outcome, title):
     [row] = [row for row in outcome.rows if row.title == title]
     assert row.right <= 0.3 * N, [verdict.answer for verdict in row.verdicts]
 

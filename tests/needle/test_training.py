@@ -143,6 +143,27 @@ def test_a_question_counts_if_its_whole_reply_is_the_most_likely(encoder: Encode
     assert (score.n, score.right, score.accuracy) == (4, 3, 0.75)
 
 
+@pytest.mark.parametrize("tail", [0, 5, 1000])
+def test_the_tail_reads_everything(encoder: Encoder, tail: int) -> None:
+    """The masks that the model is asked with: those of a prompt that ends `tail` tokens earlier, or at its start."""
+    maker = RowMaker(encoder, 3, SENTENCES)
+    question = maker.question(0, "statements", 256, think=True)
+    seen: list[torch.Tensor] = []
+
+    class Watched(Needle):
+        def forward(self, tokens, masks=None, dtype=torch.float32):
+            seen.extend(masks)
+            return super().forward(tokens, masks, dtype)
+
+    bench = Bench(Watched(TINY), maker, encoder.special["<|endoftext|>"], "cpu")
+    bench.score(SWAAConfig(64, 4, True, prompt_tail=tail), Cell("statements", 256, True), 1)
+    end = max(0, question.prompt_end - tail)
+    expected = layer_masks(Sched(64, 4, (int(LayerMode.PREFILL),)), len(question.tokens), end)[0]
+    assert len(seen) == TINY.num_hidden_layers
+    for mask in seen:
+        assert np.array_equal(mask[0, 0].numpy(), expected)
+
+
 @pytest.mark.parametrize(
     ("needed", "chosen", "n_tried"),
     [((), (), 2), ((3,), (3,), 6), ((1, 2), (1, 2), 12), ((0, 2, 3), (0, 2, 3), 14), (None, (0, 1, 2, 3), 1)],
@@ -168,8 +189,10 @@ def test_the_script_trains_evaluates_and_says_how_to_convert(tmp_path: Path) -> 
     log = json.loads((out / "log.json").read_text())
     assert log["training"]["n_steps"] == len(log["training"]["records"]) == 3
     assert log["training"]["records"][-1]["loss"] < 8
-    assert {row["schedule"] for row in log["evaluation"]["table"]} >= {"full attention", "naive SWA", "recipe"}
+    shown = {row["schedule"] for row in log["evaluation"]["table"]}
+    assert shown >= {"full attention", "naive SWA", "recipe", "recipe + tail"}
     assert log["convert"].startswith("swaa-local convert DIR -o needle.gguf")
+    assert log["convert"].endswith(" --fa-decode --tail 32")
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
         "generation_config.json",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from swaa_local.errors import ScheduleError
@@ -43,6 +45,17 @@ def test_a_variant_is_a_name_or_words(text, schedule):
     assert variant == Variant(" ".join(text.split()), schedule)
 
 
+@pytest.mark.parametrize(
+    ("text", "tail"), [("file tail0", 0), ("file  tail7", 7), ("half tail0", 0), ("half tail9", 9)]
+)
+def test_whole_schedules_take_another_tail(text, tail):
+    of_file = Schedule(256, 16, (F, P, F, P), 32)
+    whole, other = parse(f"{text.split()[0]},{text}", of_file)
+    assert whole.schedule.tail in (32, 128)
+    assert other.schedule == dataclasses.replace(whole.schedule, tail=tail)
+    assert parse(f"{text} direct", of_file)[0] == Variant(f"{other.name} direct", other.schedule, False)
+
+
 def test_think_and_direct_go_with_any_variant():
     assert [(v.name, v.think) for v in parse("full think,file direct,w8 k1 direct,naive")] == [
         ("full think", True),
@@ -71,6 +84,9 @@ def test_the_window_is_known_where_there_is_one():
         ("k100", "'k100': it needs a window: w2048, or naive"),
         ("fadec", "needs a window"),
         ("w8 tail5", "a tail needs FA decode: fadec"),
+        ("streaming tail5", "'streaming tail5': a tail needs FA decode, which no layer has"),
+        ("file k4", "unknown word 'file'"),
+        ("full tail5", "unknown word 'full'"),
         ("think", "unknown word 'think'"),
         ("w2048 wide", "unknown word 'wide'; a variant is full, naive, file, a preset"),
         ("w0", "between 1 and"),

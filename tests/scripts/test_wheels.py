@@ -14,11 +14,13 @@ import wheels
 from tests.support.program import ROOT
 
 DEMO = """\
-|                |     reads |         right |   last answer |
-| :------------- | --------: | ------------: | ------------: |
-| full attention | 900 tok/s | {full}/4 = 100 % | 11111 (right) |
-| naive window   | 900 tok/s |     0/4 = 0 % | 33333 (wrong) |
-| all four       | 900 tok/s | {all_four}/4 = 100 % | 11111 (right) |
+|                                 |     reads |         right |   last answer |
+| :------------------------------ | --------: | ------------: | ------------: |
+| full attention                  | 900 tok/s | {full}/4 = 100 % | 11111 (right) |
+| naive window                    | 900 tok/s |     0/4 = 0 % | 33333 (wrong) |
+| file's schedule, no tail        | 900 tok/s |     0/4 = 0 % | 33333 (wrong) |
+| file's schedule                 | 900 tok/s | {direct}/4 = 100 % | 11111 (right) |
+| file's schedule, thinking first | 900 tok/s | {thinking}/4 = 100 % | 11111 (right) |
 """
 LOADED = "load_backend: loaded CPU backend from /venv/llama_cpp/lib/libggml-cpu-{}.so\n"
 
@@ -36,18 +38,27 @@ def program(tmp_path: Path) -> Any:
 
 
 def test_a_demo_that_answers_right_passes(program: Any, tmp_path: Path) -> None:
-    command = program(DEMO.format(full=4, all_four=4), LOADED.format("zen4"))
+    command = program(DEMO.format(full=4, direct=4, thinking=4), LOADED.format("zen4"))
     assert wheels.try_demo(command, {}, tmp_path).variant == "zen4"
 
 
 @pytest.mark.parametrize(
     ("stdout", "stderr", "said"),
     [
-        (DEMO.format(full=4, all_four=3), LOADED.format("zen4"), "'all four' answered 3 of 4"),
-        (DEMO.format(full=0, all_four=4), LOADED.format("zen4"), "'full attention' answered 0 of 4"),
-        (DEMO.format(full=4, all_four=4).rpartition("| all")[0], LOADED.format("zen4"), "no table of answers"),
-        (DEMO.format(full=4, all_four=4), "", "loaded none of its CPU backends"),
-        (DEMO.format(full=4, all_four=4), LOADED.format("zen4") + LOADED.format("x64"), "['x64', 'zen4']"),
+        (
+            DEMO.format(full=4, direct=4, thinking=3),
+            LOADED.format("zen4"),
+            '"file\'s schedule, thinking first" answered 3 of 4',
+        ),
+        (DEMO.format(full=4, direct=3, thinking=4), LOADED.format("zen4"), '"file\'s schedule" answered 3 of 4'),
+        (DEMO.format(full=0, direct=4, thinking=4), LOADED.format("zen4"), "'full attention' answered 0 of 4"),
+        (
+            DEMO.format(full=4, direct=4, thinking=4).rpartition("| file")[0],
+            LOADED.format("zen4"),
+            "no table of answers",
+        ),
+        (DEMO.format(full=4, direct=4, thinking=4), "", "loaded none of its CPU backends"),
+        (DEMO.format(full=4, direct=4, thinking=4), LOADED.format("zen4") + LOADED.format("x64"), "['x64', 'zen4']"),
     ],
 )
 def test_a_demo_that_does_not_fails(program: Any, tmp_path: Path, stdout: str, stderr: str, said: str) -> None:
