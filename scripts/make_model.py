@@ -32,9 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_file import check_output, publish, terminable, workplace
-from swaa_local.model_file.schedule_keys import KEY_LAYER_MODES, KEY_SINKS, KEY_VERSION, KEY_WINDOW, SCHEDULE_VERSION
-from swaa_local.schedule.config import Schedule, SWAAConfig
-from swaa_local.schedule.layers import parse_layers
+from swaa_local.model_file.schedule_keys import (
+    KEY_LAYER_MODES,
+    KEY_SINKS,
+    KEY_TAIL,
+    KEY_VERSION,
+    KEY_WINDOW,
+    SCHEDULE_VERSION,
+)
+from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.presets import PRESETS, get_preset
 from swaa_local.text.units import format_bytes
 
@@ -253,6 +260,8 @@ def write_metadata(
         writer.add_uint32(KEY_WINDOW, schedule.window)
         writer.add_uint32(KEY_SINKS, schedule.sinks)
         writer.add_array(KEY_LAYER_MODES, [int(mode) for mode in schedule.layer_modes])
+        if schedule.tail:
+            writer.add_uint32(KEY_TAIL, schedule.tail)
 
 
 def write_model(
@@ -330,11 +339,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--full-layers", metavar="LAYERS", help="layers that keep full attention: 1,3,5 or 0-3 or 1::2"
     )
     schedule.add_argument("--fa-decode", action="store_true", help="full attention for generated tokens")
+    schedule.add_argument(
+        "--tail", type=int, metavar="TOKENS", help="last tokens of a prompt with full attention [the preset's, or 0]"
+    )
     options = parser.parse_args(arguments)
     details = options.sinks is not None or options.full_layers is not None or options.fa_decode
     if options.preset is not None and (options.window is not None or details):
         parser.error("a preset is a whole schedule; leave out the schedule's other options")
-    if options.preset is None and options.window is None and details:
+    if options.preset is None and options.window is None and (details or options.tail is not None):
         parser.error("a schedule needs a window: add --window TOKENS or --preset NAME")
     return options
 
@@ -347,12 +359,15 @@ def positive(text: str) -> int:
 
 
 def chosen_schedule(options: argparse.Namespace, n_layer: int) -> Schedule | None:
-    if options.preset is not None:
-        return get_preset(options.preset).config(n_layer).schedule(n_layer)
-    if options.window is None:
-        return None
-    layers = parse_layers(options.full_layers or "", n_layer)
-    return SWAAConfig(options.window, options.sinks or 0, options.fa_decode, layers).schedule(n_layer)
+    config = ScheduleOptions(
+        preset=get_preset(options.preset) if options.preset is not None else None,
+        window=options.window,
+        sinks=options.sinks,
+        full_layers=options.full_layers,
+        fa_decode=options.fa_decode or None,
+        tail=options.tail,
+    ).config(n_layer)
+    return config.schedule(n_layer) if config else None
 
 
 def make_model(options: argparse.Namespace) -> Path:

@@ -109,6 +109,8 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
                 if isinstance(paper.force_fa_decode, bool)
                 else list(paper.force_fa_decode),
                 "non_sliding_layers": list(paper.non_sliding_layers),
+                # not in the paper's code, which would not take it
+                **({"prompt_tail": paper.prompt_tail} if paper.prompt_tail else {}),
             },
         }
     return {

@@ -58,7 +58,7 @@ class ScheduleOptions:
                 raise ScheduleError(
                     "the file has no schedule for --tail to change; add --window TOKENS or --preset NAME"
                 )
-            return replace(stored.config(), prompt_tail=self.tail)
+            return self._checked(replace(stored.config(), prompt_tail=self.tail))
 
         def layers(text: str) -> tuple[int, ...]:
             return parse_layers(text, n_layer, clip_layers=self.clip_layers)
@@ -74,7 +74,7 @@ class ScheduleOptions:
                     self.preset.window, self.preset.sinks, self.preset.fa_decode, prompt_tail=self.preset.tail
                 )
             )
-        return SWAAConfig(
+        chosen = SWAAConfig(
             sliding_window_size=base.sliding_window_size if window is None else window,
             keep_first=base.keep_first if sinks is None else sinks,
             force_fa_decode=(
@@ -87,6 +87,15 @@ class ScheduleOptions:
             non_sliding_layers=base.non_sliding_layers if full is None else layers(full),
             prompt_tail=base.prompt_tail if self.tail is None else self.tail,
         )
+        return self._checked(chosen)
+
+    def _checked(self, chosen: SWAAConfig) -> SWAAConfig:
+        """The same. Raises `ScheduleError` for a tail that was asked for and that no layer would have."""
+        if self.tail and not chosen.force_fa_decode:
+            raise ScheduleError(
+                f"--tail {self.tail} has no effect without FA decode: add --fa-decode, or leave out --tail"
+            )
+        return chosen
 
 
 ScheduleChoice = SWAAConfig | Literal[False] | None

@@ -18,6 +18,11 @@ from typing import Any
 
 import pytest
 
+from swaa_local.bench.engine import BenchModel
+from swaa_local.bench.results import Setting
+from swaa_local.engine import native
+from swaa_local.engine.options import EngineOptions
+from swaa_local.schedule.config import LayerMode, Schedule
 from tests.support.program import environment, fails, run, succeeds
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys
 
@@ -62,6 +67,33 @@ def test_every_variant_is_measured_at_every_size_as_often_as_asked(measured):
     [file, _] = by_kind["scheduled"]
     assert (file["window"], file["sinks"], file["layer_modes"]) == (64, 4, [0, 1, 1, 1])
     assert all(row["layer_modes"] == [0, 0, 0, 0] for row in by_kind["full"] + by_kind["limit"])
+
+
+def test_another_tail_is_measured_and_told(model):
+    document = bench(model, "-p 300 -n 0 -r 1 --no-limit --tail 40")
+    [file] = rows_of(document, kind="scheduled")
+    assert (file["window"], file["sinks"], file["layer_modes"], file["tail"]) == (64, 4, [0, 1, 1, 1], 40)
+    assert {row["tail"] for row in rows_of(document, kind="full")} == {0}
+
+
+def test_the_tail_of_a_prompt_is_decoded(model, monkeypatch):
+    """Where the engine is told that a prompt ends: so many tokens before its last one, behind what is in the cache."""
+    ends: list[int] = []
+    tell = native.llama_swaa_set_prompt_end
+
+    def watched(ctx: Any, seq: int, end: int) -> None:
+        ends.append(end)
+        tell(ctx, seq, end)
+
+    monkeypatch.setattr(native, "llama_swaa_set_prompt_end", watched)
+    schedule = Schedule(64, 4, (LayerMode.FULL, *[LayerMode.PREFILL] * 3), tail=40)
+    setting = Setting("tailed", "scheduled", schedule, 512, 256, None, "f16", "f16")
+    with BenchModel(model, EngineOptions(n_threads=1)) as loaded, loaded.context(setting, 1024) as context:
+        del ends[:]
+        context.prefill(300)
+        context.prefill(20)
+        context.prefill(100)
+        assert ends == [260, 300, 380]
 
 
 def test_the_figures_agree_with_the_samples(measured):

@@ -149,6 +149,28 @@ def test_a_tail_of_its_own_and_of_another_schedule(tmp_path, tiny_model):
     assert "the file has no schedule for --tail to change; add --window TOKENS or --preset NAME" in message
 
 
+def test_layers_are_clipped_with_a_tail(tmp_path, tiny_model):
+    out = tmp_path / "out.gguf"
+    options = ("--window", 16, "--full-layers", "1,9", "--fa-decode-layers", "0,2,7", "--clip-layers", "--tail", 5)
+    succeeds("convert", tiny_model, "-o", out, *options)
+    assert read_schedule(out) == Schedule(16, 0, (P, F, P, A), 5)
+
+
+@pytest.mark.parametrize("options", [("--window", 8), ("--preset", "streaming")], ids=str)
+@pytest.mark.parametrize("command", ["convert", "chat", "serve", "bench"])
+def test_a_tail_that_no_layer_would_have_is_refused(tmp_path, tiny_model, command, options):
+    place = {"convert": ("-o", tmp_path / "out.gguf"), "chat": ("-p", "a"), "serve": ("--port", 0)}.get(command, ())
+    said = "--tail 9 has no effect without FA decode: add --fa-decode, or leave out --tail"
+    assert said in fails(command, tiny_model, *place, *options, "--tail", 9)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tail_that_no_layer_of_the_file_would_have_is_refused(tmp_path, tiny_model_factory):
+    source = tiny_model_factory(schedule=ScheduleKeys(8, 2, (F, A, A, A)))
+    assert "--tail 9 has no effect without FA decode" in fails("convert", source, "-o", tmp_path / "o", "--tail", 9)
+    succeeds("convert", source, "-o", tmp_path / "o", "--tail", 0)
+
+
 def test_fa_decode_by_layer(tmp_path, tiny_model):
     out = tmp_path / "out.gguf"
     succeeds("convert", tiny_model, "-o", out, "--window", 8, "--fa-decode-layers", "0-1", "--full-layers", "3")

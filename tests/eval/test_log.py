@@ -91,6 +91,18 @@ def test_another_schedule_or_question_under_a_known_name_is_refused(path):
     assert path.read_bytes() == before
 
 
+def test_another_tail_is_another_schedule_where_a_layer_has_one(path):
+    def variant(mode: LayerMode, tail: int) -> Variant:
+        return Variant(mode.name, Schedule(8, 0, (mode,) * 2, tail))
+
+    for tail in (0, 5):
+        with EvalLog(path, CONFIG) as log:
+            log.add_variant(variant(LayerMode.PREFILL, 5))
+            log.add_variant(variant(LayerMode.ALWAYS, tail))
+            with pytest.raises(EvalLogError, match="another schedule under the name 'PREFILL'"):
+                log.add_variant(variant(LayerMode.PREFILL, tail + 1))
+
+
 @pytest.mark.parametrize(
     "text", ["hello\n", "hello", '{"kind": "answer"}\n', "[]\n", "\x00\xff", '{"kind": "config"}\n']
 )

@@ -8,7 +8,7 @@ from shlex import split
 
 import pytest
 
-from swaa_local import Llama
+from swaa_local import Llama, SWAAConfig
 from swaa_local.chat.commands import run_command
 from swaa_local.chat.session import Session, Settings
 from swaa_local.schedule.config import LayerMode
@@ -54,6 +54,28 @@ def test_a_model_has_one_size_everywhere(tiny_model_factory):
         said: list[str] = []
         run_command(session, "/info", said.append)
     assert f"({told})" in said[0]
+
+
+def test_the_tail_and_its_share_are_shown(tmp_path):
+    """Counted one query at a time: what the last 128 tokens read that no window shows, in the layers that have one."""
+    modes = [P if layer % 2 else F for layer in range(36)]
+    path = write_qwen3_4b(tmp_path / "m.gguf", modes)
+    tailed = write_header_model(
+        tmp_path / "t.gguf", QWEN3_4B | {"swaa.layer_modes": i32s(modes), "swaa.tail": u32(128)}, n_layer=36
+    )
+    n = 8192
+    more = 18 * sum(p + 1 - min(p + 1, 2048 + 100) for p in range(n - 128, n))
+    plain, document = (json.loads(succeeds("inspect", file, "-c", n, "--json")) for file in (path, tailed))
+    assert document["schedule"]["tail"] == 128
+    assert SWAAConfig(**document["schedule"]["swaa_config"]) == SWAAConfig(
+        2048, 100, True, range(0, 36, 2), prompt_tail=128
+    )
+    pairs = [shown["scheduled"]["prefill_pairs"] for shown in (plain, document)]
+    assert pairs[1] - pairs[0] == document["scheduled"]["tail_pairs"] == more
+    text = succeeds("inspect", tailed, "-c", n)
+    assert "window 2048, sinks 100, tail 128, 36 layers" in text
+    assert f"tail: its 128 tokens take {more / pairs[1]:.1%} of the scheduled query-key pairs" in text
+    assert "tail" not in succeeds("inspect", path, "-c", n).replace(str(path), "")
 
 
 @pytest.mark.parametrize("extra", [{"qwen3.ssm.state_size": 4}, {"qwen3.nextn_predict_layers": 1}])

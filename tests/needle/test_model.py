@@ -8,6 +8,7 @@ Bounds are far from what it does (100 % and 0 to 10 %).
 from __future__ import annotations
 
 import json
+import random
 import shlex
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,7 @@ from swaa_local.engine.options import EngineOptions
 from swaa_local.eval.run import EvalRequest, evaluate
 from swaa_local.eval.table import figures
 from swaa_local.model_file.schedule_keys import read_schedule
+from swaa_local.needle.documents import make_document
 from swaa_local.needle.model import bundled_model
 from swaa_local.schedule.config import SWAAConfig
 from tests.support.program import ROOT, succeeds
@@ -82,6 +84,21 @@ def test_full_attention_and_the_recipe_find_the_facts(outcome, title):
 def test_a_window_with_one_strategy_alone_and_a_question_without_a_tail_do_not(outcome, title):
     [row] = [row for row in outcome.rows if row.title == title]
     assert row.right <= 0.3 * N, [verdict.answer for verdict in row.verdicts]
+
+
+def test_chat_answers_at_once_with_the_tail_and_not_without_it(tmp_path: Path):
+    document = make_document(random.Random(5), "statements", 2600, lambda text: len(text) // 4, n_facts=12)
+    file = tmp_path / "notes.txt"
+    file.write_text(document.text)
+    asked = [placed for placed in document.facts if document.depth(placed) < 0.6][:3]
+    assert len(asked) == 3
+
+    def right(*options: object) -> int:
+        chat = ("chat", "--no-think", "-t", 1, "--file", file, *options)
+        return sum(placed.fact.value in succeeds(*chat, "-p", placed.fact.question) for placed in asked)
+
+    assert right() == 3
+    assert right("--tail", 0) < 3
 
 
 def test_eval_finds_the_same_on_documents_that_are_read_anew(tmp_path: Path):

@@ -103,9 +103,18 @@ def test_weights_are_finite_and_of_the_size_that_keeps_activations(type_name, tm
             assert 0.5 < (values**2).mean() * values.shape[1] < 2, tensor.name
 
 
-def test_a_schedule_is_stored_as_convert_stores_it(tmp_path):
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ("--window", 64, "--sinks", 4, "--full-layers", "1::2", "--fa-decode"),
+        ("--window", 64, "--fa-decode", "--tail", 9),
+        ("--preset", "fa-decode"),
+        ("--preset", "fa-decode", "--tail", 9),
+    ],
+    ids=str,
+)
+def test_a_schedule_is_stored_as_convert_stores_it(tmp_path, schedule):
     path = tmp_path / "m.gguf"
-    schedule = ("--window", 64, "--sinks", 4, "--full-layers", "1::2", "--fa-decode")
     make("--shape", "tiny", "-o", path, "--ctx", 1000, *schedule)
     shown = json.loads(succeeds("inspect", path, "--json"))
     plain, converted = tmp_path / "plain.gguf", tmp_path / "converted.gguf"
@@ -120,6 +129,9 @@ def test_what_makes_no_sense_is_refused_and_leaves_no_file(tmp_path):
     for args, code, reason in (
         (("--layers", 5), 1, "Tiny has 4 layers; --layers 5 is more"),
         (("--sinks", 4), 2, "needs a window"),
+        (("--tail", 4), 2, "needs a window"),
+        (("--window", 8, "--tail", 4), 1, "--tail 4 has no effect without FA decode"),
+        (("--window", 8, "--fa-decode", "--tail", -1), 1, "-1"),
         (("--window", 8, "--full-layers", "4"), 1, "past the model's 4 layers"),
         (("--preset", "half", "--window", 8), 2, "a preset is a whole schedule"),
     ):

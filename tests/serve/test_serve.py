@@ -306,13 +306,17 @@ def test_a_model_from_the_hub_has_its_id_for_a_name(tiny_model: Path, tmp_path: 
 def test_options_override_the_schedule(tiny_model: Path) -> None:
     for options, said in (
         (["--window", "64", "--sinks", "4", "--full-layers", "0", "--fa-decode"], "window 64, 4 sinks; full attention"),
+        (["--window", "64", "--fa-decode", "--tail", "9"], "the last 9 tokens of a prompt read all of it"),
         (["--no-swaa"], "none: full attention"),
     ):
         with serving(tiny_model, *options, "-c", "512", "-np", "1", "--alias", "mine") as running:
             assert said in running.log
             assert "1 request at once of up to 512 tokens" in running.log
             assert running.get("/v1/models")[1]["data"][0]["id"] == "mine"
-            assert running.get("/props")[1]["default_generation_settings"]["n_ctx"] == 512
+            props = running.get("/props")[1]
+            assert props["default_generation_settings"]["n_ctx"] == 512
+            tail = int(options[-1]) if "--tail" in options else 0
+            assert (props["swaa"] or {"tail": 0})["tail"] == tail
 
 
 @linux
