@@ -19,6 +19,7 @@ import click
 from swaa_local import __version__
 from swaa_local.cli import streams
 from swaa_local.cli.bench import bench_command
+from swaa_local.cli.calibrate import calibrate_command
 from swaa_local.cli.click_types import LORA, PATH, Number, tokens
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
@@ -331,6 +332,7 @@ def chat_command(
 
 
 main.add_command(bench_command)
+main.add_command(calibrate_command)
 main.add_command(eval_command)
 main.add_command(demo_command)
 main.add_command(serve_command)

@@ -17,7 +17,7 @@ from swaa_local.model_file.adapter import Adapter, read_adapter
 from swaa_local.model_file.copy import encode_header
 from swaa_local.model_file.header import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
-from swaa_local.model_file.schedule_keys import has_schedule_keys, schedule_of
+from swaa_local.model_file.schedule_keys import calibration_of, has_schedule_keys, schedule_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
@@ -48,6 +48,8 @@ class Outcome:
     n_layer: int | None = None
     schedule: Schedule | None = None
     """What the output will store."""
+    calibration: str | None = None
+    """What it was found with, if so."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
             raise _nothing_to_do(str(path))
         if out_type is None and choice is False and not old and not merges:
             raise ConvertError(f"nothing to do: {path} has no schedule that --no-swaa could take away")
-        header_bytes = len(encode_header(file, schedule))
+        calibration = request.calibration
+        if calibration is None and old and schedule is not None and schedule == schedule_of(file):
+            calibration = calibration_of(file)
+        header_bytes = len(encode_header(file, schedule, calibration))
         copied_bytes = header_bytes + file.data_size
     steps, temporary, size = [], 0, copied_bytes
     if out_type is not None:
@@ -142,6 +147,7 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
         architecture=model.architecture,
         n_layer=model.n_layer,
         schedule=schedule,
+        calibration=calibration,
     )
     return GGUFPlan(outcome, path, quantize_to=out_type, rewrites_header=merges or choice is not None)
 

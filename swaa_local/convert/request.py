@@ -26,12 +26,14 @@ class Request:
 
     schedule: a choice, or a function that makes one for a model of so many layers, and may read what the source stores.
     lora: an adapter to merge into the weights of a checkpoint.
+    calibration: what the schedule was found with, to be stored beside it.
     out_type: llama-quantize's name of a weight type, in any case; None: a GGUF's as it is, a checkpoint's 16-bit type.
     """
 
     source: str
     output: Path
     schedule: ScheduleChoice | Callable[[int, Callable[[], Schedule | None]], ScheduleChoice] = None
+    calibration: str | None = None
     out_type: str | None = None
     pre_tokenizer: str | None = None
     force: bool = False

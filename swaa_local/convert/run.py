@@ -82,6 +82,7 @@ def _from_gguf(plan: GGUFPlan, folder: Path, result: Path, request: Request, rep
                 file,
                 result,
                 plan.outcome.schedule,
+                calibration=plan.outcome.calibration,
                 on_header=lambda: _require_engine(result, plan.outcome, reporter),
                 on_bytes=update,
             )

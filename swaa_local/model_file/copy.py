@@ -21,15 +21,16 @@ def copy_gguf(
     target: Path,
     schedule: Schedule | None,
     *,
+    calibration: str | None = None,
     on_header: Callable[[], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Write `source` to `target` with `schedule` in place of any `swaa.*` keys it has.
+    """Write `source` to `target` with `schedule`, and what it was found with, in place of any `swaa.*` keys it has.
 
     Data are streamed. on_header: called when the header is there and the file has its full length, before the data:
     the engine can already judge it. on_bytes: bytes of data written so far. A partial target is the caller's to remove.
     """
-    header = encode_header(source, schedule)
+    header = encode_header(source, schedule, calibration)
     with open(target, "wb") as file:
         file.write(header)
         file.truncate(len(header) + source.data_size)
@@ -47,12 +48,12 @@ def copy_gguf(
             done += segment.padding
 
 
-def encode_header(source: GGUFFile, schedule: Schedule | None) -> bytes:
+def encode_header(source: GGUFFile, schedule: Schedule | None, calibration: str | None = None) -> bytes:
     """All that precedes the data section, padding included."""
     left_out = (KEY_PREFIX, SPLIT_PREFIX) if isinstance(source, SplitGGUF) else (KEY_PREFIX,)
     entries = [source.raw(key) for key in source.keys if not key.startswith(left_out)]
     if schedule is not None:
-        entries += encode_schedule(schedule)
+        entries += encode_schedule(schedule, calibration)
     counts = struct.pack("<IQQ", source.version, len(source.tensors), len(entries))
     # Tensor offsets count from the start of the data section, so they hold as they are.
     header = MAGIC + counts + b"".join(entries) + source.raw_tensor_infos()

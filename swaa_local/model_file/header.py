@@ -337,6 +337,10 @@ def encode_i32_array(key: str, values: list[int]) -> bytes:
     return encode_key(key, ValueType.ARRAY, head + struct.pack(f"<{len(values)}i", *values))
 
 
+def encode_text(key: str, value: str) -> bytes:
+    return encode_key(key, ValueType.STRING, _encode_string(value))
+
+
 def encode_tensor_info(info: TensorInfo) -> bytes:
     """A tensor's entry in the header."""
     n = len(info.dims)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from swaa_local.errors import GGUFError
 from swaa_local.model_file.check import describe_value
-from swaa_local.model_file.header import GGUFFile, KeyValue, ValueType, encode_i32_array, encode_u32
+from swaa_local.model_file.header import GGUFFile, KeyValue, ValueType, encode_i32_array, encode_text, encode_u32
 from swaa_local.model_file.model_info import model_info_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule
@@ -29,6 +29,8 @@ KEY_SINKS = "swaa.sinks"
 KEY_LAYER_MODES = "swaa.layer_modes"
 KEY_TAIL = "swaa.tail"
 """Optional; 0 where it is missing."""
+KEY_CALIBRATION = "swaa.calibration"
+"""Optional: what the schedule was found with, one line of JSON."""
 
 
 SCHEDULE_VERSION = 1
@@ -105,12 +107,26 @@ def schedule_entries(file: GGUFFile, n_layer_of_model: Callable[[], int] | None 
     return Schedule(window, sinks, tuple(modes), tail)
 
 
-def encode_schedule(schedule: Schedule) -> list[bytes]:
-    """The metadata entries, encoded; a tail only where there is one."""
+def calibration_of(file: GGUFFile) -> str | None:
+    """What an open file's schedule was found with; None if it was not calibrated. Raises `GGUFError` for no text."""
+    found = file.keys.get(KEY_CALIBRATION)
+    if found is None:
+        return None
+    if found.type is not ValueType.STRING:
+        raise GGUFError(f"{file.path}: {KEY_CALIBRATION} is {describe_value(file, found)}, expected a string")
+    return str(file.get(KEY_CALIBRATION))
+
+
+def encode_schedule(schedule: Schedule, calibration: str | None = None) -> list[bytes]:
+    """The metadata entries, encoded; a tail and a calibration only where there is one."""
     entries = [
         encode_u32(KEY_VERSION, SCHEDULE_VERSION),
         encode_u32(KEY_WINDOW, schedule.window),
         encode_u32(KEY_SINKS, schedule.sinks),
         encode_i32_array(KEY_LAYER_MODES, [int(mode) for mode in schedule.layer_modes]),
     ]
-    return [*entries, encode_u32(KEY_TAIL, schedule.tail)] if schedule.tail else entries
+    if schedule.tail:
+        entries.append(encode_u32(KEY_TAIL, schedule.tail))
+    if calibration is not None:
+        entries.append(encode_text(KEY_CALIBRATION, calibration))
+    return entries

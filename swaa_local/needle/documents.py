@@ -109,7 +109,7 @@ def make_document(
         raise ValueError(f"a document needs 2 facts or more, not {n_facts}")
     filler = filler or Filler()
     people = kind == "statements"
-    blocks = _statements(rng, n_facts) if people else _sections(rng, n_facts)
+    blocks = make_statements(rng, n_facts) if people else make_sections(rng, n_facts)
     used = sum(count(" " + line.text) for block in blocks for line in block)
     if used > length:
         raise ValueError(f"{n_facts} facts alone are {used} long, more than {length}; ask for fewer facts")
@@ -130,7 +130,7 @@ def make_document(
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """A sentence that matters. value_at, name_at: offsets in it; name_at is None where only the section names it."""
 
     text: str
@@ -139,7 +139,7 @@ class _Line:
     name_at: int | None = None
 
 
-def _statements(rng: random.Random, n_facts: int) -> list[list[_Line]]:
+def make_statements(rng: random.Random, n_facts: int) -> list[list[Line]]:
     """Each fact for itself."""
     n_entities = max(2, int(n_facts * (0.35 + 0.55 * rng.random())))
     entities = make_names(rng, n_entities)
@@ -157,7 +157,7 @@ def _statements(rng: random.Random, n_facts: int) -> list[list[_Line]]:
     return [[_line(pick(rng, words.FACT_PATTERNS), fact)] for fact in facts]
 
 
-def _sections(rng: random.Random, n_facts: int) -> list[list[_Line]]:
+def make_sections(rng: random.Random, n_facts: int) -> list[list[Line]]:
     """Blocks of a header and its facts; every attribute is there in two sections at least."""
     n_sections = min(2 + int(6 * rng.random()), max(2, n_facts // 2))
     entities = make_names(rng, n_sections)
@@ -177,18 +177,18 @@ def _sections(rng: random.Random, n_facts: int) -> list[list[_Line]]:
         header = pick(rng, words.SECTION_PATTERNS)
         blocks.append(
             [
-                _Line(header.format(entity=entity), name_at=header.index("{entity}")),
+                Line(header.format(entity=entity), name_at=header.index("{entity}")),
                 *(_line(pick(rng, words.SECTION_FACT_PATTERNS), fact) for fact in facts),
             ]
         )
     return blocks
 
 
-def _line(pattern: str, fact: Fact) -> _Line:
+def _line(pattern: str, fact: Fact) -> Line:
     text = pattern.format(entity=fact.entity, attribute=fact.attribute, value=fact.value)
     value_at = len(text) - len(fact.value) - 1
     name_at = text.index(fact.entity) if "{entity}" in pattern else None
-    return _Line(text, fact, value_at, name_at)
+    return Line(text, fact, value_at, name_at)
 
 
 def _with_values(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> list[Fact]:
@@ -232,7 +232,7 @@ def _name(rng: random.Random, known: Sequence[str]) -> str:
     return "".join(pick(rng, words.SYLLABLES) for _ in range(n_syllables)).capitalize()
 
 
-def _spread(rng: random.Random, blocks: list[list[_Line]], between: list[str]) -> list[str | _Line]:
+def _spread(rng: random.Random, blocks: list[list[Line]], between: list[str]) -> list[str | Line]:
     """Filler and lines in their final order. A block's first line opens it, and its others lie within it."""
     n = len(between)
     if all(len(block) == 1 for block in blocks):  # statements
@@ -247,7 +247,7 @@ def _spread(rng: random.Random, blocks: list[list[_Line]], between: list[str]) -
             placed.append((start, block[0]))
             slots = sorted(start + int(rng.random() * (end - start + 1)) for _ in block[1:])
             placed += zip(slots, block[1:], strict=True)
-    order: list[str | _Line] = []
+    order: list[str | Line] = []
     at = 0
     for place, line in placed:
         order += between[at:place]
@@ -256,7 +256,7 @@ def _spread(rng: random.Random, blocks: list[list[_Line]], between: list[str]) -
     return order + between[at:]
 
 
-def _lay_out(rng: random.Random, order: list[str | _Line], breaks: Sequence[str]) -> Document:
+def _lay_out(rng: random.Random, order: list[str | Line], breaks: Sequence[str]) -> Document:
     parts: list[str] = []
     facts: list[PlacedFact] = []
     offset = name_offset = 0
@@ -265,7 +265,7 @@ def _lay_out(rng: random.Random, order: list[str | _Line], breaks: Sequence[str]
             space = breaks[0] if len(breaks) == 1 else pick(rng, breaks)
             parts.append(space)
             offset += len(space)
-        if isinstance(item, _Line):
+        if isinstance(item, Line):
             if item.name_at is not None:
                 name_offset = offset + item.name_at
             if item.fact is not None:

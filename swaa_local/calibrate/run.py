@@ -1,0 +1,470 @@
+"""`swaa-local calibrate`: what a request says, turned into questions, a search, a check, and what they found.
+
+The flow alone: `material` makes the questions, `measure` asks the model, `search` decides what is tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from swaa_local.calibrate.haystack import Haystack, read_haystack
+from swaa_local.calibrate.log import CalibrateLog, Kinds
+from swaa_local.calibrate.material import SHORTER, Material
+from swaa_local.calibrate.measure import Bench, Prompted
+from swaa_local.calibrate.prompts import GENERATED, ROOM_TO_ANSWER
+from swaa_local.calibrate.questions import OwnQuestions, divide, read_questions
+from swaa_local.calibrate.results import CalibrateError, Calibration, Candidate, Check, Generated, Scale, Trial
+from swaa_local.calibrate.search import Found, Limits, Search, Space
+from swaa_local.calibrate.watch import SILENT, Watch
+from swaa_local.engine.options import EngineOptions
+from swaa_local.model_file.model_info import ModelInfo, read_model_info
+from swaa_local.report.intervals import Interval, paired
+from swaa_local.schedule.config import Schedule, default_n_ubatch
+from swaa_local.schedule.cost import pad_cells
+from swaa_local.schedule.presets import PRESETS
+from swaa_local.schedule.text import in_words
+
+LEAST_RIGHT = 0.4
+"""Share of a kind's questions that full attention must get right, or they are not asked."""
+_LEAST_QUESTIONS = 6
+_CHECK_SHARE = 0.45  # of the budget, at most
+_TAIL, _SINKS = 128, 100
+_SHORT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """What to calibrate.
+
+    log: the file of all trials; it is continued if it exists. length: of prompts with their answers, in tokens; None:
+    16384, or the model's context if that is shorter, or what the questions need. windows: to choose from, in tokens;
+    None: a 16th, an eighth and a quarter of the length. keep: share of full attention's quality. memory: prefer the
+    smallest cache. budget_s: of time, all in all.
+    """
+
+    model: Path
+    log: Path
+    data: Sequence[Path] = ()
+    questions: Path | None = None
+    length: int | None = None
+    budget_s: float = 900.0
+    windows: Sequence[int] | None = None
+    keep: float = 0.98
+    memory: bool = False
+    seed: int = 0
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
+    """Search and check. Ctrl-C ends either, and what is known by then is returned, as `interrupted`.
+
+    Raises `CalibrateError`, and what `Llama` raises; what was measured is in the log.
+    """
+    clock = _Clock()
+    info = read_model_info(request.model)
+    if info.unsupported is not None:
+        raise CalibrateError(f"no schedule can apply: {info.unsupported}")
+    haystack = read_haystack(request.data) if request.data else Haystack()
+    length, windows, own = _plan(request, info, haystack, watch)
+    for note in own.left_out if own else ():
+        watch.note(note)
+    _check_memory(request, info, length)
+    with (
+        CalibrateLog(request.log, _config(request, length, windows)) as log,
+        closing(Bench(request.model, pad_cells(length), request.engine, watch.on_prefill)) as bench,
+    ):
+        if not bench.has_template:
+            watch.note("this model has no chat template, so ChatML is used; a base model answers poorly")
+        material = Material(bench, log, haystack, own, length, windows[-1], request.seed)
+        run = _Run(request, info, length, windows, material, bench, log, watch, clock)
+        try:
+            return run.all()
+        finally:
+            watch.end()
+
+
+class _Clock:
+    """Seconds since the calibration began, and those that what is now read from the log had taken."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.read_s = 0.0
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._began + self.read_s
+
+
+class _Judge:
+    """The engine as the search sees it."""
+
+    def __init__(self, material: Material, bench: Bench, log: CalibrateLog, watch: Watch, clock: _Clock) -> None:
+        self._material, self._bench, self._log, self._watch, self._clock = material, bench, log, watch, clock
+
+    def elapsed_s(self) -> float:
+        return self._clock.elapsed_s()
+
+    def trial(self, schedule: Schedule, scale: Scale, text: int) -> Trial:
+        prompts = self._material.prompts("search", scale, text)
+        known = self._log.trials.get((schedule, scale, text))
+        if known is not None and len(known.nll) == len(prompts):
+            self._clock.read_s += known.took_s
+            return known
+        self._watch.trying(schedule, f"{scale} prompt {text + 1}")
+        trial = replace(self._bench.trial(_at_scale(schedule, scale), scale, text, prompts), schedule=schedule)
+        self._log.add_trial(trial)
+        return trial
+
+
+@dataclass
+class _Run:
+    """One calibration, from the first question to the last."""
+
+    request: CalibrateRequest
+    info: ModelInfo
+    length: int
+    windows: tuple[int, ...]
+    material: Material
+    bench: Bench
+    log: CalibrateLog
+    watch: Watch
+    clock: _Clock
+    notes: list[str] = field(default_factory=list)
+    checks: list[tuple[Schedule, list[Generated]]] = field(default_factory=list)
+
+    def all(self) -> Calibration:
+        judge = _Judge(self.material, self.bench, self.log, self.watch, self.clock)
+        full = Schedule.full(self.info.n_layer)
+        self.watch.stage("which questions full attention answers")
+        if not self._has_own:
+            self._choose_kinds(full)
+        first = judge.trial(full, "long", 0)
+        if not self._has_own:
+            first = self._drop_kinds(judge, full, first)
+        n_check, check_s = self._plan_check(first)
+        space = Space(
+            self.info.n_layer,
+            self.length,
+            self.windows,
+            min(_SINKS, self.windows[0] // 4),
+            min(_TAIL, self.windows[0] // 2),
+            _presets(self.info.n_layer, self.length),
+        )
+        until_s = self.request.budget_s - check_s
+        limits = Limits(self.request.keep, until_s, self.material.n_long, self._n_short(), self.request.memory)
+        search = Search(judge, space, limits, self.watch)
+        interrupted = False
+        try:
+            search.run()
+            found = search.found()
+            if found.chosen is not None:
+                self._check(full, found, n_check)
+        except KeyboardInterrupt:
+            interrupted = True
+        return self._result(search, interrupted)
+
+    @property
+    def _has_own(self) -> bool:
+        return self.request.questions is not None
+
+    def _n_short(self) -> int:
+        return 2 if self.length // SHORTER >= _SHORT_LENGTH else 0
+
+    # Questions that can be asked
+
+    def _choose_kinds(self, full: Schedule) -> None:
+        """By a short prompt: which kinds of questions full attention answers, and whether it begins answers itself."""
+        scale: Scale = "short" if self._n_short() else "long"
+        if scale not in self.log.kinds:
+            shares: dict[str, dict[bool, float]] = {}
+            for bare, prompts in self.material.all_forms("search", scale, 0):
+                trial = self.bench.trial(full, scale, 0, prompts)
+                for kind, share in _shares(prompts, trial).items():
+                    shares.setdefault(kind, {})[bare] = share
+            best = {kind: max(forms.values()) for kind, forms in shares.items()}
+            kinds = tuple(kind for kind in GENERATED if best.get(kind, 0.0) >= LEAST_RIGHT)
+            bare_kinds = tuple(kind for kind in kinds if shares[kind][True] > shares[kind][False])
+            if kinds:
+                self.log.add_kinds(scale, Kinds(kinds, bare_kinds, best))
+            else:
+                self._refuse(best, self.length // SHORTER if scale == "short" else self.length)
+        chosen = self.log.kinds[scale]
+        for each in ("short", "long"):
+            self.material.set_kinds(each, chosen)  # type: ignore[arg-type]
+
+    def _drop_kinds(self, judge: _Judge, full: Schedule, first: Trial) -> Trial:
+        """Kinds that it answers in short prompts but not in long ones."""
+        known = self.log.kinds.get("long")
+        if known is None:
+            prompts = self.material.prompts("search", "long", 0)
+            shares = _shares(prompts, first)
+            asked = self.material.kinds("long")
+            kinds = tuple(kind for kind in asked.kinds if shares.get(kind, 0.0) >= LEAST_RIGHT)
+            if not kinds or sum(prompt.kind in kinds for prompt in prompts) < _LEAST_QUESTIONS:
+                self._refuse(shares, self.length)
+            known = Kinds(kinds, tuple(kind for kind in asked.bare if kind in kinds), shares)
+            self.log.add_kinds("long", known)
+        dropped = [kind for kind in GENERATED if kind not in known.kinds]
+        if dropped:
+            self._say(
+                f"not asked: {', '.join(dropped)}; full attention gives fewer than {LEAST_RIGHT:.0%} of these answers"
+            )
+        if known.kinds != self.material.kinds("long").kinds:
+            self.material.set_kinds("long", known)
+            first = judge.trial(full, "long", 0)
+        return first
+
+    def _refuse(self, shares: dict[str, float], length: int) -> None:
+        said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+        raise CalibrateError(
+            f"with full attention this model does not answer questions about texts of {length} tokens ({said} right), so "
+            "no schedule can be judged by them; pass a shorter --length, your own --questions, or take a better model"
+        )
+
+    # The check
+
+    def _plan_check(self, first: Trial) -> tuple[int, float]:
+        """Texts of the check, and the seconds to be kept for it: full attention's answers and those of another."""
+        prompts = self.material.prompts("search", "long", 0)
+        n_tokens = sum(min(ROOM_TO_ANSWER, len(prompt.answer) + 8) for prompt in prompts)
+        one = first.took_s + n_tokens * (first.decode_token_s or 0.0)
+        n = self.material.n_check
+        while n > 1 and 2 * one * n > _CHECK_SHARE * self.request.budget_s:
+            n -= 1
+        if n < self.material.n_check:
+            self._say(
+                f"the check has {n} texts instead of {self.material.n_check}, for lack of time; a larger --budget, or a "
+                "shorter --length, gives more certainty"
+            )
+        return n, 2 * one * n * 1.05
+
+    def _check(self, full: Schedule, found: Found, n_texts: int) -> None:
+        """Full attention and the best on texts that the search has not seen; the next best if that loses answers there,
+        and others at the front if there is time."""
+        self.watch.stage("answers to questions that the search has not seen")
+        assert found.chosen is not None
+        others = [each for each in _front(found) if each.schedule != found.chosen.schedule]
+        better = [each for each in others if each.quality.value > found.chosen.quality.value]
+        queue = [found.chosen.schedule, *(each.schedule for each in sorted(better, key=lambda e: e.prefill or 1.0))]
+        queue += [each.schedule for each in others if each.schedule not in queue]
+        self._answer([full, queue[0]], n_texts)
+        for schedule in queue[1:]:
+            costs = [sum(each.took_s for each in answers) for _, answers in self.checks]
+            if self.clock.elapsed_s() + max(costs) > self.request.budget_s:
+                if self._fails(self.checks[-1][0]):
+                    self._say("another schedule was not checked, for lack of time")
+                return
+            self._answer([schedule], n_texts)
+
+    def _answer(self, schedules: list[Schedule], n_texts: int) -> None:
+        """In turns, so that a machine's bad moments hit all of them."""
+        answers: dict[Schedule, list[Generated]] = {schedule: [] for schedule in schedules}
+        for text in range(n_texts):
+            prompts = self.material.prompts("check", "long", text)
+            for schedule in schedules:
+                known = self.log.answers.get((schedule, text))
+                if known is None or len(known.right) != len(prompts):
+                    self.watch.trying(schedule, f"check {text + 1} of {n_texts}")
+                    known = self.bench.generate(schedule, text, prompts)
+                    self.log.add_answers(known)
+                else:
+                    self.clock.read_s += known.took_s
+                answers[schedule].append(known)
+        self.checks += list(answers.items())
+
+    def _difference(self, schedule: Schedule) -> Interval:
+        """Of right answers to full attention's, in pairs."""
+        (_, full), *others = self.checks
+        mine = next(answers for each, answers in others if each == schedule)
+        texts = zip(mine, full, strict=True)
+        return paired([float(a) - float(b) for one, two in texts for a, b in zip(one.right, two.right, strict=True)])
+
+    def _fails(self, schedule: Schedule) -> bool:
+        """Whether the check shows that it loses more answers than it may."""
+        (_, full), *_ = self.checks
+        share = fmean(right for answers in full for right in answers.right)
+        return self._difference(schedule).high < (self.request.keep - 1) * share
+
+    # What came of it
+
+    def _say(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            self.watch.note(note)
+
+    def _result(self, search: Search, interrupted: bool) -> Calibration:
+        found, full = search.found(), search.full()
+        if full is None:
+            raise KeyboardInterrupt
+        chosen, keeps = found.chosen, found.keeps
+        failed = [schedule for schedule, _ in self.checks[1:] if self._fails(schedule)]
+        if chosen is not None and chosen.schedule in failed:
+            passed = [s for s, _ in self.checks[1:] if s not in failed]
+            self._say(f"{chosen.name} kept enough in the search, but not in the check, so it is not taken")
+            by_schedule = {each.schedule: each for each in found.candidates}
+            if passed:
+                chosen = min((by_schedule[s] for s in passed), key=lambda each: each.prefill or 1.0)
+            else:
+                keeps = False
+        return Calibration(
+            model=self.request.model.name,
+            length=self.length,
+            keep=self.request.keep,
+            seed=self.request.seed,
+            budget_s=self.request.budget_s,
+            spent_s=self.clock.elapsed_s(),
+            kinds=("own",) if self._has_own else self.material.kinds("long").kinds,
+            digest=self.material.digest,
+            full=full,
+            candidates=found.candidates,
+            gains=found.gains,
+            gains_at=found.gains_at,
+            chosen=chosen.schedule if chosen else None,
+            keeps=keeps,
+            checks=tuple(self._check_of(schedule, answers) for schedule, answers in self.checks),
+            notes=(*self.notes, *found.notes),
+            interrupted=interrupted,
+        )
+
+    def _check_of(self, schedule: Schedule, answers: list[Generated]) -> Check:
+        full = self.checks[0][1]
+        return Check(
+            schedule=schedule,
+            name=in_words(schedule),
+            right=sum(sum(each.right) for each in answers),
+            n=sum(len(each.right) for each in answers),
+            difference=None if schedule.is_full else self._difference(schedule),
+            prefill_s=median(each.prefill_s for each in answers),
+            prefill=median(a.prefill_s / b.prefill_s for a, b in zip(answers, full, strict=True)),
+            decode_token_s=median(each.decode_token_s for each in answers),
+            decode=median(a.decode_token_s / b.decode_token_s for a, b in zip(answers, full, strict=True)),
+            kv_bytes=answers[0].kv_bytes,
+        )
+
+
+def _front(found: Found) -> list[Candidate]:
+    """Candidates that no other is both faster and better than, the fastest first."""
+    front: list[Candidate] = []
+    for each in found.candidates:
+        if each.prefill is not None and all(each.quality.value > other.quality.value for other in front):
+            front.append(each)
+    return front
+
+
+def _shares(prompts: Sequence[Prompted], trial: Trial) -> dict[str, float]:
+    """Of right answers, by kind."""
+    by_kind: dict[str, list[bool]] = {}
+    for prompt, right in zip(prompts, trial.right, strict=True):
+        by_kind.setdefault(prompt.kind, []).append(right)
+    return {kind: fmean(rights) for kind, rights in by_kind.items()}
+
+
+def _at_scale(schedule: Schedule, scale: Scale) -> Schedule:
+    if scale == "long" or schedule.is_full:
+        return schedule
+    return replace(schedule, window=max(1, schedule.window // SHORTER))
+
+
+def _presets(n_layer: int, length: int) -> tuple[Schedule, ...]:
+    """Published schedules for models of this depth whose windows are shorter than the prompts."""
+    schedules = [preset.config(n_layer).schedule(n_layer) for preset in PRESETS.values() if preset.n_layer == n_layer]
+    return tuple(dict.fromkeys(schedule for schedule in schedules if schedule.window <= length // 2))
+
+
+def _plan(
+    request: CalibrateRequest, info: ModelInfo, haystack: Haystack, watch: Watch
+) -> tuple[int, tuple[int, ...], OwnQuestions | None]:
+    """Length, windows, and the user's questions divided. Raises `CalibrateError` for what does not go together."""
+    from swaa_local.engine.context_length import beyond_training
+
+    found = read_questions(request.questions) if request.questions is not None else None
+    with closing(Bench(request.model, None, request.engine)) as bench:
+        if found is None:
+            length = request.length or min(16384, info.n_ctx_train or 16384)
+        else:
+            needed = max(bench.count_prompt(text) for text, _ in found) + 2 * ROOM_TO_ANSWER
+            needed += max(bench.count(ask.question) for _, asks in found for ask in asks)
+            length = request.length or needed
+            if needed > length:
+                raise CalibrateError(
+                    f"a question of {request.questions} needs {needed} tokens but --length is {length}; pass --length "
+                    f"{needed} or shorten its text"
+                )
+        if said := beyond_training(length, info.n_ctx_train):
+            watch.note(said)
+        windows = tuple(sorted(set(request.windows or [max(1, length // part) for part in (16, 8, 4)])))
+        if windows[-1] > length // 2:
+            raise CalibrateError(
+                f"a window of {windows[-1]} tokens shows more than half of a prompt of {length}, so little lies beyond "
+                f"it; pass --length {4 * windows[-1]} or a smaller --window"
+            )
+        if haystack.units and (n := sum(bench.count(unit) for unit in haystack.units)) < length:
+            raise CalibrateError(
+                f"the documents have {n} tokens but a prompt takes {length}; give {length / n:.1f} times as much text, "
+                f"or pass --length {max(1, n // 256 * 256)}"
+            )
+        own = divide(found, request.seed, length, windows[-1], bench.count) if found is not None else None
+    return length, windows, own
+
+
+def _check_memory(request: CalibrateRequest, info: ModelInfo, length: int) -> None:
+    """Before anything is made. Raises `ContextTooLarge`."""
+    from swaa_local.engine.context_length import gpu_layers
+    from swaa_local.engine.memory import check_fits, header_cost
+
+    engine, full = request.engine, Schedule.full(info.n_layer)
+    cost = header_cost(
+        info,
+        full,
+        n_ubatch=engine.n_ubatch or default_n_ubatch(full, gpu=False),
+        type_k=engine.type_k or "f16",
+        type_v=engine.type_v or "f16",
+        n_gpu_layers=gpu_layers(engine.n_gpu_layers, verbose=engine.verbose),
+    )
+    check_fits(cost, length)
+
+
+def _config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> dict[str, Any]:
+    """What the trials depend on. The budget and what is to be kept only decide which are made."""
+    import llama_cpp
+
+    engine = request.engine
+    return {
+        "model": request.model.name,
+        "model_sha256": fingerprint(request.model),
+        "length": length,
+        "windows": list(windows),
+        "data": [str(path) for path in request.data],
+        "questions": None if request.questions is None else str(request.questions),
+        "seed": request.seed,
+        "n_threads": engine.n_threads,
+        "n_threads_batch": engine.n_threads_batch,
+        "n_batch": engine.n_batch,
+        "n_ubatch": engine.n_ubatch,
+        "n_gpu_layers": engine.n_gpu_layers,
+        "flash_attn": engine.flash_attn,
+        "type_k": engine.type_k,
+        "type_v": engine.type_v,
+        "engine": llama_cpp.__version__,
+    }
+
+
+def fingerprint(path: Path) -> str:
+    """Of the header and some weights, so that a large model is not read twice."""
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(16 << 20))
+        file.seek(-min(1 << 20, path.stat().st_size), 2)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def default_log(model: Path) -> Path:
+    """Where the trials go where the user does not say: in the current directory, named after the model."""
+    return Path(f"{model.stem}.calibrate.jsonl")

@@ -1,0 +1,212 @@
+"""The search against simulated models, whose layers' gains, noise and times are known. No engine, no clock.
+
+A simulated answer's NLL falls with what its full layers and its window bring; its chance is e^-NLL. Texts and questions
+have noise of their own, which all schedules share, and each pair of schedule and text some more.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from swaa_local.calibrate.results import Candidate, Scale, Trial
+from swaa_local.calibrate.search import Found, Limits, Search, Space
+from swaa_local.schedule.config import LayerMode, Schedule
+
+LENGTH = 16384
+WINDOWS = (1024, 2048, 4096)
+
+
+@dataclass
+class Model:
+    """A judge. gains: of NLL, by layer; they add up, up to `missing`. decodes: layers that must not slide while they
+    decode. noise: of an answer's NLL. trial_s: of a trial with full attention at full length."""
+
+    n_layer: int
+    gains: dict[int, float]
+    missing: float = 1.0
+    decodes: frozenset[int] = frozenset()
+    noise: float = 0.02
+    trial_s: float = 1.0
+    n_questions: int = 16
+    seed: int = 0
+    attention: float = 0.7
+    clock: float = 0.0
+    made: list[tuple[Schedule, Scale, int]] = field(default_factory=list)
+
+    def elapsed_s(self) -> float:
+        return self.clock
+
+    def nll(self, schedule: Schedule) -> float:
+        if schedule.is_full:
+            return 0.1
+        brought = sum(self.gains.get(layer, 0.0) for layer in schedule.layers(LayerMode.FULL))
+        gap = max(0.0, self.missing - brought) * (1024 / schedule.window) ** 2
+        lost = 1.5 * len(self.decodes & set(schedule.layers(LayerMode.ALWAYS)))
+        return 0.1 + gap + lost
+
+    def trial(self, schedule: Schedule, scale: Scale, text: int) -> Trial:
+        self.made.append((schedule, scale, text))
+        pairs = sum(schedule.prefill_pairs(LENGTH)) / sum(Schedule.full(self.n_layer).prefill_pairs(LENGTH))
+        prefill = (1 - self.attention + self.attention * pairs) * self.trial_s * (1 if scale == "long" else 0.15)
+        self.clock += prefill * 1.25
+        nll = []
+        for question in range(self.n_questions):
+            shared = random.Random(f"{self.seed}/{scale}/{text}/{question}").gauss(0, 3 * self.noise)
+            own = random.Random(f"{self.seed}/{scale}/{text}/{question}/{schedule}").gauss(0, self.noise)
+            nll.append(max(0.0, self.nll(schedule) + shared + own))
+        return Trial(
+            schedule,
+            scale,
+            text,
+            tuple(nll),
+            tuple(math.exp(-each) for each in nll),
+            tuple(each < 0.4 for each in nll),
+            prefill,
+            0.01 * sum(schedule.decode_keys(LENGTH)),
+            sum(schedule.kv_cells(LENGTH)),
+            prefill * 1.25,
+        )
+
+    def true_quality(self, schedule: Schedule) -> float:
+        return math.exp(self.nll(Schedule.full(self.n_layer)) - self.nll(schedule))
+
+
+def search(model: Model, budget_s: float, *, keep: float = 0.98, n_long: int = 3, n_short: int = 2, **kwargs) -> Found:
+    space = Space(model.n_layer, LENGTH, WINDOWS, sinks=100, tail=128)
+    return Search(model, space, Limits(keep, budget_s, n_long, n_short, **kwargs)).run()
+
+
+def chosen(found: Found) -> Candidate:
+    assert found.chosen is not None
+    return found.chosen
+
+
+THREE_OF_28 = {8: 0.5, 14: 0.35, 16: 0.3}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_time_it_finds_the_few_layers_that_matter(seed):
+    model = Model(28, {**THREE_OF_28, 3: 0.05, 20: 0.05}, seed=seed)
+    found = search(model, 270)
+    best = chosen(found)
+    assert found.keeps
+    assert {8, 14, 16} <= set(best.schedule.layers(LayerMode.FULL))
+    assert len(best.schedule.layers(LayerMode.FULL)) <= 4
+    assert [gain.layer for gain in sorted(found.gains, key=lambda gain: -gain.gain)[:3]] == [8, 14, 16]
+    assert all(gain.alone for gain in found.gains)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_no_layer_matters_none_is_kept(seed):
+    found = search(Model(28, {}, missing=0.0, seed=seed), 270)
+    assert chosen(found).schedule.layers(LayerMode.FULL) == ()
+    assert chosen(found).schedule.window == 1024
+    assert found.keeps
+
+
+def test_where_a_wide_window_does_it_no_layer_is_paid_for():
+    """Every layer brings a little; half of them are needed at 1024, and none at 4096."""
+    found = search(Model(28, dict.fromkeys(range(28), 0.004), missing=0.1), 270)
+    best = chosen(found)
+    assert found.keeps
+    assert best.schedule.window == 4096
+    assert len(best.schedule.layers(LayerMode.FULL)) <= 1
+
+
+def test_where_nothing_keeps_enough_it_says_so_and_gives_the_best():
+    model = Model(12, {}, missing=9.0)
+    found = search(model, 200)
+    assert not found.keeps
+    assert chosen(found).quality.high < 0.98
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tenth_of_the_time_still_finds_good_layers_by_short_prompts_and_groups(seed):
+    model = Model(24, {5: 0.5, 15: 0.5}, trial_s=60, seed=seed)
+    found = search(model, 900)
+    best = chosen(found)
+    assert model.true_quality(best.schedule) > 0.95
+    assert {5, 15} <= set(best.schedule.layers(LayerMode.FULL))
+    assert any(scale == "short" for _, scale, _ in model.made)
+    assert any("lack of time" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("budget_s", [20, 60, 150, 400, 1500, 5000])
+@pytest.mark.parametrize("trial_s", [1, 10, 40])
+def test_the_time_is_kept(budget_s, trial_s):
+    model = Model(28, THREE_OF_28, trial_s=trial_s)
+    search(model, budget_s)
+    assert model.clock <= budget_s + 0.1 * max(budget_s, 12.5 * trial_s)
+
+
+def test_nothing_is_measured_twice():
+    model = Model(28, THREE_OF_28)
+    search(model, 270)
+    assert len(model.made) == len(set(model.made))
+
+
+def test_the_hopeless_are_left_after_one_text():
+    model = Model(28, THREE_OF_28, missing=1.15)
+    search(model, 2000)
+    tried = [(schedule, text) for schedule, scale, text in model.made if scale == "long"]
+    screened = {
+        schedule for schedule, _ in tried if len(schedule.layers(LayerMode.FULL)) <= 1 and schedule.window == 2048
+    }
+    hopeless = {s for s, _ in tried if model.true_quality(s) < 0.6} - screened
+    assert len(hopeless) > 5
+    assert not [s for s, text in tried if s in hopeless and text > 0]
+
+
+def test_layers_that_need_not_decode_in_full_slide():
+    model = Model(16, {4: 1.0}, decodes=frozenset({9, 10}))
+    found = search(model, 400)
+    best = chosen(found)
+    sliding = set(best.schedule.layers(LayerMode.ALWAYS))
+    assert found.keeps
+    assert not sliding & {9, 10}
+    assert len(sliding) >= 8
+
+
+def test_if_all_must_decode_in_full_none_slides():
+    model = Model(16, {4: 1.0}, decodes=frozenset(range(16)))
+    found = search(model, 400)
+    assert found.keeps
+    assert chosen(found).schedule.layers(LayerMode.ALWAYS) == ()
+
+
+def test_for_memory_the_smallest_cache_is_taken():
+    """Layer 4 full makes the answers right; that all others slide costs time here, but no answer."""
+    fast, small = (chosen(search(Model(16, {4: 1.0}), 400, memory=memory)) for memory in (False, True))
+    assert small.kv_bytes <= fast.kv_bytes
+
+
+def test_two_runs_come_to_equal_quality():
+    """The same model with other prompts: other layers may win, but the answers are as good."""
+    gains = dict.fromkeys(range(0, 28, 2), 0.08)
+    qualities = []
+    for seed in range(6):
+        model = Model(28, gains, missing=0.5, noise=0.05, seed=seed)
+        found = search(model, 270)
+        assert found.keeps
+        qualities.append(model.true_quality(chosen(found).schedule))
+    assert min(qualities) > 0.95
+
+
+def test_a_preset_that_is_best_is_taken():
+    preset = Schedule(512, 100, tuple(LayerMode.FULL if i == 4 else LayerMode.PREFILL for i in range(16)), 128)
+    model = Model(16, {4: 3.0}, missing=1.0)
+    space = Space(16, LENGTH, WINDOWS, 100, 128, presets=(preset,))
+    found = Search(model, space, Limits(0.98, 400, 3, 2)).run()
+    assert chosen(found).schedule.window == 512
+
+
+def test_without_time_for_anything_nothing_is_chosen():
+    model = Model(28, THREE_OF_28, trial_s=100)
+    model.clock = 50
+    found = search(model, 40)
+    assert found.chosen is None
+    assert found.notes
