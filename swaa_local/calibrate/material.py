@@ -16,8 +16,9 @@ from swaa_local.calibrate.prompts import GENERATED, Maker, Text
 from swaa_local.calibrate.questions import OwnQuestions
 from swaa_local.calibrate.results import CalibrateError, Scale
 
-N_LONG, N_SHORT, N_CHECK = 4, 2, 3
+N_LONG, N_SHORT, N_CHECK = 6, 2, 8
 """Texts that there are for the search, and for the check. One of them has 16 questions, if there is room for them."""
+LEAST_CHECK = 3
 SHORTER = 4
 """Short prompts are shorter by this, and so are their windows."""
 
@@ -59,7 +60,7 @@ class Material:
         return hashlib.sha256("".join(text.digest for text in texts).encode()).hexdigest()[:16]
 
     def set_kinds(self, scale: Scale, kinds: Kinds) -> None:
-        """Ask these kinds alone from now on."""
+        """Ask these kinds alone from now on; texts that there are lose their questions of other kinds."""
         self._kinds[scale] = kinds
         self._prompts = {key: value for key, value in self._prompts.items() if key[1] != scale}
 
@@ -74,9 +75,9 @@ class Material:
                 text = self._own.of(part)[number]
             else:
                 shorter = SHORTER if scale == "short" else 1
-                # Questions that were tried and dropped at full length stay in the texts that had them.
-                kinds = self.kinds(scale).kinds
-                maker = replace(self._maker, kinds=kinds if self._texts else GENERATED)
+                # By the first long text it is found out which kinds are answered at full length.
+                is_first = (part, scale, number) == ("search", "long", 0)
+                maker = replace(self._maker, kinds=self.kinds("short" if is_first else scale).kinds)
                 text = maker.text(part, self._length // shorter, max(1, self._window // shorter), number)
             self._log.add_text(text.id, text.digest, len(text.asks))
             self._texts[key] = text
@@ -101,9 +102,11 @@ class Material:
             self._prompts[key] = prompts
         return self._prompts[key]
 
-    def all_forms(self, part: Part, scale: Scale, number: int) -> list[tuple[bool, Sequence[Prompted]]]:
-        """The questions of a text with and without the beginning of an answer: (bare, prompts)."""
-        text = self.text(part, scale, number)
+    def pilot(self, scale: Scale, kinds: tuple[str, ...]) -> list[tuple[bool, Sequence[Prompted]]]:
+        """Questions of these kinds, with and without the beginning of an answer: (bare, prompts)."""
+        shorter = SHORTER if scale == "short" else 1
+        length, window = self._length // shorter, max(1, self._window // shorter)
+        text = replace(self._maker, kinds=kinds).text("search", length, window, 0)
         return [
             (False, self._bench.prompted(text)),
             (True, self._bench.prompted(text, bare=frozenset(ask.kind for ask in text.asks))),

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from swaa_local.calibrate.haystack import Haystack, Part, Units
 from swaa_local.calibrate.results import CalibrateError
 from swaa_local.needle.documents import PROMPT, Fact, Line, make_sections, make_statements, sample
-from swaa_local.tasks.words import make_distinct
+from swaa_local.tasks.words import letters, make_distinct
 
 GENERATED = ("keys", "statements", "sections", "quotes")
+EASY = ("keys",)
+"""For models that such a mixture confuses."""
 ROOM_TO_ANSWER = 64
 """Tokens that a generated answer may take."""
 _MARGIN = 64  # tokens between a window and what must lie beyond it
 _SHARES = {"keys": 2, "statements": 2, "sections": 1, "quotes": 1}
+_DIGITS, _EASY_DIGITS = 7, 5  # of a key's number
 _DRAFTS = 8
 _SLACK = 40  # tokens that a prompt may be too short
 _LEAST_TOKENS_PER_FACT = 40
@@ -96,7 +99,9 @@ class Maker:
         counts = _split(n, [(kind, _SHARES[kind]) for kind in self.kinds])
         groups: list[_Group] = []
         if counts["keys"]:
-            groups.append(_Group("keys", _make_keys(rng, counts["keys"])))
+            groups.append(
+                _Group("keys", _make_keys(rng, counts["keys"], _DIGITS if len(self.kinds) > 1 else _EASY_DIGITS))
+            )
         if counts["statements"]:
             groups.append(_Group("statements", make_statements(rng, max(4, counts["statements"] * 3 // 2))))
         if counts["sections"]:
@@ -155,10 +160,10 @@ class _Prose:
             taken.append(unit)
 
 
-def _make_keys(rng: random.Random, n: int) -> list[list[Line]]:
+def _make_keys(rng: random.Random, n: int, n_digits: int) -> list[list[Line]]:
     """Sentences that each tell the number of a key."""
     taken: set[str] = set()
-    keys, numbers = make_distinct(rng, "words", n, taken), make_distinct(rng, "numbers", n, taken)
+    keys, numbers = make_distinct(rng, "words", n, taken), letters(rng, "0123456789", n_digits, n)
     lines = []
     for key, number in zip(keys, numbers, strict=True):
         before = f"The secret number of {key} is "

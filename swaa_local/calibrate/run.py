@@ -16,12 +16,12 @@ from typing import Any
 
 from swaa_local.calibrate.haystack import Haystack, read_haystack
 from swaa_local.calibrate.log import CalibrateLog, Kinds
-from swaa_local.calibrate.material import SHORTER, Material
+from swaa_local.calibrate.material import LEAST_CHECK, SHORTER, Material
 from swaa_local.calibrate.measure import Bench, Prompted
-from swaa_local.calibrate.prompts import GENERATED, ROOM_TO_ANSWER
+from swaa_local.calibrate.prompts import EASY, GENERATED, ROOM_TO_ANSWER
 from swaa_local.calibrate.questions import OwnQuestions, divide, read_questions
 from swaa_local.calibrate.results import CalibrateError, Calibration, Candidate, Check, Generated, Scale, Trial
-from swaa_local.calibrate.search import Found, Limits, Search, Space
+from swaa_local.calibrate.search import Found, Limits, Search, Space, cautious
 from swaa_local.calibrate.watch import SILENT, Watch
 from swaa_local.engine.options import EngineOptions
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
@@ -33,8 +33,10 @@ from swaa_local.schedule.text import in_words
 
 LEAST_RIGHT = 0.4
 """Share of a kind's questions that full attention must get right, or they are not asked."""
+_PILOT, _LONG = "pilot", "long"
+"""Where it was found out which kinds of questions are answered."""
 _LEAST_QUESTIONS = 6
-_CHECK_SHARE = 0.45  # of the budget, at most
+_CHECK_SHARE, _MOST_CHECK_SHARE = 0.25, 0.45  # of the budget, at most; the second if it would be too few otherwise
 _TAIL, _SINKS = 128, 100
 _SHORT_LENGTH = 512
 
@@ -114,7 +116,7 @@ class _Judge:
         prompts = self._material.prompts("search", scale, text)
         known = self._log.trials.get((schedule, scale, text))
         if known is not None and len(known.nll) == len(prompts):
-            self._clock.read_s += known.took_s
+            self._clock.read_s += self._log.took_before_s(known)
             return known
         self._watch.trying(schedule, f"{scale} prompt {text + 1}")
         trial = replace(self._bench.trial(_at_scale(schedule, scale), scale, text, prompts), schedule=schedule)
@@ -181,26 +183,27 @@ class _Run:
     def _choose_kinds(self, full: Schedule) -> None:
         """By a short prompt: which kinds of questions full attention answers, and whether it begins answers itself."""
         scale: Scale = "short" if self._n_short() else "long"
-        if scale not in self.log.kinds:
-            shares: dict[str, dict[bool, float]] = {}
-            for bare, prompts in self.material.all_forms("search", scale, 0):
-                trial = self.bench.trial(full, scale, 0, prompts)
-                for kind, share in _shares(prompts, trial).items():
-                    shares.setdefault(kind, {})[bare] = share
-            best = {kind: max(forms.values()) for kind, forms in shares.items()}
-            kinds = tuple(kind for kind in GENERATED if best.get(kind, 0.0) >= LEAST_RIGHT)
-            bare_kinds = tuple(kind for kind in kinds if shares[kind][True] > shares[kind][False])
-            if kinds:
-                self.log.add_kinds(scale, Kinds(kinds, bare_kinds, best))
+        if _PILOT not in self.log.kinds:
+            for tried in (GENERATED, EASY):
+                shares: dict[str, dict[bool, float]] = {}
+                for bare, prompts in self.material.pilot(scale, tried):
+                    trial = self.bench.trial(full, scale, 0, prompts)
+                    for kind, share in _shares(prompts, trial).items():
+                        shares.setdefault(kind, {})[bare] = share
+                best = {kind: max(forms.values()) for kind, forms in shares.items()}
+                kinds = tuple(kind for kind in tried if best.get(kind, 0.0) >= LEAST_RIGHT)
+                if kinds:
+                    bare_kinds = tuple(kind for kind in kinds if shares[kind][True] > shares[kind][False])
+                    self.log.add_kinds(_PILOT, Kinds(kinds, bare_kinds, best))
+                    break
             else:
                 self._refuse(best, self.length // SHORTER if scale == "short" else self.length)
-        chosen = self.log.kinds[scale]
-        for each in ("short", "long"):
-            self.material.set_kinds(each, chosen)  # type: ignore[arg-type]
+        self.material.set_kinds("short", self.log.kinds[_PILOT])
+        self.material.set_kinds("long", self.log.kinds.get(_LONG, self.log.kinds[_PILOT]))
 
     def _drop_kinds(self, judge: _Judge, full: Schedule, first: Trial) -> Trial:
         """Kinds that it answers in short prompts but not in long ones."""
-        known = self.log.kinds.get("long")
+        known = self.log.kinds.get(_LONG)
         if known is None:
             prompts = self.material.prompts("search", "long", 0)
             shares = _shares(prompts, first)
@@ -209,11 +212,11 @@ class _Run:
             if not kinds or sum(prompt.kind in kinds for prompt in prompts) < _LEAST_QUESTIONS:
                 self._refuse(shares, self.length)
             known = Kinds(kinds, tuple(kind for kind in asked.bare if kind in kinds), shares)
-            self.log.add_kinds("long", known)
+            self.log.add_kinds(_LONG, known)
         dropped = [kind for kind in GENERATED if kind not in known.kinds]
         if dropped:
             self._say(
-                f"not asked: {', '.join(dropped)}; full attention gives fewer than {LEAST_RIGHT:.0%} of these answers"
+                f"not asked: {', '.join(dropped)}; full attention gives fewer than {LEAST_RIGHT:.0%} of the answers"
             )
         if known.kinds != self.material.kinds("long").kinds:
             self.material.set_kinds("long", known)
@@ -223,8 +226,9 @@ class _Run:
     def _refuse(self, shares: dict[str, float], length: int) -> None:
         said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
         raise CalibrateError(
-            f"with full attention this model does not answer questions about texts of {length} tokens ({said} right), so "
-            "no schedule can be judged by them; pass a shorter --length, your own --questions, or take a better model"
+            f"with full attention this model does not answer questions about texts of {length} tokens ({said} right), "
+            "so no schedule can be judged by them; pass a shorter --length, your own --questions, or take a better "
+            "model"
         )
 
     # The check
@@ -234,13 +238,13 @@ class _Run:
         prompts = self.material.prompts("search", "long", 0)
         n_tokens = sum(min(ROOM_TO_ANSWER, len(prompt.answer) + 8) for prompt in prompts)
         one = first.took_s + n_tokens * (first.decode_token_s or 0.0)
-        n = self.material.n_check
-        while n > 1 and 2 * one * n > _CHECK_SHARE * self.request.budget_s:
+        n, least = self.material.n_check, min(LEAST_CHECK, self.material.n_check)
+        while n > 1 and 2 * one * n > (_CHECK_SHARE if n > least else _MOST_CHECK_SHARE) * self.request.budget_s:
             n -= 1
-        if n < self.material.n_check:
+        if n < least:
             self._say(
-                f"the check has {n} texts instead of {self.material.n_check}, for lack of time; a larger --budget, or a "
-                "shorter --length, gives more certainty"
+                f"the check has {n} texts instead of {least}, for lack of time; a larger --budget, or a shorter "
+                "--length, gives more certainty"
             )
         return n, 2 * one * n * 1.05
 
@@ -274,7 +278,7 @@ class _Run:
                     known = self.bench.generate(schedule, text, prompts)
                     self.log.add_answers(known)
                 else:
-                    self.clock.read_s += known.took_s
+                    self.clock.read_s += self.log.took_before_s(known)
                 answers[schedule].append(known)
         self.checks += list(answers.items())
 
@@ -285,11 +289,14 @@ class _Run:
         texts = zip(mine, full, strict=True)
         return paired([float(a) - float(b) for one, two in texts for a, b in zip(one.right, two.right, strict=True)])
 
+    def _lost(self, schedule: Schedule) -> float:
+        return self._difference(schedule).value
+
     def _fails(self, schedule: Schedule) -> bool:
-        """Whether the check shows that it loses more answers than it may."""
+        """Whether it rather loses more answers than it may, as the check saw it."""
         (_, full), *_ = self.checks
         share = fmean(right for answers in full for right in answers.right)
-        return self._difference(schedule).high < (self.request.keep - 1) * share
+        return cautious(self._difference(schedule), -1) < (self.request.keep - 1) * share
 
     # What came of it
 
@@ -305,12 +312,14 @@ class _Run:
         chosen, keeps = found.chosen, found.keeps
         failed = [schedule for schedule, _ in self.checks[1:] if self._fails(schedule)]
         if chosen is not None and chosen.schedule in failed:
-            passed = [s for s, _ in self.checks[1:] if s not in failed]
-            self._say(f"{chosen.name} kept enough in the search, but not in the check, so it is not taken")
             by_schedule = {each.schedule: each for each in found.candidates}
+            passed = [by_schedule[schedule] for schedule, _ in self.checks[1:] if schedule not in failed]
             if passed:
-                chosen = min((by_schedule[s] for s in passed), key=lambda each: each.prefill or 1.0)
+                self._say(f"{chosen.name} kept enough in the search, but not in the check, so it is not taken")
+                chosen = min(passed, key=lambda each: each.prefill or 1.0)
             else:
+                self._say("nothing that was checked kept enough of the answers there")
+                chosen = max((by_schedule[schedule] for schedule in failed), key=lambda each: self._lost(each.schedule))
                 keeps = False
         return Calibration(
             model=self.request.model.name,

@@ -212,7 +212,7 @@ class Search:
         return [candidate for schedule in known if (candidate := self._candidate(schedule)) is not None]
 
     def _is_kept(self, candidate: Candidate) -> bool:
-        return _cautious(candidate.quality) >= self._limits.keep
+        return cautious(candidate.quality) >= self._limits.keep
 
     def _best(self) -> Candidate | None:
         """The fastest that keeps what is asked for, and of those as fast the one with the smallest cache and the best
@@ -222,12 +222,12 @@ class Search:
             return None
         kept = [each for each in tried if self._is_kept(each)]
         if not kept:
-            return max(tried, key=lambda each: _cautious(each.quality))
+            return max(tried, key=lambda each: cautious(each.quality))
         if self._limits.memory:
             return min(kept, key=lambda each: (each.kv_bytes, self._time(each.schedule), -each.quality.value))
         fastest = min(self._time(each.schedule) for each in kept)
         equal = [each for each in kept if self._time(each.schedule) <= fastest * (1 + _SAME_TIME)]
-        return min(equal, key=lambda each: (each.kv_bytes, -_cautious(each.quality)))
+        return min(equal, key=lambda each: (each.kv_bytes, -cautious(each.quality)))
 
     # What may be expected
 
@@ -478,8 +478,9 @@ class Search:
                 return
 
 
-def _cautious(quality: Interval) -> float:
-    return quality.value - CAUTION * (quality.high - quality.low) / (2 * _Z95)
+def cautious(measured: Interval, sign: int = 1) -> float:
+    """A measured value less `CAUTION` standard errors; sign -1: with so many added, to be cautious about a loss."""
+    return measured.value - sign * CAUTION * (measured.high - measured.low) / (2 * _Z95)
 
 
 def _others(ranked: Sequence[int], full: set[int]) -> list[int]:

@@ -113,7 +113,7 @@ def _row(each: Candidate, *, chosen: bool) -> list[str]:
 def quality_note(result: Calibration) -> str:
     return (
         "Quality: the chance that the right answer is given word for word, sampled at temperature 0.5, over full "
-        "attention's on the same questions. Right: given greedily. NLL: mean over the questions of an answer's mean per "
+        "attention's on the same questions. Right: given greedily. NLL: the answers' mean negative log-likelihood per "
         "token."
     )
 
