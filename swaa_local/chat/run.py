@@ -25,7 +25,7 @@ from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama
 from swaa_local.model_file.model_info import read_model_info
-from swaa_local.model_file.schedule_keys import read_schedule
+from swaa_local.model_file.schedule_keys import read_stored
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.text import in_one_line
 from swaa_local.sources.find import find_gguf
@@ -93,7 +93,7 @@ def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
 def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     path = find_gguf(options.model)
     n_layer = read_model_info(path).n_layer
-    swaa = options.schedule.config(n_layer, lambda: read_schedule(path)) or None  # --no-swaa is `full` below
+    swaa = options.schedule.config(n_layer, lambda: read_stored(path)) or None  # --no-swaa is `full` below
 
     advice = "pass -c"  # which /swaa comes too late for
 

@@ -129,11 +129,11 @@ def bench_command(
     path = bundled_model() if name is None else find_gguf(name)
     own = None
     if given:
-        from swaa_local.model_file.schedule_keys import read_schedule
+        from swaa_local.model_file.schedule_keys import read_stored
         from swaa_local.schedule.config import SWAAConfig
 
         n_layer = read_model_info(path).n_layer
-        own = (schedule.config(n_layer, lambda: read_schedule(path)) or SWAAConfig()).schedule(n_layer)
+        own = (schedule.config(n_layer, lambda: read_stored(path)) or SWAAConfig()).schedule(n_layer)
     # -d and -pg say themselves what is measured; the default prompts are for those who say nothing.
     nothing_said = not depths and not pairs
     request = BenchRequest(

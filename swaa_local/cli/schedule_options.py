@@ -17,13 +17,21 @@ from swaa_local.cli.click_types import tokens
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.presets import PRESETS, Preset, get_preset
 
+AUTO = "auto"
+"""Instead of a preset's name."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def schedule_options(command: Command) -> Command:
     """Add the schedule's options; the command gets them as `schedule: ScheduleOptions`."""
     options = [
-        click.option("--preset", metavar="NAME", callback=_preset, help="A published schedule; see --list-presets."),
+        click.option(
+            "--preset",
+            metavar="NAME",
+            callback=_preset,
+            help="A known schedule, see --list-presets; or auto: the calibrated one.",
+        ),
         click.option(
             "--window",
             type=tokens(1),
@@ -64,7 +72,9 @@ def schedule_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        schedule = ScheduleOptions(**{field.name: kwargs.pop(field.name) for field in fields(ScheduleOptions)})
+        given = {field.name: kwargs.pop(field.name) for field in fields(ScheduleOptions) if field.name != "auto"}
+        auto = given["preset"] == AUTO
+        schedule = ScheduleOptions(**{**given, "preset": None if auto else given["preset"]}, auto=auto)
         _check(schedule)
         return command(*args, schedule=schedule, **kwargs)
 
@@ -92,8 +102,8 @@ def _check(options: ScheduleOptions) -> None:
         raise click.UsageError("--fa-decode means all layers and --fa-decode-layers some; give one of them")
 
 
-def _preset(ctx: click.Context, _param: click.Parameter, value: str | None) -> Preset | None:
-    return None if value is None else get_preset(value)
+def _preset(ctx: click.Context, _param: click.Parameter, value: str | None) -> Preset | str | None:
+    return value if value is None or value == AUTO else get_preset(value)
 
 
 def _list_presets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -17,7 +17,7 @@ from swaa_local.model_file.adapter import Adapter, read_adapter
 from swaa_local.model_file.copy import encode_header
 from swaa_local.model_file.header import DEFAULT_ALIGNMENT, GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
-from swaa_local.model_file.schedule_keys import calibration_of, has_schedule_keys, schedule_of
+from swaa_local.model_file.schedule_keys import calibration_of, has_schedule_keys, schedule_of, stored_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
@@ -108,7 +108,7 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
         raise _no_weights_to_merge_into(path.name, request.lora)
     with open_gguf(path) as file:
         model = model_info_of(file)
-        choice = request.choice(model.n_layer, lambda: schedule_of(file))
+        choice = request.choice(model.n_layer, lambda: stored_of(file))
         old = has_schedule_keys(file)
         schedule = schedule_of(file) if choice is None else _resolve(choice, model.n_layer, model.unsupported)
         if out_type is not None and out_type.name.upper() == model.file_type:

@@ -11,8 +11,7 @@ from swaa_local.convert.checkpoint import Checkpoint
 from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter
-from swaa_local.schedule.choice import ScheduleChoice
-from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.choice import ScheduleChoice, StoredSchedule
 from swaa_local.sources import hub
 
 
@@ -32,7 +31,7 @@ class Request:
 
     source: str
     output: Path
-    schedule: ScheduleChoice | Callable[[int, Callable[[], Schedule | None]], ScheduleChoice] = None
+    schedule: ScheduleChoice | Callable[[int, Callable[[], StoredSchedule]], ScheduleChoice] = None
     calibration: str | None = None
     out_type: str | None = None
     pre_tokenizer: str | None = None
@@ -41,7 +40,7 @@ class Request:
     verbose: bool = False
     lora: Adapter | None = None
 
-    def choice(self, n_layer: int, read_stored: Callable[[], Schedule | None] = lambda: None) -> ScheduleChoice:
+    def choice(self, n_layer: int, read_stored: Callable[[], StoredSchedule] = StoredSchedule) -> ScheduleChoice:
         return self.schedule(n_layer, read_stored) if callable(self.schedule) else self.schedule
 
 

@@ -41,12 +41,12 @@ def token_scores(
         row = _c.llama_get_logits_ith(ctx, first + i)
         if not row:
             raise DecodeError("the context has no logits to score an answer by")
-        logits = np.ctypeslib.as_array(row, shape=(n_vocab,)).astype(np.float64)
-        if np.isnan(logits[token]):
-            raise DecodeError("the model's logits are not numbers (NaN)")
+        logits = np.ctypeslib.as_array(row, shape=(n_vocab,))
         below = logits - logits.max()
+        if np.isnan(below[token]):
+            raise DecodeError("the model's logits are not numbers (NaN)")
         for j, temperature in enumerate(temperatures):
-            scaled = below / temperature
-            logprobs[j, i] = scaled[token] - np.log(np.exp(scaled).sum())
+            scaled = below / np.float32(temperature)
+            logprobs[j, i] = scaled[token] - np.log(np.exp(scaled).sum(dtype=np.float64))
         greedy[i] = int(np.argmax(logits)) == token
     return AnswerScore(logprobs, greedy)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
-from swaa_local.model_file.schedule_keys import schedule_of
+from swaa_local.model_file.schedule_keys import stored_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.config import Schedule, default_n_ubatch
 from swaa_local.schedule.cost import kv_bytes
@@ -40,6 +40,8 @@ class Inspection:
     path: str
     model: ModelInfo
     schedule: Schedule | None
+    calibration: str | None
+    """What the schedule was found with, as the file says; None if it was not calibrated."""
     n_ctx: int
     n_ubatch: int
     type_k: str
@@ -63,7 +65,8 @@ def inspect_gguf(
     model.
     """
     with open_gguf(path) as file:
-        model, schedule = model_info_of(file), schedule_of(file)
+        model, stored = model_info_of(file), stored_of(file)
+    schedule = stored.schedule
     if n_ctx is None:
         n_ctx = min(model.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
     if n_ctx < 1:
@@ -77,7 +80,9 @@ def inspect_gguf(
         full = _cost(model, everything, n_ctx, n_ubatch, type_k, type_v)
         if schedule is not None:
             scheduled = _cost(model, schedule, n_ctx, n_ubatch, type_k, type_v)
-    return Inspection(os.fspath(path), model, schedule, n_ctx, n_ubatch, type_k, type_v, full, scheduled)
+    return Inspection(
+        os.fspath(path), model, schedule, stored.calibration, n_ctx, n_ubatch, type_k, type_v, full, scheduled
+    )
 
 
 def _has_gpu() -> bool:

@@ -29,6 +29,8 @@ def report(inspection: Inspection) -> str:
     else:
         first, *rest = layer_by_layer(schedule)
         lines += [f"schedule   {first}", *rest]
+        if inspection.calibration is not None:
+            lines.append(f"calibrated {printable(inspection.calibration)}")
     if model.unsupported is not None:
         lines += ["", f"No schedule can apply here: {model.unsupported}. Its KV cache is not a plain one; no figures."]
         return "\n".join(lines)
@@ -132,6 +134,7 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
             "unsupported": model.unsupported,
         },
         "schedule": config,
+        "calibration": inspection.calibration,
         "n_ctx": inspection.n_ctx,
         "n_ubatch": inspection.n_ubatch,
         "type_k": inspection.type_k,

@@ -12,6 +12,7 @@ from swaa_local.model_file.check import describe_value
 from swaa_local.model_file.header import GGUFFile, KeyValue, ValueType, encode_i32_array, encode_text, encode_u32
 from swaa_local.model_file.model_info import model_info_of
 from swaa_local.model_file.split import open_gguf
+from swaa_local.schedule.choice import StoredSchedule
 from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule
 
 KEY_PREFIX = "swaa."
@@ -44,6 +45,17 @@ def read_schedule(path: str | os.PathLike[str]) -> Schedule | None:
     """
     with open_gguf(path) as file:
         return schedule_of(file)
+
+
+def read_stored(path: str | os.PathLike[str]) -> StoredSchedule:
+    """The schedule that a GGUF stores, and what it was found with. Raises `GGUFError`."""
+    with open_gguf(path) as file:
+        return stored_of(file)
+
+
+def stored_of(file: GGUFFile) -> StoredSchedule:
+    """`read_stored` for an open file."""
+    return StoredSchedule(schedule_of(file), calibration_of(file))
 
 
 def has_schedule_keys(file: GGUFFile) -> bool:

@@ -17,10 +17,19 @@ from swaa_local.schedule.presets import Preset
 
 
 @dataclass(frozen=True)
+class StoredSchedule:
+    """What a model's file stores. calibration: what the schedule was found with; None if nobody measured it."""
+
+    schedule: Schedule | None = None
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
 class ScheduleOptions:
-    """What the user said of the schedule; None where they said nothing."""
+    """What the user said of the schedule; None where they said nothing. auto: the one that was calibrated."""
 
     preset: Preset | None = None
+    auto: bool = False
     window: int | None = None
     sinks: int | None = None
     full_layers: str | None = None
@@ -38,14 +47,14 @@ class ScheduleOptions:
     @property
     def has_window(self) -> bool:
         """True if the user asked for a schedule of their own."""
-        return self.preset is not None or self.window is not None
+        return self.preset is not None or self.auto or self.window is not None
 
     def config(
-        self, n_layer: int, read_stored: Callable[[], Schedule | None] = lambda: None
+        self, n_layer: int, read_stored: Callable[[], StoredSchedule] = StoredSchedule
     ) -> SWAAConfig | Literal[False] | None:
         """The schedule for a model of this depth; False for --no-swaa, None if nothing was said.
 
-        read_stored: gives the schedule that the model's file stores; asked only if its tail alone is replaced. Given
+        read_stored: gives what the model's file stores; asked only if its tail alone is replaced, or for `auto`. Given
         options replace the preset's. Raises `ScheduleError`.
         """
         if self.no_swaa:
@@ -53,7 +62,7 @@ class ScheduleOptions:
         if not self.has_window:
             if self.tail is None:
                 return None
-            stored = read_stored()
+            stored = read_stored().schedule
             if stored is None:
                 raise ScheduleError(
                     "the file has no schedule for --tail to change; add --window TOKENS or --preset NAME"
@@ -65,7 +74,9 @@ class ScheduleOptions:
 
         window, sinks, full, decode = self.window, self.sinks, self.full_layers, self.fa_decode
         base = SWAAConfig()
-        if self.preset is not None:
+        if self.auto:
+            base = _calibrated(read_stored())
+        elif self.preset is not None:
             # Layers named by hand replace the preset's, so its depth no longer matters.
             base = (
                 self.preset.config(n_layer, clip_layers=self.clip_layers)
@@ -96,6 +107,16 @@ class ScheduleOptions:
                 f"--tail {self.tail} has no effect without FA decode: add --fa-decode, or leave out --tail"
             )
         return chosen
+
+
+def _calibrated(stored: StoredSchedule) -> SWAAConfig:
+    if stored.schedule is None or stored.calibration is None:
+        has = "has no schedule" if stored.schedule is None else "has a schedule that was not calibrated"
+        raise ScheduleError(
+            f"--preset auto takes the schedule that was found for a model, and this file {has}; "
+            "swaa-local calibrate MODEL -o OUT.gguf finds one and stores it in OUT.gguf"
+        )
+    return stored.schedule.config()
 
 
 ScheduleChoice = SWAAConfig | Literal[False] | None

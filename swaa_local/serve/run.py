@@ -22,7 +22,7 @@ from swaa_local.files.signals import ended_by
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter, adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import read_model_info
-from swaa_local.model_file.schedule_keys import read_schedule
+from swaa_local.model_file.schedule_keys import read_stored
 from swaa_local.needle.model import bundled_template, is_bundled
 from swaa_local.report.progress import SILENT, Reporter
 from swaa_local.schedule.choice import ScheduleOptions
@@ -192,8 +192,9 @@ def _refuse_other_models(extra: Sequence[str], env: Mapping[str, str]) -> None:
 def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | None, list[str]]:
     """The schedule that the server will run, and the arguments that make it so where the file says otherwise."""
     n_layer = read_model_info(path).n_layer
-    of_file = read_schedule(path)
-    config = wanted.config(n_layer, lambda: of_file)
+    stored = read_stored(path)
+    of_file = stored.schedule
+    config = wanted.config(n_layer, lambda: stored)
     if config is None:
         return of_file, []
     full = Schedule.full(n_layer)
