@@ -94,7 +94,7 @@ class Maker:
         if n < 2 * len(self.kinds):
             raise CalibrateError(
                 f"in {length} tokens there is no room for questions whose answers lie more than {window} tokens before "
-                f"the end; pass a --length of {4 * window} or more, or a smaller --window"
+                "the end; pass a larger --length or a smaller --window"
             )
         counts = _split(n, [(kind, _SHARES[kind]) for kind in self.kinds])
         groups: list[_Group] = []

@@ -38,7 +38,8 @@ _PILOT, _LONG = "pilot", "long"
 _LEAST_QUESTIONS = 6
 _CHECK_SHARE, _MOST_CHECK_SHARE = 0.25, 0.45  # of the budget, at most; the second if it would be too few otherwise
 _TAIL, _SINKS = 128, 100
-_SHORT_LENGTH = 512
+_SHORT_LENGTH = 1024
+"""Tokens; shorter prompts have no room for the questions."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,8 @@ class _Run:
         found, full = search.found(), search.full()
         if full is None:
             raise KeyboardInterrupt
-        chosen, keeps = found.chosen, found.keeps
+        chosen = found.chosen
+        keeps = found.keeps if len(self.checks) < 2 else True
         failed = [schedule for schedule, _ in self.checks[1:] if self._fails(schedule)]
         if chosen is not None and chosen.schedule in failed:
             by_schedule = {each.schedule: each for each in found.candidates}

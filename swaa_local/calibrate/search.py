@@ -29,7 +29,7 @@ _SHORT_ERROR = 0.05
 """How far quality on short prompts is off that on long ones, beside what is due to chance: a standard error."""
 _EXPECTED = 2
 """Measurements of a time that what the others took counts for."""
-_SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.82}
+_SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.75, "confirm": 0.85}
 """Of the search's time, when each stage must be done; sliding has the rest."""
 _LEAST_SCREEN = 5  # trials
 
@@ -115,6 +115,7 @@ class Search:
         self._screen(self._at(_SHARES["screen"]))
         self._race(self._candidates(), self._at(_SHARES["race"]))
         self._refine(self._at(_SHARES["refine"]))
+        self._confirm(self._at(_SHARES["confirm"]))
         self._slide(self._limits.until_s)
         self._confirm(self._limits.until_s)
         return self.found()
@@ -223,6 +224,8 @@ class Search:
         kept = [each for each in tried if self._is_kept(each)]
         if not kept:
             return max(tried, key=lambda each: cautious(each.quality))
+        # One text alone is believed only where there was no time for a second.
+        kept = [each for each in kept if each.n_texts >= min(2, self._limits.n_long)] or kept
         if self._limits.memory:
             return min(kept, key=lambda each: (each.kv_bytes, self._time(each.schedule), -each.quality.value))
         fastest = min(self._time(each.schedule) for each in kept)
@@ -469,11 +472,18 @@ class Search:
 
     def _confirm(self, until_s: float) -> None:
         """The best must hold on all texts, as far as there is time; what does not is the best no more."""
-        self._stage("the best on all texts")
+        self._stage("the best on more texts")
         while True:
             best = self._best()
-            if best is None or best.n_texts >= self._limits.n_long:
+            if best is None:
                 return
+            if best.n_texts >= self._limits.n_long:
+                # One that promises more may have been tried on a single text.
+                others = [each for each in self._tried() if each.n_texts == 1 and self._is_kept(each)]
+                better = [each for each in others if self._time(each.schedule) < 0.97 * self._time(best.schedule)]
+                if not better:
+                    return
+                best = max(better, key=lambda each: self._promise(each.schedule))
             if self._measure(best.schedule, "long", best.n_texts, until_s) is None:
                 return
 

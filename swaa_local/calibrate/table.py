@@ -38,10 +38,13 @@ def verdict(result: Calibration) -> str:
     kept = f"keeps {chosen.quality.value:.1%} of full attention's quality"
     asked = f"(asked for: {result.keep:.0%})"
     what = f"{in_words(result.chosen)}: {kept} {asked}"
-    if not result.keeps:
-        what = f"No schedule that was tried keeps {result.keep:.0%} of full attention's quality. The best is {what}"
-    speed = "" if chosen.prefill is None else f", reads {1 / chosen.prefill:.2f} times as fast"
     checked = result.checked
+    if not result.keeps:
+        where = "was checked" if checked is not None else "was tried"
+        what = f"No schedule that {where} keeps {result.keep:.0%} of full attention's answers. The best is {what}"
+    if checked is not None:
+        what = what.replace(kept, f"{kept} in the search")
+    speed = "" if chosen.prefill is None else f", reads {1 / chosen.prefill:.2f} times as fast"
     seen = ""
     if checked is not None and checked.difference is not None:
         full = result.checks[0]

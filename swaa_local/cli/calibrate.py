@@ -95,6 +95,7 @@ def calibrate_command(
     """
     streams.need_stdout()
     from swaa_local import __version__
+    from swaa_local.calibrate.results import CalibrateError
     from swaa_local.calibrate.run import CalibrateRequest, calibrate, default_log
     from swaa_local.calibrate.table import as_json as json_of
     from swaa_local.calibrate.table import markdown, stored_line
@@ -129,6 +130,12 @@ def calibrate_command(
     if result.interrupted:
         reporter.note("stopped; the same command goes on from the log")
         return 130
+    if not result.keeps:
+        raise CalibrateError(
+            f"no schedule keeps {result.keep:.0%} of full attention's answers, as far as the time went"
+            + (f", so {output} is not written" if output is not None else "")
+            + "; the same command with a larger --budget, or a lower --keep, goes on from the log"
+        )
     if output is not None and result.chosen is not None:
         stored = Request(
             str(path), output, result.chosen.config(), force=force, calibration=stored_line(result, __version__)

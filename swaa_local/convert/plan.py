@@ -11,6 +11,7 @@ from swaa_local.convert import checkpoint as hf
 from swaa_local.convert.checkpoint import Checkpoint
 from swaa_local.convert.quantize import OutType, parse_out_type, quantized_types
 from swaa_local.convert.request import ConvertError, LocalCheckpoint, LocalGGUF, Request, resolve
+from swaa_local.errors import GGUFError
 from swaa_local.files.output_file import check_output
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter, read_adapter
@@ -121,7 +122,7 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
         if out_type is None and choice is False and not old and not merges:
             raise ConvertError(f"nothing to do: {path} has no schedule that --no-swaa could take away")
         calibration = request.calibration
-        if calibration is None and old and schedule is not None and schedule == schedule_of(file):
+        if calibration is None and schedule is not None and schedule == _stored_schedule(file):
             calibration = calibration_of(file)
         header_bytes = len(encode_header(file, schedule, calibration))
         copied_bytes = header_bytes + file.data_size
@@ -150,6 +151,14 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
         calibration=calibration,
     )
     return GGUFPlan(outcome, path, quantize_to=out_type, rewrites_header=merges or choice is not None)
+
+
+def _stored_schedule(file: GGUFFile) -> Schedule | None:
+    """None also for one that cannot be read, and is to be replaced."""
+    try:
+        return schedule_of(file)
+    except GGUFError:
+        return None
 
 
 def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType | None) -> CheckpointPlan:
