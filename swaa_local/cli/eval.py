@@ -39,7 +39,7 @@ def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
 )
 @click.option("-n", "--samples", type=_COUNT, help="Questions of each task and length [50].")
 @click.option(
-    "--variants", metavar="LIST", help="Schedules to compare; see above [full,naive,file; or full,half,streaming]."
+    "--variants", metavar="LIST", help="Schedules to compare; see above [full,naive,file; or full,quality,speed]."
 )
 @click.option("--dataset", type=FILE, metavar="FILE", help="Questions of a .jsonl or .parquet file instead of tasks.")
 @click.option("--haystack", type=FILE, metavar="FILE", help="The text that the essay tasks hide their needles in.")

@@ -213,12 +213,12 @@ def convert_command(
     \b
     swaa-local convert model.gguf -o model-swaa.gguf --preset qwen3-4b
     swaa-local convert model.gguf -o out.gguf --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
-    swaa-local convert ./my-finetune -o out.gguf --outtype q4_k_m --preset half --pre-tokenizer qwen2
-    swaa-local convert ./checkpoint -o out.gguf --outtype q4_k_m --preset half --lora adapter.gguf
-    swaa-local convert org/name:Q4_K_M -o out.gguf --preset half --dry-run
+    swaa-local convert ./my-finetune -o out.gguf --outtype q4_k_m --preset quality --pre-tokenizer qwen2
+    swaa-local convert ./checkpoint -o out.gguf --outtype q4_k_m --preset quality --lora adapter.gguf
+    swaa-local convert org/name:Q4_K_M -o out.gguf --preset quality --dry-run
     swaa-local convert model-swaa.gguf -o plain.gguf --no-swaa
 
-    Presets (--list-presets shows what is known about them; for an unlisted model start with half, and measure):
+    Presets (--list-presets shows what is known about them; for an unlisted model, calibrate or quality):
 
     \b
     {presets}

@@ -22,6 +22,7 @@ from swaa_local.model_file.schedule_keys import calibration_of, has_schedule_key
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.presets import DEFAULT_PRESET
 from swaa_local.schedule.text import layer_by_layer
 from swaa_local.sources import hub
 from swaa_local.sources.checkpoint_files import WEIGHTS
@@ -302,8 +303,8 @@ def _check_adapter(lora: Adapter, schedule: Schedule | None) -> tuple[str, ...]:
 
 def _nothing_to_do(source: str) -> ConvertError:
     return ConvertError(
-        f"nothing to do for {source}: give a schedule (--preset NAME or --window TOKENS), --no-swaa, or another "
-        "--outtype than it has"
+        f"nothing to do for {source}: give a schedule, for instance --preset {DEFAULT_PRESET} (--list-presets shows "
+        "others, and swaa-local calibrate finds the model's own), --no-swaa, or another --outtype than it has"
     )
 
 

@@ -93,7 +93,7 @@ def without_schedule(unsupported: str | None) -> tuple[str, str]:
     none can apply, if so."""
     if unsupported:
         return FULL, f"full attention alone is measured: {unsupported}"
-    names = f"{FULL},half,streaming"
+    names = f"{FULL},quality,speed"
     return names, f"comparing {names} (choose with --variants)"
 
 

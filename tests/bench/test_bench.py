@@ -258,8 +258,8 @@ def test_whole_requests_and_several_n_ubatch(model):
 def test_without_a_schedule_known_ones_are_compared(tiny_model):
     done = run("bench", tiny_model, *split("-p 64 -n 0 -r 1 -t 1 -fa on -o jsonl"))
     assert done.returncode == 0, done.stderr
-    assert "has no schedule; comparing full,half,streaming (choose with --variants" in done.stderr
-    assert [json.loads(line)["variant"] for line in done.stdout.splitlines()][:3] == ["full", "half", "streaming"]
+    assert "has no schedule; comparing full,quality,speed (choose with --variants" in done.stderr
+    assert [json.loads(line)["variant"] for line in done.stdout.splitlines()][:3] == ["full", "quality", "speed"]
 
 
 def test_the_limit_is_left_out_where_it_means_nothing(model, tmp_path):

@@ -126,7 +126,7 @@ def test_a_schedule_is_replaced_and_taken_away(tmp_path, tiny_model_factory):
 
 def test_presets_and_options_on_top(tmp_path, tiny_model):
     out = tmp_path / "out.gguf"
-    done = run("convert", tiny_model, "-o", out, "--preset", "HALF", "--window", 64)
+    done = run("convert", tiny_model, "-o", out, "--preset", "QUALITY", "--window", 64)
     assert done.returncode == 0, done.stderr
     assert "FA decode speeds up reading" in " ".join(done.stderr.split())
     assert read_schedule(out) == Schedule(64, 100, (F, P, F, P), 128)
@@ -142,7 +142,7 @@ def test_a_tail_of_its_own_and_of_another_schedule(tmp_path, tiny_model):
     assert read_schedule(first) == Schedule(16, 2, (P,) * 4, 40)
     succeeds("convert", first, "-o", second, "--tail", 8)
     assert read_schedule(second) == Schedule(16, 2, (P,) * 4, 8)
-    succeeds("convert", tiny_model, "-o", third, "--preset", "half-paper")
+    succeeds("convert", tiny_model, "-o", third, "--preset", "quality-paper")
     assert read_schedule(third) == Schedule(2048, 100, (F, P, F, P))
     assert "tail 40" in succeeds("inspect", first)
     message = fails("convert", tiny_model, "-o", tmp_path / "d.gguf", "--tail", 8)
@@ -180,12 +180,12 @@ def test_fa_decode_by_layer(tmp_path, tiny_model):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "nothing to do for .*: give a schedule"),
+        ((), "nothing to do for .*: give a schedule, for instance --preset quality"),
         (("--no-swaa",), "has no schedule that --no-swaa could take away"),
         (("--outtype", "f32"), "nothing to do"),
         (("--outtype", "q9_x", "--window", 8), "unknown --outtype 'q9_x'; known are f32, f16"),
         (("--outtype", "iq1_s"), "IQ1_S needs an importance matrix"),
-        (("--preset", "qwen"), "unknown preset 'qwen'; known are qwen3-4b"),
+        (("--preset", "qwen"), "unknown preset 'qwen'; known are .*qwen3-4b"),
         (("--window", 8, "--full-layers", "1,4"), "'4' goes past the model's 4 layers"),
         (("--window", 8, "--full-layers", "odd"), "cannot read layer list item 'odd'"),
         (("--window", 8, "--full-layers", "0-3"), "all 4 layers have full attention, so it does nothing"),

@@ -75,9 +75,9 @@ def test_the_same_questions_go_to_every_variant(model, tmp_path):
 def test_without_a_schedule_known_ones_are_compared(tiny_model, tmp_path):
     done = run("eval", tiny_model, *split("-n 1 --length 600 -t 1 -o json"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "has no schedule; comparing full,half,streaming (choose with --variants)" in done.stderr
-    assert "which the window of half and of streaming holds whole" in done.stderr
-    assert {cell["variant"] for cell in json.loads(done.stdout)["results"]} == {"full", "half", "streaming"}
+    assert "has no schedule; comparing full,quality,speed (choose with --variants)" in done.stderr
+    assert "which the window of quality and of speed holds whole" in done.stderr
+    assert {cell["variant"] for cell in json.loads(done.stdout)["results"]} == {"full", "quality", "speed"}
 
 
 def test_where_no_schedule_can_apply_it_says_why(tiny_model_factory, tmp_path):

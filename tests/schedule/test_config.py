@@ -12,7 +12,7 @@ from swaa_local.errors import ScheduleError, SWAAError
 from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule, SWAAConfig
 from swaa_local.schedule.cost import full_cells, kv_bytes, window_keys, window_pairs
 from swaa_local.schedule.layers import format_layers, parse_layers
-from swaa_local.schedule.presets import GENERIC_PRESETS, PRESETS, get_preset
+from swaa_local.schedule.presets import DEFAULT_PRESET, GENERIC_PRESETS, PRESETS, get_preset
 
 F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
 
@@ -176,14 +176,37 @@ def test_every_preset_resolves_and_says_what_is_known_about_it(preset):
 
 def test_a_preset_for_another_depth_is_refused():
     preset = get_preset("qwen3-4b")
-    with pytest.raises(ScheduleError, match=r"36 layers, and this one has 28.*half.*--clip-layers"):
+    with pytest.raises(ScheduleError, match=r"36 layers, and this one has 28.*quality.*--clip-layers"):
         preset.config(28)
     with pytest.raises(ScheduleError, match=r"36 layers, and this one has 40.*--full-layers"):
         preset.config(40, clip_layers=True)
     assert preset.config(28, clip_layers=True).non_sliding_layers == tuple(range(1, 28, 2))
-    assert "half" in GENERIC_PRESETS
+    assert "quality" in GENERIC_PRESETS
     with pytest.raises(ScheduleError, match="pass n_layer"):
-        get_preset("half").config()
+        get_preset("quality").config()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_full", "has_ring"),
+    [
+        ("quality", 14, False),
+        ("quality-odd", 14, False),
+        ("balanced", 0, False),
+        ("speed", 0, False),
+        ("memory", 14, True),
+    ],
+)
+def test_generic_presets_are_what_their_names_promise(name, n_full, has_ring):
+    schedule = get_preset(name).config(28).schedule(28)
+    assert len(schedule.layers(LayerMode.FULL)) == n_full
+    assert schedule.has_ring == has_ring
+    assert schedule.tail == (0 if has_ring else 128)
+    pairs = {other: sum(get_preset(other).config(28).schedule(28).prefill_pairs(32768)) for other in GENERIC_PRESETS}
+    assert pairs["speed"] < pairs["balanced"] < pairs["quality"]
+
+
+def test_the_preset_that_is_proposed_exists():
+    assert DEFAULT_PRESET in GENERIC_PRESETS
 
 
 def test_an_unknown_preset_lists_the_names():

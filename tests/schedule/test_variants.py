@@ -33,20 +33,20 @@ def parse(text: str, of_file: Schedule | None = STORED) -> list[Variant]:
         ("1,3 w64", Schedule(64, 0, (A, F, A, F))),
         ("w64  0-2", Schedule(64, 0, (F, F, F, A))),
         ("w64 fadec tail5", Schedule(64, 0, (P, P, P, P), 5)),
-        ("half", Schedule(2048, 0, (F, P, F, P), 128)),
-        ("half-paper", Schedule(2048, 0, (F, P, F, P))),
+        ("quality", Schedule(2048, 0, (F, P, F, P), 128)),
+        ("quality-paper", Schedule(2048, 0, (F, P, F, P))),
         ("streaming", Schedule(2048, 0, (A, A, A, A))),
     ],
 )
 def test_a_variant_is_a_name_or_words(text, schedule):
     [variant] = parse(text)
-    if text in ("half", "half-paper", "streaming"):  # presets bring their own sinks
+    if text in ("quality", "quality-paper", "streaming"):  # presets bring their own sinks
         schedule = Schedule(schedule.window, variant.schedule.sinks, schedule.layer_modes, schedule.tail)
     assert variant == Variant(" ".join(text.split()), schedule)
 
 
 @pytest.mark.parametrize(
-    ("text", "tail"), [("file tail0", 0), ("file  tail7", 7), ("half tail0", 0), ("half tail9", 9)]
+    ("text", "tail"), [("file tail0", 0), ("file  tail7", 7), ("quality tail0", 0), ("quality tail9", 9)]
 )
 def test_whole_schedules_take_another_tail(text, tail):
     of_file = Schedule(256, 16, (F, P, F, P), 32)

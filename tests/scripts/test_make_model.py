@@ -108,8 +108,8 @@ def test_weights_are_finite_and_of_the_size_that_keeps_activations(type_name, tm
     [
         ("--window", 64, "--sinks", 4, "--full-layers", "1::2", "--fa-decode"),
         ("--window", 64, "--fa-decode", "--tail", 9),
-        ("--preset", "fa-decode"),
-        ("--preset", "fa-decode", "--tail", 9),
+        ("--preset", "speed"),
+        ("--preset", "speed", "--tail", 9),
     ],
     ids=str,
 )
@@ -133,7 +133,7 @@ def test_what_makes_no_sense_is_refused_and_leaves_no_file(tmp_path):
         (("--window", 8, "--tail", 4), 1, "--tail 4 has no effect without FA decode"),
         (("--window", 8, "--fa-decode", "--tail", -1), 1, "-1"),
         (("--window", 8, "--full-layers", "4"), 1, "past the model's 4 layers"),
-        (("--preset", "half", "--window", 8), 2, "a preset is a whole schedule"),
+        (("--preset", "quality", "--window", 8), 2, "a preset is a whole schedule"),
     ):
         assert reason in make("--shape", "tiny", "-o", path, *args, code=code)
     assert list(tmp_path.iterdir()) == []
