@@ -188,7 +188,7 @@ class _Engine:
                 raise BuildError(f"{error}: {log.reason}" if log.reason else str(error)) from None
 
     def load(self, path: str, n_threads: int, cpu_time: bool) -> BuildInfo:
-        from swaa_local.bench.machine import cpu_name
+        from swaa_local.engine.machine import cpu_name
 
         c = self._c
         self._n_threads = n_threads

@@ -7,6 +7,7 @@ from typing import Literal
 
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.model_info import describe_model
+from swaa_local.report.machine import Machine
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.cost import pad_cells
 
@@ -183,17 +184,3 @@ class Bench:
     probes: tuple[Probe, ...]
     rows: tuple[Row, ...]
     complete: bool = True
-
-
-@dataclass(frozen=True)
-class Machine:
-    """cpu: its model's name. gpus: the names of llama.cpp's GPU devices. system_info: llama.cpp's line on the features
-    that it was built with. engine: version of llama-cpp-python. time: UTC, ISO 8601."""
-
-    cpu: str
-    gpus: tuple[str, ...]
-    system: str
-    system_info: str
-    engine: str
-    version: str
-    time: str

@@ -13,14 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from swaa_local import __version__
 from swaa_local.bench.engine import BenchContext, BenchModel
 from swaa_local.bench.figures import describe_probe
-from swaa_local.bench.machine import describe_machine
 from swaa_local.bench.plan import Choices, make_settings, make_sizes
 from swaa_local.bench.results import Bench, BenchError, ModelFacts, Probe, Row, Sample, Setting, Size, limit_prompt
 from swaa_local.bench.watch import SILENT, Measurement, Watch
 from swaa_local.engine import memory
 from swaa_local.engine.context_length import beyond_training, gpu_layers
+from swaa_local.engine.machine import describe_machine
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.adapter import adapter_remarks, read_adapter
@@ -112,7 +113,7 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
         def result(complete: bool) -> Bench:
             return Bench(
                 model=facts,
-                machine=describe_machine(),
+                machine=describe_machine(__version__),
                 n_threads=model.n_threads,
                 n_threads_batch=model.n_threads_batch,
                 n_gpu_layers=model.n_gpu_layers,

@@ -95,7 +95,7 @@ def _notes(bench: Bench) -> list[str]:
     measured = f"Medians of {n} interleaved repetitions; in brackets the least and the greatest."
     if counts[-1] == 1:
         measured = "One repetition of each; -r 3 would show how much the figures vary."
-    where = ", ".join(machine.gpus) if machine.gpus and bench.n_gpu_layers else machine.cpu
+    where = machine.where(on_gpu=bench.n_gpu_layers > 0)
     threads = f"{bench.n_threads} thread{'s' * (bench.n_threads > 1)}"
     threads += f" ({bench.n_threads_batch} to prefill)" if bench.n_threads_batch != bench.n_threads else ""
     batches = ", ".join(str(b) for b in dict.fromkeys(row.setting.n_ubatch for row in bench.rows))

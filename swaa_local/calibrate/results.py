@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from swaa_local.errors import SWAAError
 from swaa_local.report.intervals import Interval, wilson
+from swaa_local.report.machine import Machine
 from swaa_local.schedule.config import Schedule
 
 Scale = Literal["short", "long"]
@@ -108,7 +109,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All of a calibration. chosen: None where nothing was tried. checks: full attention first, then the chosen one."""
+    """All of a calibration. chosen: None where nothing was tried. checks: full attention first, then in the order in
+    which they were made. command: as the user gave it."""
 
     model: str
     length: int
@@ -127,9 +129,9 @@ class Calibration:
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
     interrupted: bool = False
-    machine: str = ""
+    machine: Machine | None = None
+    on_gpu: bool = False
     command: str = ""
-    carried: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checked(self) -> Check | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from swaa_local import __version__
 from swaa_local.calibrate.haystack import Haystack, read_haystack
 from swaa_local.calibrate.log import CalibrateLog, Kinds
 from swaa_local.calibrate.material import LEAST_CHECK, SHORTER, Material
@@ -23,6 +24,9 @@ from swaa_local.calibrate.questions import OwnQuestions, divide, read_questions
 from swaa_local.calibrate.results import CalibrateError, Calibration, Candidate, Check, Generated, Scale, Trial
 from swaa_local.calibrate.search import Found, Limits, Search, Space, cautious
 from swaa_local.calibrate.watch import SILENT, Watch
+from swaa_local.engine.context_length import beyond_training, gpu_layers
+from swaa_local.engine.machine import describe_machine
+from swaa_local.engine.memory import check_fits, header_cost
 from swaa_local.engine.options import EngineOptions
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.report.intervals import Interval, paired
@@ -49,7 +53,7 @@ class CalibrateRequest:
     log: the file of all trials; it is continued if it exists. length: of prompts with their answers, in tokens; None:
     16384, or the model's context if that is shorter, or what the questions need. windows: to choose from, in tokens;
     None: a 16th, an eighth and a quarter of the length. keep: share of full attention's quality. memory: prefer the
-    smallest cache. budget_s: of time, all in all.
+    smallest cache. budget_s: of time, all in all. command: how the user spelled all this, for the report.
     """
 
     model: Path
@@ -63,6 +67,7 @@ class CalibrateRequest:
     memory: bool = False
     seed: int = 0
     engine: EngineOptions = field(default_factory=EngineOptions)
+    command: str = ""
 
 
 def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
@@ -341,6 +346,9 @@ class _Run:
             checks=tuple(self._check_of(schedule, answers) for schedule, answers in self.checks),
             notes=(*self.notes, *found.notes),
             interrupted=interrupted,
+            machine=describe_machine(__version__),
+            on_gpu=gpu_layers(self.request.engine.n_gpu_layers) > 0,
+            command=self.request.command,
         )
 
     def _check_of(self, schedule: Schedule, answers: list[Generated]) -> Check:
@@ -392,8 +400,6 @@ def _plan(
     request: CalibrateRequest, info: ModelInfo, haystack: Haystack, watch: Watch
 ) -> tuple[int, tuple[int, ...], OwnQuestions | None]:
     """Length, windows, and the user's questions divided. Raises `CalibrateError` for what does not go together."""
-    from swaa_local.engine.context_length import beyond_training
-
     found = read_questions(request.questions) if request.questions is not None else None
     with closing(Bench(request.model, None, request.engine)) as bench:
         if found is None:
@@ -426,9 +432,6 @@ def _plan(
 
 def _check_memory(request: CalibrateRequest, info: ModelInfo, length: int) -> None:
     """Before anything is made. Raises `ContextTooLarge`."""
-    from swaa_local.engine.context_length import gpu_layers
-    from swaa_local.engine.memory import check_fits, header_cost
-
     engine, full = request.engine, Schedule.full(info.n_layer)
     cost = header_cost(
         info,

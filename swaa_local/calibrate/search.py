@@ -31,6 +31,7 @@ _EXPECTED = 2
 """Measurements of a time that what the others took counts for."""
 _SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.75, "confirm": 0.85}
 """Of the search's time, when each stage must be done; sliding has the rest."""
+_SPARE = 40  # trials; with time for so many, one may show something
 _LEAST_SCREEN = 5  # trials
 
 
@@ -365,6 +366,9 @@ class Search:
         whole = len(candidates) * self._cost("long")
         if whole > 0.6 * self._left(until_s) and self._limits.n_short:
             rungs.insert(0, ("short", 0))
+        naive = Schedule(self._space.windows[-1], 0, (LayerMode.ALWAYS,) * self._space.n_layer)
+        if self._left(until_s) > _SPARE * self._cost("long"):
+            self._measure(naive, "long", 0)  # to show what the rest of a schedule is for
         for number, (scale, text) in enumerate(rungs):
             candidates.sort(key=lambda each: -self._promise(each))
             self._stage(f"{len(candidates)} schedules on {scale} prompt {text + 1}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ class _Duration(click.ParamType):
         if match is None or float(match[1]) <= 0:
             self.fail(f"{value!r} is not a time such as 90s, 15m or 1.5h", param, ctx)
         return float(match[1]) * _UNITS[match[2]]
+
+
+def _as_given() -> list[str]:
+    return ["swaa-local", *sys.argv[1:]]
 
 
 @click.command("calibrate", short_help="Find the schedule that keeps a model's answers, on this machine.")
@@ -95,6 +101,7 @@ def calibrate_command(
     """
     streams.need_stdout()
     from swaa_local import __version__
+    from swaa_local.calibrate.report import check_report, write_report
     from swaa_local.calibrate.results import CalibrateError
     from swaa_local.calibrate.run import CalibrateRequest, calibrate, default_log
     from swaa_local.calibrate.table import as_json as json_of
@@ -117,7 +124,11 @@ def calibrate_command(
     path = bundled_model() if name is None else find_gguf(name)
     if output is not None:  # what would stop the writing is to stop it now
         make_plan(Request(str(path), output, SWAAConfig(1, 0, True), force=force))
-    request = CalibrateRequest(model=path, log=log or default_log(path), data=data, engine=engine, **options)
+    if report is not None:
+        check_report(report, force=force)
+    request = CalibrateRequest(
+        model=path, log=log or default_log(path), data=data, engine=engine, command=shlex.join(_as_given()), **options
+    )
     with TerminalWatch(request.budget_s) as watch:
         try:
             result = calibrate(request, watch)
@@ -127,6 +138,9 @@ def calibrate_command(
         watch.note(f"every trial is in {request.log}")
     click.echo((json_of if as_json else markdown)(result).rstrip("\n"))
     reporter = TerminalReporter()
+    if report is not None:
+        for written in write_report(result, report, force=force):
+            reporter.note(f"wrote {written}")
     if result.interrupted:
         reporter.note("stopped; the same command goes on from the log")
         return 130

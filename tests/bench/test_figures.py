@@ -11,10 +11,11 @@ from rich.console import Console
 
 from swaa_local.bench.figures import figures, growth
 from swaa_local.bench.plan import Choices, make_settings, make_sizes
-from swaa_local.bench.results import Bench, BenchError, Machine, ModelFacts, Row, Sample, Setting, Size
+from swaa_local.bench.results import Bench, BenchError, ModelFacts, Row, Sample, Setting, Size
 from swaa_local.bench.table import flat, markdown
 from swaa_local.bench.terminal import TerminalWatch
 from swaa_local.bench.watch import Measurement
+from swaa_local.report.machine import Machine
 from swaa_local.report.spread import Spread
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.variants import parse_variants

@@ -1,4 +1,4 @@
-"""What a benchmark ran on and with. Knows the operating system's accounts and llama.cpp's devices."""
+"""What something is measured on and with. Knows the operating system's accounts and llama.cpp's devices."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import llama_cpp
 from llama_cpp import llama_cpp as _c
 
-from swaa_local import __version__
-from swaa_local.bench.results import Machine
 from swaa_local.engine import memory
+from swaa_local.report.machine import Machine
 
 
-def describe_machine() -> Machine:
+def describe_machine(version: str) -> Machine:
+    """version: of swaa-local."""
     return Machine(
         cpu=cpu_name(),
         gpus=memory.gpu_names(),
         system=platform.platform(),
         system_info=_c.llama_print_system_info().decode(errors="replace").strip(),
         engine=llama_cpp_version(),
-        version=__version__,
+        version=version,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
