@@ -17,7 +17,7 @@ from swaa_local.needle.documents import Filler
 Part = Literal["search", "check"]
 """Questions of the search, and those of the final check, which the search must not have seen."""
 
-_UNIT = re.compile(r"""[^.!?\n]*(?:[.!?]+["')\]\u2019\u201d]*(?=\s|$)|[.!?]+|\n|$)\s*""")
+_UNIT = re.compile(r"""(?s).+?(?:[.!?]["')\]\u2019\u201d]*\s+|\n\s*|$)""")
 _LONGEST_UNIT = 2000  # characters: text without any sentence, such as a table, is cut there
 _HIDDEN = re.compile(r"(^|/)\.")
 

@@ -86,11 +86,10 @@ class Maker:
         than `window` tokens before the end. Raises `CalibrateError` if that is too short."""
         id = f"{part}/{length}/{index}"
         rng = random.Random(f"{self.seed}/{id}")
-        question = 'What is the account number of Bartholomew Featherstonehaugh? Answer with "the account number".'
+        question = _QUOTING.format(begin="Bartholomew Featherstonehaugh telephoned, notwithstanding his grandmother's")
         room = length - ROOM_TO_ANSWER - self.count_prompt(PROMPT.format(text="", question=question))
-        beyond = window + _MARGIN - (length - room - ROOM_TO_ANSWER)
-        asked_tokens = room - max(0, beyond)
-        n = min(self.n_questions, asked_tokens // _LEAST_TOKENS_PER_FACT)
+        after = round(1.05 * window) + _MARGIN  # as pieces count, which have more tokens than they have together
+        n = min(self.n_questions, (room - after) // _LEAST_TOKENS_PER_FACT)
         if n < 2 * len(self.kinds):
             raise CalibrateError(
                 f"in {length} tokens there is no room for questions whose answers lie more than {window} tokens before "
@@ -112,7 +111,7 @@ class Maker:
         # Pieces have other tokens alone than together: what a draft has too few or too many is made good.
         for attempt in range(_DRAFTS):
             between = prose.of(wanted)
-            units, placed = _lay_out(random.Random(id), groups, between, asked_tokens, self.count)
+            units, placed = _lay_out(random.Random(id), groups, between, after, self.count)
             text = "".join(units).rstrip()
             over = self.count(text) - room
             if over <= 0 and (over >= -_SLACK or attempt > _DRAFTS // 2):
@@ -122,7 +121,7 @@ class Maker:
             raise CalibrateError(f"questions about {length} tokens cannot be made of these documents; try others")
         asks = _ask_facts(rng, placed, counts)
         if counts.get("quotes"):
-            asks += _ask_quotes(rng, units, placed, counts["quotes"], asked_tokens, self.count)
+            asks += _ask_quotes(rng, units, placed, counts["quotes"], after, self.count)
         return Text(id, text, tuple(sample(rng, asks, len(asks))))
 
 
@@ -190,18 +189,13 @@ class _Placed:
 
 
 def _lay_out(
-    rng: random.Random, groups: list[_Group], between: list[str], asked_tokens: int, count: Count
+    rng: random.Random, groups: list[_Group], between: list[str], after: int, count: Count
 ) -> tuple[list[str], list[_Placed]]:
-    """Facts among the sentences, all of them in the first `asked_tokens`, each kind in a part of its own.
+    """Facts among the sentences, all of them with `after` tokens or more behind them, each kind in a part of its own.
 
     A section's facts come behind its header and before the next one's, with sentences between them.
     """
-    n_free, used = 0, sum(count(line.text + " ") for group in groups for line in group.lines)
-    for unit in between:
-        used += count(unit)
-        if used > asked_tokens:
-            break
-        n_free += 1
+    n_free = len(between) - _n_last(between, after, count)
     insertions: list[tuple[int, int, Line, str]] = []
     for number, group in enumerate(groups):
         first, last = n_free * number // len(groups), n_free * (number + 1) // len(groups)
@@ -235,6 +229,15 @@ def _lay_out(
     return units + between[taken:], placed
 
 
+def _n_last(units: Sequence[str], n_tokens: int, count: Count) -> int:
+    """How many of the last ones have so many tokens together, or a few more."""
+    n = used = 0
+    while n < len(units) and used < n_tokens:
+        n += 1
+        used += count(units[-n])
+    return n
+
+
 def _ask_facts(rng: random.Random, placed: Sequence[_Placed], counts: Counter[str]) -> list[Ask]:
     asks = []
     for kind in ("keys", "statements", "sections"):
@@ -247,16 +250,16 @@ def _ask_facts(rng: random.Random, placed: Sequence[_Placed], counts: Counter[st
 
 
 def _ask_quotes(
-    rng: random.Random, units: Sequence[str], placed: Sequence[_Placed], n: int, asked_tokens: int, count: Count
+    rng: random.Random, units: Sequence[str], placed: Sequence[_Placed], n: int, after: int, count: Count
 ) -> list[Ask]:
     """Sentences of the prose that no other begins like, to be continued."""
     facts = {item.unit for item in placed}
     begins = Counter(" ".join(unit.split()[:_QUOTED_FROM]) for unit in units)
-    found, at, used = [], 0, 0
+    found, at = [], 0
+    n_free = len(units) - _n_last(units, after, count)
     for i, unit in enumerate(units):
-        used += count(unit)
         match = _SENTENCE.fullmatch(unit.rstrip())
-        if match and used <= asked_tokens and i not in facts and begins[" ".join(match[1].split())] == 1:
+        if match and i < n_free and i not in facts and begins[" ".join(match[1].split())] == 1:
             rest = " ".join(match[2].split()[: _QUOTE[1]]).rstrip(".!?,;:")
             asked = Ask("quotes", _QUOTING.format(begin=match[1]), match[1], rest, at + match.start(2))
             found.append(asked)

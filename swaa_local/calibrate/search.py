@@ -289,10 +289,8 @@ class Search:
     def _screen(self, until_s: float) -> None:
         """What each layer brings by itself, with windows in all others."""
         n = self._space.n_layer
-        scale: Scale = "long" if (n + 1) * self._cost("long") <= self._left(until_s) else "short"
-        if scale == "short" and not self._limits.n_short:
-            self._notes.append("layers were not ranked: there was no time for it at full length")
-            return
+        fits = (n + 1) * self._cost("long") <= self._left(until_s)
+        scale: Scale = "long" if fits or not self._limits.n_short else "short"
         window = self._space.windows[len(self._space.windows) // 2]
         none = self._space.schedule((), window)
         self._stage(f"what each layer brings, on {scale} prompts")
