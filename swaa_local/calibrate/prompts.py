@@ -118,7 +118,7 @@ class Maker:
                 break
             wanted -= over + (_SLACK // 2 if attempt else 0)
         if over > 0:
-            raise CalibrateError(f"questions about {length} tokens cannot be made of these documents; try others")
+            raise CalibrateError(f"a prompt of {length} tokens has no room for the questions; pass a larger --length")
         asks = _ask_facts(rng, placed, counts)
         if counts.get("quotes"):
             asks += _ask_quotes(rng, units, placed, counts["quotes"], after, self.count)
