@@ -21,7 +21,7 @@ from swaa_local.llama import Llama
 from swaa_local.schedule.config import Schedule
 from swaa_local.tasks.scoring import score
 
-TEMPERATURE = 0.5
+TEMPERATURE = 0.3
 """Of the sampling that `Trial.chance` is about."""
 _WARM_UP_TOKENS = 64
 _TIMED_TOKENS = 6

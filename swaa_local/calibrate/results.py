@@ -23,7 +23,7 @@ class Trial:
     """What one schedule did with the questions of one text.
 
     nll: mean negative log-likelihood of each answer's tokens. chance: that each answer is given word for word, sampled
-    at temperature 0.5. right: whether it is given greedily. took_s: all of it. prefill_s, decode_token_s: None where
+    at temperature 0.3. right: whether it is given greedily. took_s: all of it. prefill_s, decode_token_s: None where
     they were not measured. The schedule's window is that of full length; on short prompts a quarter of it was run.
     """
 

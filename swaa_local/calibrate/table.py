@@ -115,7 +115,7 @@ def _row(each: Candidate, *, chosen: bool) -> list[str]:
 
 def quality_note(result: Calibration) -> str:
     return (
-        "Quality: the chance that the right answer is given word for word, sampled at temperature 0.5, over full "
+        "Quality: the chance that the right answer is given word for word, sampled at temperature 0.3, over full "
         "attention's on the same questions. Right: given greedily. NLL: the answers' mean negative log-likelihood per "
         "token."
     )
