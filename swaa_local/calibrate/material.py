@@ -102,12 +102,9 @@ class Material:
             self._prompts[key] = prompts
         return self._prompts[key]
 
-    def pilot(self, scale: Scale, kinds: tuple[str, ...]) -> list[tuple[bool, Sequence[Prompted]]]:
-        """Questions of these kinds, with and without the beginning of an answer: (bare, prompts)."""
+    def pilot(self, scale: Scale, kinds: tuple[str, ...]) -> tuple[Sequence[Prompted], Sequence[Prompted]]:
+        """Questions of these kinds, with the beginning of an answer and without."""
         shorter = SHORTER if scale == "short" else 1
         length, window = self._length // shorter, max(1, self._window // shorter)
         text = replace(self._maker, kinds=kinds).text("search", length, window, 0)
-        return [
-            (False, self._bench.prompted(text)),
-            (True, self._bench.prompted(text, bare=frozenset(ask.kind for ask in text.asks))),
-        ]
+        return self._bench.prompted(text), self._bench.prompted(text, bare=frozenset(kinds))

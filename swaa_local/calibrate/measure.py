@@ -113,11 +113,13 @@ class Bench:
                 found.append(Prompted("own", tuple(tokens), tuple(answer), references))
         return found
 
-    def trial(self, schedule: Schedule, scale: Scale, number: int, prompts: Sequence[Prompted]) -> Trial:
-        """Score the answers of one text. Where the cache has the text under these windows, it is not read again, and
-        reading is not timed."""
+    def trial(
+        self, schedule: Schedule, scale: Scale, number: int, prompts: Sequence[Prompted], *, timed: bool = True
+    ) -> Trial:
+        """Score the answers of one text. Where the cache has the text and only the tail is another, it is not read
+        again, and reading is not timed; nor is it if nobody needs the times."""
         started = time.perf_counter()
-        reads = self._apply(schedule, prompts[0])
+        reads = self._apply(schedule, prompts[0], anew=timed and (self.llm.schedule or schedule) == schedule)
         prefill_s, decode_token_s = self._time(prompts[0]) if reads else (None, None)
         nll, chance, right = [], [], []
         for prompt in prompts:
@@ -167,8 +169,9 @@ class Bench:
         active = llm.schedule or Schedule.full(schedule.n_layer)
         begin = list(prompt.tokens[: max(0, len(prompt.tokens) - 512)])
         has_text = llm.n_tokens > len(begin) and llm.input_ids[: len(begin)].tolist() == begin
-        if not anew and has_text and not schedule.is_full and schedule.has_cells_of(active):
-            llm.set_schedule(schedule)
+        if not anew and has_text and schedule.has_cells_of(active):
+            if schedule != active:
+                llm.set_schedule(schedule)
             return False
         llm.set_schedule(False if schedule.is_full else schedule)
         # A new context's first evaluation also reads weights and compiles kernels.

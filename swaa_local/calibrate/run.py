@@ -191,21 +191,30 @@ class _Run:
         scale: Scale = "short" if self._n_short() else "long"
         if _PILOT not in self.log.kinds:
             for tried in (GENERATED, EASY):
-                shares: dict[str, dict[bool, float]] = {}
-                for bare, prompts in self.material.pilot(scale, tried):
-                    trial = self.bench.trial(full, scale, 0, prompts)
-                    for kind, share in _shares(prompts, trial).items():
-                        shares.setdefault(kind, {})[bare] = share
-                best = {kind: max(forms.values()) for kind, forms in shares.items()}
-                kinds = tuple(kind for kind in tried if best.get(kind, 0.0) >= LEAST_RIGHT)
-                if kinds:
-                    bare_kinds = tuple(kind for kind in kinds if shares[kind][True] > shares[kind][False])
-                    self.log.add_kinds(_PILOT, Kinds(kinds, bare_kinds, best))
+                found, shares = self._try_kinds(full, scale, tried)
+                if found is not None:
+                    self.log.add_kinds(_PILOT, found)
                     break
             else:
-                self._refuse(best, self.length // SHORTER if scale == "short" else self.length)
+                self._refuse(shares, self.length // SHORTER if scale == "short" else self.length)
         self.material.set_kinds("short", self.log.kinds[_PILOT])
         self.material.set_kinds("long", self.log.kinds.get(_LONG, self.log.kinds[_PILOT]))
+
+    def _try_kinds(self, full: Schedule, scale: Scale, tried: tuple[str, ...]) -> tuple[Kinds | None, dict[str, float]]:
+        """Those that are answered, if any, and the shares of right answers."""
+        begun, bare = self.material.pilot(scale, tried)
+        trial = self.bench.trial(full, scale, 0, begun)
+        shares = _shares(begun, trial)
+        if any(share < LEAST_RIGHT for share in shares.values()):
+            without = _shares(bare, self.bench.trial(full, scale, 0, bare, timed=False))
+        else:
+            without = {}
+            if scale == "long":  # these are the questions of the first text, and need not be asked again
+                self.log.add_trial(trial)
+        best = {kind: max(share, without.get(kind, 0.0)) for kind, share in shares.items()}
+        kinds = tuple(kind for kind in tried if best.get(kind, 0.0) >= LEAST_RIGHT)
+        bare_kinds = tuple(kind for kind in kinds if without.get(kind, 0.0) > shares[kind])
+        return (Kinds(kinds, bare_kinds, best) if kinds else None), best
 
     def _drop_kinds(self, judge: _Judge, full: Schedule, first: Trial) -> Trial:
         """Kinds that it answers in short prompts but not in long ones."""
@@ -249,8 +258,8 @@ class _Run:
             n -= 1
         if n < least:
             self._say(
-                f"the check has {n} texts instead of {least}, for lack of time; a larger --budget, or a shorter "
-                "--length, gives more certainty"
+                f"the check has {n} text{'s' * (n > 1)} instead of {least}, for lack of time; a larger --budget, or a "
+                "shorter --length, gives more certainty"
             )
         return n, 2 * one * n * 1.05
 

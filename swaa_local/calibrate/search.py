@@ -503,7 +503,7 @@ def _sliding(schedule: Schedule, layers: Iterable[int]) -> Schedule:
     """The schedule with these layers windowed at all times."""
     chosen = set(layers)
     modes = tuple(LayerMode.ALWAYS if i in chosen else mode for i, mode in enumerate(schedule.layer_modes))
-    return replace(schedule, layer_modes=modes)
+    return replace(schedule, layer_modes=modes, tail=schedule.tail if LayerMode.PREFILL in modes else 0)
 
 
 def describe_gains(gains: Sequence[LayerGain], n: int = 5) -> str:
