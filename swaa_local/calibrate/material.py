@@ -54,6 +54,13 @@ class Material:
         return N_CHECK if self._own is None else len(self._own.check)
 
     @property
+    def longest_question(self) -> int:
+        """Tokens of the longest question of the user's, with what stands behind it in the prompt, about."""
+        asked = [ask.question for text in self._own.all for ask in text.asks] if self._own is not None else []
+        around = self._bench.count_prompt("")
+        return max((self._bench.count(question) for question in asked), default=0) + around
+
+    @property
     def digest(self) -> str:
         """Of all texts that were made."""
         texts = sorted(self._texts.values(), key=lambda text: text.id)

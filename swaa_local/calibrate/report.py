@@ -74,13 +74,13 @@ def _quality_time(result: Calibration) -> Any:
     ax = figure.subplots()
     timed = [each for each in result.candidates if each.prefill is not None]
     front = front_of(timed)
-    rest = [each for each in timed if each not in front and not _is_naive(each) and each.schedule != result.chosen]
+    rest = [each for each in timed if each not in front and not _is_naive(each) and each.schedule != result.searched]
     _points(ax, rest, "tried", color="0.6", marker="o", size=4)
     if front:
         ax.plot([each.prefill for each in front], [each.quality.value for each in front], color="C0", zorder=1)
-    _points(ax, [each for each in front if each.schedule != result.chosen], "front", color="C0", marker="o", size=5)
+    _points(ax, [each for each in front if each.schedule != result.searched], "front", color="C0", marker="o", size=5)
     _points(ax, [each for each in timed if _is_naive(each)], "window alone", color="C3", marker="X", size=8)
-    _points(ax, [each for each in timed if each.schedule == result.chosen], "chosen", color="C2", marker="*", size=14)
+    _points(ax, [each for each in timed if each.schedule == result.searched], "chosen", color="C2", marker="*", size=14)
     ax.plot([1.0], [1.0], marker="s", color="black", linestyle="none", label="full attention")
     ax.axhline(result.keep, color="0.5", linestyle=":", linewidth=1)
     ax.annotate(f"{result.keep:.0%}", (1.0, result.keep), fontsize=8, color="0.4", va="top", ha="right")

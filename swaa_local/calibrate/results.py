@@ -109,8 +109,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All of a calibration. chosen: None where nothing was tried. checks: full attention first, then in the order in
-    which they were made. command: as the user gave it."""
+    """All of a calibration.
+
+    chosen: as it is stored; None where nothing was tried. searched: the same with the tail that it had in the search.
+    checks: full attention first, then in the order in which they were made. command: as the user gave it.
+    """
 
     model: str
     length: int
@@ -125,6 +128,7 @@ class Calibration:
     gains: tuple[LayerGain, ...]
     gains_at: str
     chosen: Schedule | None
+    searched: Schedule | None
     keeps: bool
     checks: tuple[Check, ...]
     notes: tuple[str, ...]

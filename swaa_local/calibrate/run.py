@@ -41,7 +41,10 @@ _PILOT, _LONG = "pilot", "long"
 """Where it was found out which kinds of questions are answered."""
 _LEAST_QUESTIONS = 6
 _CHECK_SHARE, _MOST_CHECK_SHARE = 0.25, 0.45  # of the budget, at most; the second if it would be too few otherwise
-_TAIL, _SINKS = 128, 100
+_SINKS = 100
+_TAILS = 64, 128
+"""In the search, whose questions are short, and as it is checked and stored. A longer one only lets more tokens see the
+whole text, but every question of the search would take longer by it."""
 _SHORT_LENGTH = 1024
 """Tokens; shorter prompts have no room for the questions."""
 
@@ -161,7 +164,7 @@ class _Run:
             self.length,
             self.windows,
             min(_SINKS, self.windows[0] // 4),
-            min(_TAIL, self.windows[0] // 2),
+            self._tails()[0],
             _presets(self.info.n_layer, self.length),
         )
         until_s = self.request.budget_s - check_s
@@ -180,6 +183,16 @@ class _Run:
     @property
     def _has_own(self) -> bool:
         return self.request.questions is not None
+
+    def _tails(self) -> tuple[int, int]:
+        """Tokens of the tail in the search, and as it is stored. The user's questions may be long."""
+        longest = self.material.longest_question if self._has_own else 0
+        most = max(1, self.windows[0] // 2)
+        return min(most, max(_TAILS[0], longest)), min(most, max(_TAILS[1], longest))
+
+    def _final(self, schedule: Schedule) -> Schedule:
+        """As it is checked and stored."""
+        return replace(schedule, tail=max(schedule.tail, self._tails()[1])) if schedule.active_tail else schedule
 
     def _n_short(self) -> int:
         return 2 if self.length // SHORTER >= _SHORT_LENGTH else 0
@@ -270,8 +283,8 @@ class _Run:
         assert found.chosen is not None
         others = [each for each in _front(found) if each.schedule != found.chosen.schedule]
         better = [each for each in others if each.quality.value > found.chosen.quality.value]
-        queue = [found.chosen.schedule, *(each.schedule for each in sorted(better, key=lambda e: e.prefill or 1.0))]
-        queue += [each.schedule for each in others if each.schedule not in queue]
+        wanted = [found.chosen, *sorted(better, key=lambda each: each.prefill or 1.0), *others]
+        queue = list(dict.fromkeys(self._final(each.schedule) for each in wanted))
         self._answer([full, queue[0]], n_texts)
         for schedule in queue[1:]:
             costs = [sum(each.took_s for each in answers) for _, answers in self.checks]
@@ -304,9 +317,6 @@ class _Run:
         texts = zip(mine, full, strict=True)
         return paired([float(a) - float(b) for one, two in texts for a, b in zip(one.right, two.right, strict=True)])
 
-    def _lost(self, schedule: Schedule) -> float:
-        return self._difference(schedule).value
-
     def _fails(self, schedule: Schedule) -> bool:
         """Whether it rather loses more answers than it may, as the check saw it."""
         (_, full), *_ = self.checks
@@ -326,16 +336,17 @@ class _Run:
             raise KeyboardInterrupt
         chosen = found.chosen
         keeps = found.keeps if len(self.checks) < 2 else True
-        failed = [schedule for schedule, _ in self.checks[1:] if self._fails(schedule)]
-        if chosen is not None and chosen.schedule in failed:
-            by_schedule = {each.schedule: each for each in found.candidates}
-            passed = [by_schedule[schedule] for schedule, _ in self.checks[1:] if schedule not in failed]
+        checked = {schedule for schedule, _ in self.checks[1:]}
+        failed = {schedule for schedule in checked if self._fails(schedule)}
+        if chosen is not None and self._final(chosen.schedule) in failed:
+            passed = [each for each in found.candidates if self._final(each.schedule) in checked - failed]
             if passed:
                 self._say(f"{chosen.name} kept enough in the search, but not in the check, so it is not taken")
                 chosen = min(passed, key=lambda each: each.prefill or 1.0)
             else:
                 self._say("nothing that was checked kept enough of the answers there")
-                chosen = max((by_schedule[schedule] for schedule in failed), key=lambda each: self._lost(each.schedule))
+                lost = [each for each in found.candidates if self._final(each.schedule) in failed]
+                chosen = max(lost, key=lambda each: self._difference(self._final(each.schedule)).value)
                 keeps = False
         return Calibration(
             model=self.request.model.name,
@@ -350,7 +361,8 @@ class _Run:
             candidates=found.candidates,
             gains=found.gains,
             gains_at=found.gains_at,
-            chosen=chosen.schedule if chosen else None,
+            chosen=self._final(chosen.schedule) if chosen else None,
+            searched=chosen.schedule if chosen else None,
             keeps=keeps,
             checks=tuple(self._check_of(schedule, answers) for schedule, answers in self.checks),
             notes=(*self.notes, *found.notes),

@@ -34,7 +34,7 @@ def verdict(result: Calibration) -> str:
     took = f"{format_duration(result.spent_s)} of {format_duration(result.budget_s)}"
     if result.chosen is None:
         return f"No schedule was tried in {took}; give a larger --budget."
-    chosen = next(each for each in result.candidates if each.schedule == result.chosen)
+    chosen = next(each for each in result.candidates if each.schedule == result.searched)
     kept = f"keeps {chosen.quality.value:.1%} of full attention's quality"
     asked = f"(asked for: {result.keep:.0%})"
     what = f"{in_words(result.chosen)}: {kept} {asked}"
@@ -86,12 +86,12 @@ def check_table(checks: Sequence[Check]) -> str:
 
 def candidate_table(result: Calibration) -> str:
     """The front first, then the rest from fast to slow."""
-    front = {each.schedule for each in front_of(result.candidates)} | {result.chosen}
+    front = {each.schedule for each in front_of(result.candidates)} | {result.searched}
     listed = [each for each in result.candidates if each.schedule in front]
     rest = [each for each in result.candidates if each.schedule not in front]
     rest.sort(key=lambda each: -each.quality.value)
     shown = [*listed, *rest[: max(0, _MOST_ROWS - len(listed))]]
-    rows = [_row(each, chosen=each.schedule == result.chosen) for each in [result.full, *shown]]
+    rows = [_row(each, chosen=each.schedule == result.searched) for each in [result.full, *shown]]
     head = ["schedule", "quality (95 %)", "right", "NLL", "prefill, s", "speed", "ms a token", "KV cache", "texts"]
     more = len(result.candidates) - len(shown)
     table = markdown_table(head, rows)
@@ -203,7 +203,7 @@ def as_json(result: Calibration) -> str:
 def stored_line(result: Calibration, version: str) -> str:
     """What `swaa.calibration` of the GGUF says, in one line of JSON."""
     checked = result.checked
-    chosen = next(each for each in result.candidates if each.schedule == result.chosen)
+    chosen = next(each for each in result.candidates if each.schedule == result.searched)
     said: dict[str, Any] = {
         "by": f"swaa-local {version}",
         "length": result.length,
