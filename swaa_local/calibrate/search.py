@@ -2,7 +2,8 @@
 
 The order: which layers matter, one at a time or in groups first (`_screen`); whole schedules in a race where half goes
 on after each text (`_race`); what lies beside the best (`_refine`); which layers may slide while they decode too
-(`_slide`). Everything is compared on the same questions, in pairs. docs/calibrate.md describes it for users.
+(`_slide`); other sinks and tails (`_vary`). Everything is compared on the same questions, in pairs. docs/calibrate.md
+describes it for users.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SHORT_ERROR = 0.05
 """How far quality on short prompts is off that on long ones, beside what is due to chance: a standard error."""
 _EXPECTED = 2
 """Measurements of a time that what the others took counts for."""
-_SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.75, "confirm": 0.85}
+_SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.72, "confirm": 0.8, "slide": 0.94}
 """Of the search's time, when each stage must be done; sliding has the rest."""
 _SPARE = 40  # trials; with time for so many, one may show something
 _LEAST_SCREEN = 5  # trials
@@ -105,7 +106,12 @@ class Search:
         self._trials: dict[tuple[Schedule, Scale, int], Trial] = {}
         self._gains: dict[int, LayerGain] = {}
         self._gains_at = ""
+        self._varied: dict[Schedule, Schedule] = {}  # other sinks or another tail, and what they were tried instead of
         self._notes: list[str] = []
+        self._qualities: dict[tuple[Schedule, Scale, int], Interval] = {}  # by the number of texts
+        self._candidates_known: dict[tuple[Schedule, int], Candidate] = {}
+        self._shares: dict[Schedule, float] = {}
+        self._slope_known = (-1, 0.5)  # by so many trials
         self._began = judge.elapsed_s()
 
     def run(self) -> Found:
@@ -117,7 +123,8 @@ class Search:
         self._race(self._candidates(), self._at(_SHARES["race"]))
         self._refine(self._at(_SHARES["refine"]))
         self._confirm(self._at(_SHARES["confirm"]))
-        self._slide(self._limits.until_s)
+        self._slide(self._at(_SHARES["slide"]))
+        self._vary(self._limits.until_s)
         self._confirm(self._limits.until_s)
         return self.found()
 
@@ -179,6 +186,13 @@ class Search:
         pairs = self._pairs(schedule, self._full, scale)
         if not pairs:
             return None
+        key = (schedule, scale, len(pairs))
+        if key not in self._qualities:
+            self._qualities[key] = self._quality_of(pairs)
+        return self._qualities[key]
+
+    @staticmethod
+    def _quality_of(pairs: list[tuple[Trial, Trial]]) -> Interval:
         whole = fmean(chance for _, full in pairs for chance in full.chance)
         differences = [(a - b) / whole for one, full in pairs for a, b in zip(one.chance, full.chance, strict=True)]
         interval = paired(differences)
@@ -188,6 +202,13 @@ class Search:
         quality, pairs = self._quality(schedule), self._pairs(schedule, self._full, "long")
         if quality is None:
             return None
+        key = (schedule, len(pairs))
+        if key not in self._candidates_known:
+            self._candidates_known[key] = self._candidate_of(schedule, quality, pairs)
+        return self._candidates_known[key]
+
+    @staticmethod
+    def _candidate_of(schedule: Schedule, quality: Interval, pairs: list[tuple[Trial, Trial]]) -> Candidate:
         trials = [trial for trial, _ in pairs]
         timed = [(a, b) for a, b in pairs if a.prefill_s is not None and b.prefill_s is not None]
         return Candidate(
@@ -218,10 +239,17 @@ class Search:
 
     def _best(self) -> Candidate | None:
         """The fastest that keeps what is asked for, and of those as fast the one with the smallest cache and the best
-        answers; the one with the best answers if none does."""
-        tried = self._tried()
+        answers; the one with the best answers if none does. Other sinks or another tail if they are shown to be better.
+        """
+        tried = [each for each in self._tried() if each.schedule not in self._varied]
         if not tried:
             return None
+        best = self._fittest(tried)
+        varied = [each for v, base in self._varied.items() if base == best.schedule and (each := self._candidate(v))]
+        better = [each for each in varied if self._is_worse(best.schedule, each.schedule)]
+        return max([best, *better], key=lambda each: (each in better, cautious(each.quality)))
+
+    def _fittest(self, tried: Sequence[Candidate]) -> Candidate:
         kept = [each for each in tried if self._is_kept(each)]
         if not kept:
             return max(tried, key=lambda each: cautious(each.quality))
@@ -248,6 +276,8 @@ class Search:
 
     def _slope(self) -> float:
         """How much of a full prompt's time goes with its query-key pairs."""
+        if self._slope_known[0] == len(self._trials):
+            return self._slope_known[1]
         above = below = 0.0
         for (schedule, scale, text), trial in self._trials.items():
             full = self._trials.get((self._full, scale, text))
@@ -255,12 +285,17 @@ class Search:
                 share = self._share(schedule) - 1
                 above += share * (trial.prefill_s / full.prefill_s - 1)
                 below += share * share
-        return min(1.0, max(0.05, above / below)) if below else 0.5
+        slope = min(1.0, max(0.05, above / below)) if below else 0.5
+        self._slope_known = (len(self._trials), slope)
+        return slope
 
     def _share(self, schedule: Schedule) -> float:
         """Of full attention's query-key pairs."""
-        length = self._space.length
-        return sum(schedule.prefill_pairs(length)) / sum(self._full.prefill_pairs(length))
+        if schedule not in self._shares:
+            length = self._space.length
+            whole = sum(self._full.prefill_pairs(length))
+            self._shares[schedule] = sum(schedule.prefill_pairs(length)) / whole
+        return self._shares[schedule]
 
     def _promise(self, schedule: Schedule) -> float:
         """The time that this may be expected to save: what it saves, times the chance that it keeps enough."""
@@ -466,6 +501,25 @@ class Search:
                 continue
             if not self._is_worse(tried, base):
                 kept = tried
+
+    def _vary(self, until_s: float) -> None:
+        """Other sinks and tails for the best; they cost and save little, so they are taken only if answers are shown to
+        be better."""
+        best = self._best()
+        if best is None or self._left(until_s) < self._cost("long"):
+            return
+        base = best.schedule
+        self._stage("other sinks and tails")
+        sinks = [n for n in (4, 16, 4 * base.sinks) if n != base.sinks and n < base.window]
+        tails = [n for n in (base.tail // 2, 2 * base.tail) if n] if base.active_tail else []
+        for varied in [replace(base, sinks=n) for n in sinks] + [replace(base, tail=n) for n in tails]:
+            self._varied[varied] = base
+            for text in range(best.n_texts):
+                if self._measure(varied, "long", text, until_s) is None:
+                    self._notes.append("not all other sinks and tails were tried, for lack of time")
+                    return
+                if self._is_worse(varied, base) or self._is_hopeless(varied):
+                    break
 
     def _is_worse(self, schedule: Schedule, base: Schedule) -> bool:
         """Whether the answers are shown to be worse."""

@@ -210,3 +210,19 @@ def test_without_time_for_anything_nothing_is_chosen():
     found = search(model, 40)
     assert found.chosen is None
     assert found.notes
+
+
+@dataclass
+class Sinking(Model):
+    """Its answers need more sinks than the search begins with."""
+
+    def nll(self, schedule: Schedule) -> float:
+        return super().nll(schedule) + (0.0 if schedule.is_full or schedule.sinks > 100 else 0.04)
+
+
+def test_other_sinks_are_taken_if_answers_are_better_and_only_then():
+    assert chosen(search(Sinking(16, {4: 1.0}, noise=0.004), 600, keep=0.95)).schedule.sinks == 400
+    found = search(Model(16, {4: 1.0}, decodes=frozenset(range(16))), 600)
+    assert chosen(found).schedule.sinks == 100
+    assert chosen(found).schedule.tail == 128
+    assert any(each.schedule.sinks == 4 for each in found.candidates)
