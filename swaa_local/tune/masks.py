@@ -1,0 +1,184 @@
+"""A schedule's masks in PyTorch, layer by layer, through transformers' attention interface.
+
+A row holds one text or several, packed one behind the other; every token knows its text, its position there and its
+phase, and sees what the engine would show it (docs/architecture.md). Dense masks go to PyTorch's SDPA, block masks to
+FlexAttention, whose windowed layers then skip what is masked; plain causal attention is SDPA's own everywhere.
+
+Relies on transformers: attention modules have a `layer_idx` and call what `config._attn_implementation` names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from swaa_local.schedule.config import LayerMode, Schedule
+
+ATTENTION = "swaa_schedule"
+"""The name under which transformers finds it: `from_pretrained(..., attn_implementation=ATTENTION)`."""
+BLOCK = 128
+"""Tokens of a side of FlexAttention's blocks; rows for block masks are a multiple of it."""
+_CHUNK = 16 * BLOCK  # queries whose masks are looked at together
+_PADDING = -1
+_ATTRIBUTE = "_swaa_masks"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the masks depend on, each of shape (n,): the number of a token's text, -1 for padding at the end; its
+    position in the text, from 0; and whether it is decoded."""
+
+    text: torch.Tensor
+    position: torch.Tensor
+    decoded: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def to(self, device: Any) -> Row:
+        return Row(self.text.to(device), self.position.to(device), self.decoded.to(device))
+
+    @property
+    def is_one_text(self) -> bool:
+        """Whether plain causal attention is right: padding at the end is seen by padding alone."""
+        return bool((self.text[self.text != _PADDING] == self.text[0]).all())
+
+
+def make_row(lengths: list[tuple[int, int]], n: int) -> Row:
+    """A row of `n` tokens. lengths: of each text its tokens, and how many of them come before its first decoded one."""
+    text, position, decoded = (
+        torch.full((n,), _PADDING),
+        torch.zeros(n, dtype=torch.long),
+        torch.zeros(n, dtype=torch.bool),
+    )
+    start = 0
+    for number, (length, prompt_end) in enumerate(lengths):
+        text[start : start + length] = number
+        position[start : start + length] = torch.arange(length)
+        decoded[start + prompt_end : start + length] = True
+        start += length
+    position[start:] = torch.arange(n - start)
+    return Row(text, position, decoded)
+
+
+def prompt_end(n_prompt: int, schedule: Schedule) -> int:
+    """Prompt tokens before the tail, as the engine's programs set it."""
+    return max(0, n_prompt - schedule.active_tail)
+
+
+class Masks:
+    """The masks of the row that goes through a model now. `attach` it once; `set` it before each forward pass, and
+    leave it until the backward pass has ended: gradient checkpointing looks at it again."""
+
+    def __init__(self, *, blocks: bool) -> None:
+        """blocks: block masks for FlexAttention instead of dense ones for SDPA."""
+        self._blocks = blocks
+        self._modes: tuple[LayerMode, ...] = ()
+        self._by_mode: dict[LayerMode, Any] = {}
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Make every attention layer of a model ask here. The model was loaded with `ATTENTION`."""
+        layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "q_proj")]
+        layers = layers or [module for module in model.modules() if hasattr(module, "layer_idx")]
+        for module in layers:
+            setattr(module, _ATTRIBUTE, self)
+
+    def set(self, row: Row, schedule: Schedule) -> None:
+        """The masks of this row under this schedule, on the row's device."""
+        self._modes = schedule.layer_modes
+        self._by_mode = {mode: self._mask(row, mode, schedule) for mode in set(schedule.layer_modes)}
+
+    def of_layer(self, layer: int) -> Any:
+        """What the layer's attention takes: a tensor (1, 1, n, n) of booleans, a `BlockMask`, or None for causal."""
+        return self._by_mode[self._modes[layer]]
+
+    def _mask(self, row: Row, mode: LayerMode, schedule: Schedule) -> Any:
+        if mode is LayerMode.FULL and row.is_one_text:
+            return None
+        free = {
+            LayerMode.FULL: torch.ones_like(row.decoded),
+            LayerMode.PREFILL: row.decoded,
+            LayerMode.ALWAYS: torch.zeros_like(row.decoded),
+        }[mode]
+        visible = _Visible(row, free, schedule)
+        return visible.as_blocks() if self._blocks else visible.as_tensor()
+
+
+class _Visible:
+    """What a query sees of its text: up to itself, in the window or among the sinks, or all if it is free."""
+
+    def __init__(self, row: Row, free: torch.Tensor, schedule: Schedule) -> None:
+        self._n = len(row)
+        self._text, self._position, self._free = row.text.int(), row.position.int(), free
+        # Tensors, so that compiled code is the same for all.
+        self._window = torch.tensor(schedule.window, dtype=torch.int32, device=free.device)
+        self._sinks = torch.tensor(schedule.sinks, dtype=torch.int32, device=free.device)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Of places in the row, which broadcast."""
+        text, position = self._text, self._position
+        seen = (position[q] - position[k] < self._window) | (position[k] < self._sinks) | self._free[q]
+        return (text[q] == text[k]) & (k <= q) & seen
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        places = torch.arange(self._n, device=self._free.device)
+        return self(places[start:stop, None], places[None])
+
+    def as_tensor(self) -> torch.Tensor:
+        return torch.cat([self._rows(i, min(i + _CHUNK, self._n)) for i in range(0, self._n, _CHUNK)])[None, None]
+
+    def as_blocks(self) -> BlockMask:
+        """Which blocks have something to see, and which are seen whole."""
+        if self._n % BLOCK:
+            raise ValueError(f"a row for block masks has a multiple of {BLOCK} tokens, not {self._n}")
+        some, whole = [], []
+        for start in range(0, self._n, _CHUNK):
+            tiles = self._rows(start, min(start + _CHUNK, self._n)).unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+            some.append(tiles.any(3).any(1))
+            whole.append(tiles.all(3).all(1))
+        whole_blocks = torch.cat(whole)
+        partial_blocks = torch.cat(some) & ~whole_blocks
+
+        def mask_mod(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return self(q, k)
+
+        partial, full = _ordered(partial_blocks), _ordered(whole_blocks)
+        return BlockMask.from_kv_blocks(
+            *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(self._n, self._n)
+        )
+
+
+def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(How many, which ones first) for each row of a table of booleans, as FlexAttention takes it."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None], order[None, None].contiguous()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' own attention under the mask of this layer; what the model made as a mask is not looked at."""
+    mask = getattr(module, _ATTRIBUTE).of_layer(module.layer_idx)
+    run = flex_attention_forward if isinstance(mask, BlockMask) else sdpa_attention_forward
+    result: tuple[torch.Tensor, torch.Tensor | None] = run(module, query, key, value, mask, **kwargs)
+    return result
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """The model makes none of its own."""
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

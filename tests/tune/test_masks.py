@@ -1,0 +1,181 @@
+"""PyTorch under a schedule's masks against the engine under the same schedule, and masks against their definition.
+
+Models are those of the parity grid. The masks' oracle is `tests.support.masks`, written from the definition.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="PyTorch is not installed, so nothing is tuned")
+pytest.importorskip("transformers", reason="transformers is not installed, so nothing is tuned")
+pytest.importorskip("sentencepiece", reason="sentencepiece is not installed, so transformers' models cannot be made")
+
+import torch
+import transformers
+
+from swaa_local import Llama, Schedule
+from swaa_local.tune.masks import ATTENTION, BLOCK, Masks, make_row, prompt_end
+from tests.support.engine import worst_ratio
+from tests.support.masks import Sched, layer_masks
+from tests.support.tiny import ALWAYS, FULL, PREFILL
+from tests.support.tiny_hf import KINDS, N_LAYER, convert_all, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+N_TOKENS, PROMPT = 300, 272
+SCHEDULES = {
+    "full": Schedule.full(N_LAYER),
+    "window and sinks": Schedule(24, 4, (ALWAYS,) * 4),
+    "FA decode, sinks, tail": Schedule(24, 10, (PREFILL,) * 4, 40),
+    "full layers, FA decode": Schedule(24, 4, (FULL, PREFILL, FULL, PREFILL)),
+    "all modes, tail": Schedule(30, 4, (ALWAYS, PREFILL, FULL, PREFILL), 5),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Checkpoint and GGUF of each family."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("tune")
+    made = {kind: (write_checkpoint(root / str(i), kind), root / f"{i}.gguf") for i, kind in enumerate(KINDS)}
+    convert_all(dict(made.values()))
+    return made
+
+
+def load(checkpoint: Path, *, blocks: bool = False) -> tuple[Any, Masks]:
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    masks = Masks(blocks=blocks)
+    masks.attach(model)
+    return model, masks
+
+
+def tokens_for(model: Any) -> list[int]:
+    return np.random.default_rng(3).integers(10, model.config.vocab_size, N_TOKENS).tolist()
+
+
+def logits(model: Any, tokens: list[int], positions: Any = None) -> np.ndarray:
+    with torch.inference_mode():
+        positions = None if positions is None else positions[None]
+        return model(torch.tensor([tokens]), position_ids=positions, use_cache=False).logits[0].numpy()
+
+
+def engine_logits(gguf: Path, tokens: list[int], schedule: Schedule) -> np.ndarray:
+    exact: dict[str, Any] = {"flash_attn": False, "type_k": 0, "type_v": 0, "n_threads": 1, "n_threads_batch": 1}
+    swaa = False if schedule.is_full else schedule
+    llm = Llama(str(gguf), swaa=swaa, n_ctx=512, n_ubatch=32, logits_all=True, **exact)
+    llm.eval(tokens[:PROMPT])
+    for token in tokens[PROMPT:]:
+        llm.eval([token], decode=True)
+    scores = llm.scores[: len(tokens)].copy()
+    llm.close()
+    return scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorch_and_the_engine_mean_the_same(models, kind):
+    checkpoint, gguf = models[kind]
+    model, masks = load(checkpoint)
+    tokens = tokens_for(model)
+    found = {}
+    for name, schedule in SCHEDULES.items():
+        masks.set(make_row([(N_TOKENS, prompt_end(PROMPT, schedule))], N_TOKENS), schedule)
+        found[name] = logits(model, tokens)
+        assert worst_ratio(found[name], engine_logits(gguf, tokens, schedule)) < 1e-3, name
+    for name in SCHEDULES:
+        assert all(worst_ratio(found[name], found[other]) > 0.1 for other in SCHEDULES if other != name)
+
+
+def by_definition(schedule: Schedule, n: int, prompt_end: int) -> list[np.ndarray]:
+    return layer_masks(Sched(schedule.window, schedule.sinks, schedule.layer_modes), n, prompt_end)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_masks_are_those_of_the_definition(schedule):
+    """Texts in a row, packed: each as if it were alone."""
+    lengths = [(150, 120), (37, 37), (69, 0)]
+    dense, blocks = Masks(blocks=False), Masks(blocks=True)
+    row = make_row(lengths, 3 * BLOCK)
+    dense.set(row, schedule)
+    blocks.set(row, schedule)
+    places = torch.arange(len(row))
+    for layer in range(N_LAYER):
+        want = np.zeros((len(row), len(row)), dtype=bool)
+        start = 0
+        for n, end in lengths:
+            want[start : start + n, start : start + n] = by_definition(schedule, n, end)[layer]
+            start += n
+        mask = dense.of_layer(layer)[0, 0].numpy()
+        np.testing.assert_array_equal(mask[:start], want[:start])
+        assert not mask[start:, :start].any()  # padding sees itself, so that no row is empty
+        assert mask[start:].any(1).all()
+        block = blocks.of_layer(layer)
+        np.testing.assert_array_equal(block.mask_mod(0, 0, places[:, None], places[None]).numpy(), mask)
+        tiles = mask.reshape(3, BLOCK, 3, BLOCK)
+        np.testing.assert_array_equal(block.to_dense()[0, 0].numpy().astype(bool), tiles.any((1, 3)))
+        full = [set(block.full_kv_indices[0, 0, i, : block.full_kv_num_blocks[0, 0, i]].tolist()) for i in range(3)]
+        assert full == [set(np.flatnonzero(tiles.all((1, 3))[i]).tolist()) for i in range(3)]
+
+
+def test_far_blocks_are_not_computed():
+    """What makes windowed layers cheaper: a long row has few blocks."""
+    blocks, n = Masks(blocks=True), 32 * BLOCK
+    blocks.set(make_row([(n, n)], n), Schedule(2 * BLOCK, 10, (ALWAYS,) * 4))
+    counted = blocks.of_layer(0)
+    n_blocks = int((counted.kv_num_blocks + counted.full_kv_num_blocks).sum())
+    assert n_blocks <= 32 * 4  # the sinks' block, the window's two, and the one that it begins in
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_packed_texts_do_not_see_each_other(models, kind):
+    model, masks = load(models[kind][0])
+    schedule, tokens = SCHEDULES["FA decode, sinks, tail"], tokens_for(model)
+    cut = 130
+    row = make_row([(cut, 90), (N_TOKENS - cut, 60)], N_TOKENS)
+    masks.set(row, schedule)
+    packed = logits(model, tokens, row.position)
+    for part, end in ((slice(0, cut), 90), (slice(cut, N_TOKENS), 60)):
+        alone = tokens[part]
+        masks.set(make_row([(len(alone), end)], len(alone)), schedule)
+        assert worst_ratio(packed[part], logits(model, alone)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama, no GQA"])
+def test_block_masks_give_what_dense_ones_give(models, monkeypatch, kind):
+    """FlexAttention without its compiler, which a CPU has not: the same operator, its masks as they are."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as integration
+
+    monkeypatch.setattr(
+        integration,
+        "compile_friendly_flex_attention",
+        lambda q, k, v, training=False, **kw: flex_attention(q, k, v, **kw),
+    )
+    n = 2 * BLOCK
+    for schedule in SCHEDULES.values():
+        found = []
+        for blocks in (False, True):
+            model, masks = load(models[kind][0], blocks=blocks)
+            masks.set(make_row([(n - 20, n - 50)], n), schedule)
+            found.append(logits(model, tokens_for(model)[:n])[: n - 20])
+        assert worst_ratio(*found) < 1e-4
+
+
+def test_checkpointed_gradients_are_those_of_the_same_masks(models):
+    """The backward pass runs the layers again."""
+    grads = []
+    for checkpointing in (False, True):
+        model, masks = load(models["qwen3"][0])
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        masks.set(make_row([(200, 160)], 200), SCHEDULES["all modes, tail"])
+        model(torch.tensor([tokens_for(model)[:200]]), use_cache=False).logits.square().mean().backward()
+        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().max() > 0
