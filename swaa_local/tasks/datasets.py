@@ -41,7 +41,7 @@ def read_dataset(path: Path) -> Dataset:
     parquet = path.suffix.lower() in (".parquet", ".pq")
     name = _name(path)
     questions = []
-    for where, row in _parquet_rows(path) if parquet else _json_rows(path):
+    for where, row in _parquet_rows(path) if parquet else json_rows(path):
         questions.append(_question(row, name, where))
     if not questions:
         raise TaskError(f"{path} has no rows")
@@ -56,7 +56,8 @@ def _name(path: Path) -> str:
     return path.parent.name if path.stem in ("validation", "test") and path.parent.name else path.stem
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each object of a file of JSON lines is, and the object. Raises `TaskError` for what is none."""
     with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):

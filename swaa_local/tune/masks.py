@@ -84,10 +84,9 @@ class Masks:
 
     def attach(self, model: torch.nn.Module) -> None:
         """Make every attention layer of a model ask here. The model was loaded with `ATTENTION`."""
-        layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "q_proj")]
-        layers = layers or [module for module in model.modules() if hasattr(module, "layer_idx")]
-        for module in layers:
-            setattr(module, _ATTRIBUTE, self)
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, _ATTRIBUTE, self)
 
     def set(self, row: Row, schedule: Schedule) -> None:
         """The masks of this row under this schedule, on the row's device."""

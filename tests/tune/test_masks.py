@@ -18,15 +18,15 @@ pytest.importorskip("sentencepiece", reason="sentencepiece is not installed, so 
 import torch
 import transformers
 
-from swaa_local import Llama, Schedule
+from swaa_local import LayerMode, Llama, Schedule
 from swaa_local.tune.masks import ATTENTION, BLOCK, Masks, make_row, prompt_end
 from tests.support.engine import worst_ratio
 from tests.support.masks import Sched, layer_masks
-from tests.support.tiny import ALWAYS, FULL, PREFILL
 from tests.support.tiny_hf import KINDS, N_LAYER, convert_all, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("engine")
 
+FULL, PREFILL, ALWAYS = LayerMode
 N_TOKENS, PROMPT = 300, 272
 SCHEDULES = {
     "full": Schedule.full(N_LAYER),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.convert.children.lora import merge_while_converting
+from swaa_local.convert.children.schedule import add_schedule
 from swaa_local.files.child_process import child_main
 
 
@@ -135,14 +136,6 @@ def _wrap_pre_tokenizer(name: str | None, emit: Callable[..., None]) -> None:
 def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> None:
     import gguf
 
-    from swaa_local.model_file.schedule_keys import (
-        KEY_LAYER_MODES,
-        KEY_SINKS,
-        KEY_TAIL,
-        KEY_VERSION,
-        KEY_WINDOW,
-        SCHEDULE_VERSION,
-    )
     from swaa_local.model_file.unsupported import unsupported_reason
 
     original = gguf.GGUFWriter.write_header_to_file
@@ -160,12 +153,7 @@ def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> 
             if len(modes) != n_layer:
                 emit(error=f"the schedule has {len(modes)} layers, but the converted model has {n_layer}")
                 raise SystemExit(1)
-            self.add_uint32(KEY_VERSION, SCHEDULE_VERSION)
-            self.add_uint32(KEY_WINDOW, schedule["window"])
-            self.add_uint32(KEY_SINKS, schedule["sinks"])
-            if schedule["tail"]:
-                self.add_uint32(KEY_TAIL, schedule["tail"])
-            self.add_key_value(KEY_LAYER_MODES, modes, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
+            add_schedule(self, schedule)
         n_bytes = sum(tensor.nbytes for shard in self.tensors for tensor in shard.values())
         emit(writing=n_bytes, architecture=architecture, file_type=int(keys.get("general.file_type", 0)))
         original(self, path)

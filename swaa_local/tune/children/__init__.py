@@ -1,0 +1,1 @@
+"""What runs in a process of its own: upstream's code, which a crash there does not take the command down with."""
