@@ -51,6 +51,12 @@ _COUNT = click.IntRange(1)
     "--device", type=click.Choice(["auto", "cuda", "cpu", "mps"]), default="auto", help="Where to train [auto]."
 )
 @click.option(
+    "--attention",
+    type=click.Choice(["auto", "flex", "sdpa"]),
+    default="auto",
+    help="FlexAttention, whose windows cost less, or SDPA; auto is flex on CUDA [auto].",
+)
+@click.option(
     "--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Of all that is random."
 )
 @click.option(

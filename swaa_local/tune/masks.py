@@ -78,7 +78,7 @@ class Masks:
 
     def __init__(self, *, blocks: bool) -> None:
         """blocks: block masks for FlexAttention instead of dense ones for SDPA."""
-        self._blocks = blocks
+        self.blocks = blocks
         self._modes: tuple[LayerMode, ...] = ()
         self._by_mode: dict[LayerMode, Any] = {}
 
@@ -106,7 +106,21 @@ class Masks:
             LayerMode.ALWAYS: torch.zeros_like(row.decoded),
         }[mode]
         visible = _Visible(row, free, schedule)
-        return visible.as_blocks() if self._blocks else visible.as_tensor()
+        return visible.as_blocks() if self.blocks else visible.as_tensor()
+
+
+def _visible(
+    text: torch.Tensor,
+    position: torch.Tensor,
+    free: torch.Tensor,
+    window: int,
+    sinks: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+) -> torch.Tensor:
+    """Whether the query at place q of a row sees the key at place k: the definition, for whatever shapes broadcast."""
+    seen = (position[q] - position[k] < window) | (position[k] < sinks) | free[q]
+    return (text[q] == text[k]) & (k <= q) & seen
 
 
 class _Visible:
@@ -115,15 +129,11 @@ class _Visible:
     def __init__(self, row: Row, free: torch.Tensor, schedule: Schedule) -> None:
         self._n = len(row)
         self._text, self._position, self._free = row.text.int(), row.position.int(), free
-        # Tensors, so that compiled code is the same for all.
-        self._window = torch.tensor(schedule.window, dtype=torch.int32, device=free.device)
-        self._sinks = torch.tensor(schedule.sinks, dtype=torch.int32, device=free.device)
+        self._window, self._sinks = schedule.window, schedule.sinks
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Of places in the row, which broadcast."""
-        text, position = self._text, self._position
-        seen = (position[q] - position[k] < self._window) | (position[k] < self._sinks) | self._free[q]
-        return (text[q] == text[k]) & (k <= q) & seen
+        return _visible(self._text, self._position, self._free, self._window, self._sinks, q, k)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         places = torch.arange(self._n, device=self._free.device)
@@ -144,13 +154,14 @@ class _Visible:
         whole_blocks = torch.cat(whole)
         partial_blocks = torch.cat(some) & ~whole_blocks
 
+        # Compiled code is told apart by what it closes over: tensors and two numbers, and not this object.
+        text, position, free, window, sinks = self._text, self._position, self._free, self._window, self._sinks
+
         def mask_mod(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return self(q, k)
+            return _visible(text, position, free, window, sinks, q, k)
 
         partial, full = _ordered(partial_blocks), _ordered(whole_blocks)
-        return BlockMask.from_kv_blocks(
-            *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(self._n, self._n)
-        )
+        return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod)
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ from swaa_local.schedule.config import Schedule
 from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
 from swaa_local.tune.masks import ATTENTION, Masks
-from swaa_local.tune.request import TuneError, TuneRequest
+from swaa_local.tune.request import Attention, TuneError, TuneRequest
 
 # Modules by the letters of `--targets`; where a family has them fused, what they are fused into.
 _MODULES = {
@@ -135,8 +135,9 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def load_base(source: Source, device: str, reporter: Reporter) -> BaseModel:
-    """Weights and tokenizer; in bfloat16 on a GPU that has it, else in float32."""
+def load_base(source: Source, device: str, attention: Attention, reporter: Reporter) -> BaseModel:
+    """Weights and tokenizer; in bfloat16 on a GPU that has it, else in float32. attention: `auto` is FlexAttention on
+    CUDA and SDPA elsewhere."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = _load(transformers.AutoTokenizer, source)
@@ -145,7 +146,7 @@ def load_base(source: Source, device: str, reporter: Reporter) -> BaseModel:
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
         reporter.note("this model has no chat template, so ChatML is used, as chat does")
-    masks = Masks(blocks=device == "cuda")
+    masks = Masks(blocks=attention == "flex" or (attention == "auto" and device == "cuda"))
     masks.attach(model)
     if source.gguf is not None:
         _hold_against_engine(model, tokenizer, masks, source)
@@ -317,8 +318,10 @@ class MemoryPlan:
         return f"needs about {format_bytes(self.total)} of memory ({told}){free}"
 
 
-def plan_memory(model: Any, rows: Sequence[tuple[int, int]], schedule: Schedule, device: str) -> MemoryPlan:
-    """What training takes. rows: tokens, and tokens whose logits are computed, of each.
+def plan_memory(
+    model: Any, rows: Sequence[tuple[int, int]], schedule: Schedule, device: str, *, dense: bool
+) -> MemoryPlan:
+    """What training takes. rows: tokens, and tokens whose logits are computed, of each. dense: masks are.
 
     Activations are those of gradient checkpointing: what goes into each layer, and all of one.
     """
@@ -335,7 +338,6 @@ def plan_memory(model: Any, rows: Sequence[tuple[int, int]], schedule: Schedule,
     one_layer = longest * (8 * config.hidden_size + 4 * wide) * (item + 4)
     activations = longest * config.hidden_size * config.num_hidden_layers * item + one_layer
     modes = len(set(schedule.layer_modes))
-    dense = device != "cuda"
     masks = longest * longest * (modes + config.num_attention_heads * item) if dense else 0
     logits = most * config.vocab_size * 4 * 4
     return MemoryPlan(weights, adapter, activations, logits, masks, _free_bytes(device, loaded=weights))

@@ -10,6 +10,7 @@ from swaa_local.errors import SWAAError
 from swaa_local.schedule.choice import ScheduleOptions
 
 Device = Literal["auto", "cuda", "cpu", "mps"]
+Attention = Literal["auto", "flex", "sdpa"]
 NEEDED = ("torch", "transformers", "peft", "accelerate")
 EXTRA = "pip install 'swaa-local[tune]'"
 
@@ -47,6 +48,7 @@ class TuneRequest:
     accumulate: int = 1
     full_share: float = 0.0
     device: Device = "auto"
+    attention: Attention = "auto"
     seed: int = 0
     think: bool | None = None
     gguf: Path | None = None

@@ -107,7 +107,7 @@ def mean_nll(
     model.eval()
     with torch.inference_mode(), off, precision(device):
         for done, example in enumerate(examples, start=1):
-            row = row_tensors([example], length, blocks=device == "cuda").to(device)
+            row = row_tensors([example], length, blocks=masks.blocks).to(device)
             logits = answer_logits(model, masks, row, schedule)
             total += float(torch.nn.functional.cross_entropy(logits, row.answers, reduction="sum"))
             n_answers += row.n_answer

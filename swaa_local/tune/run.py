@@ -74,7 +74,7 @@ def _tune(request: TuneRequest, conversations: Sequence[Conversation], watch: Wa
     device = models.choose_device(request.device)
     if source.n_ctx_train and request.length > source.n_ctx_train:
         watch.note(f"{request.length} tokens are more than the {source.n_ctx_train} that the model was trained on")
-    base = models.load_base(source, device, watch)
+    base = models.load_base(source, device, request.attention, watch)
     _check_gguf(request, base, watch)
     name = f"{source.label}, {format_count(sum(p.numel() for p in base.model.parameters()))} parameters"
     watch.note(f"{name} on {device}; schedule: {in_one_line(schedule)}")
@@ -91,7 +91,7 @@ def _tune(request: TuneRequest, conversations: Sequence[Conversation], watch: Wa
             f"{len(trained)} examples in {len(rows)} rows of up to {max(sum(map(len, row)) for row in rows)} tokens, "
             f"{len(held_out)} held out; rank {request.rank}, {format_count(n_trained)} parameters to train"
         )
-        _check_memory(models.plan_memory(model, _sizes(rows), schedule, device), watch)
+        _check_memory(models.plan_memory(model, _sizes(rows), schedule, device, dense=not base.masks.blocks), watch)
         ways = {"full": Schedule.full(source.n_layer), in_words(schedule): schedule}
 
         def measure(*, adapter: bool) -> dict[str, float]:
