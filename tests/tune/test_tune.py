@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("engine")
 
 ONE_THREAD: dict[str, Any] = {"OMP_NUM_THREADS": "1"}
 WINDOW = ("--window", 48, "--sinks", 8)
-FAST = ("--length", 384, "--learning-rate", "1e-3", "--rank", 8, "--alpha", 64, "--device", "cpu")
+FAST = ("--length", 384, "--learning-rate", "2e-3", "--rank", 8, "--alpha", 64, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def tuned(model, data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProc
         "--tail",
         24,
         "--steps",
-        12,
+        16,
         "--plot",
         adapter.with_suffix(".svg"),
     )
@@ -94,7 +94,7 @@ def test_it_says_what_it_does(tuned):
         r"10 examples in \d+ rows of up to \d+ tokens, 2 held out; rank 8, [\d.]+ k parameters to train", said
     )
     assert re.search(r"needs about [\d.]+ MiB of memory \(weights 20\.0 MiB, .*\); [\d.]+ GiB are free", said)
-    assert re.search(r"step 12/12: loss \d+\.\d+ · [\d,]+ tok/s · 0 s left", said)
+    assert re.search(r"step 16/16: loss \d+\.\d+ · [\d,]+ tok/s · 0 s left", said)
     assert "Warning" not in said
     assert "%|" not in said
     assert tuned[0].with_suffix(".svg").read_text().lstrip().startswith("<?xml")
@@ -105,7 +105,7 @@ def test_files_are_complete_and_nothing_else_is_left(tuned):
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["a.gguf", "a.peft", "a.svg"]
     facts = json.loads((adapter.with_suffix(".peft") / "swaa.json").read_text())
     assert facts["schedule"] == SCHEDULE.as_dict()
-    assert (facts["base"], facts["steps"]) == ("needle.gguf (Needle)", 12)
+    assert (facts["base"], facts["steps"]) == ("needle.gguf (Needle)", 16)
     assert facts["command"].startswith("swaa-local tune ")
 
 
@@ -123,18 +123,17 @@ def test_the_gguf_says_for_what_it_is(tuned):
 
 
 def answer(model: Path, prompt: str, *options: object) -> str:
-    return succeeds("chat", model, "-p", prompt, "-n", 32, "--temp", 0, "-t", 1, "-c", 1024, *options).strip()
+    return succeeds("chat", model, "-p", prompt, "-n", 64, "--temp", 0, "-t", 1, "-c", 1024, *options).strip()
 
 
 def test_the_engine_answers_as_it_was_taught(tuned, model, tmp_path):
     """In words that the bundled model has not by itself."""
     [row] = [json.loads(line) for line in write_facts(tmp_path / "one.jsonl", 1).read_text().splitlines()]
     schedule = (*WINDOW, "--fa-decode", "--full-layers", "3", "--tail", 24)
-    done = run("chat", model, "-p", row["prompt"], "-n", 8, "--temp", 0, "-t", 1, "--lora", tuned[0], *schedule)
+    assert answer(model, row["prompt"], *schedule, "--lora", tuned[0]) == row["answer"]
+    assert answer(model, row["prompt"], *schedule) != row["answer"]
+    done = run("chat", model, "-p", "hm", "-n", 1, "-t", 1, "--lora", tuned[0], *schedule)
     assert "was tuned" not in done.stderr
-    begun = row["answer"][:7]
-    assert done.stdout.strip()[:7] == begun
-    assert answer(model, row["prompt"], *schedule)[:7] != begun
     done = run("chat", model, "-p", "hm", "-n", 1, "-t", 1, "--lora", tuned[0], "--window", 9)
     assert "was tuned for the schedule w48 k8 fadec 3 tail24, and runs with w9 k0" in done.stderr
 
