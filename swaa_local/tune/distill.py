@@ -29,6 +29,8 @@ _ANSWER_TOKENS, _QUESTION_TOKENS = 96, 48
 _PASSAGE_CHARS = 1200
 _LEAST_WORDS = 6  # of a sentence that is asked by
 _LEAST_SHARE = 0.5  # of a row that a piece fills where its text is long enough
+_BOUNDARY = re.compile(r"""\n+|(?<=[.!?])["')\]\u2019\u201d]*\s+""")
+_WORDS = re.compile(r"(?:\S+\s*|\s+){1,40}")
 _QUOTE = (
     "In the text there is this sentence:\n{sentence}\nWhich sentence comes right after it? Answer with that sentence "
     "alone, word for word."
@@ -68,47 +70,54 @@ def read_texts(path: Path, reporter: Reporter) -> list[Document]:
 def make_pieces(
     texts: Sequence[Document], n: int, n_tokens: int, count: Callable[[str], int], seed: int, reporter: Reporter
 ) -> list[Piece]:
-    """`n` pieces of at most `n_tokens`, beginning and ending with a sentence: whole texts that fit, and parts of those
-    that do not, from anywhere in them. Each text gets as many as its length calls for."""
+    """`n` pieces of at most `n_tokens`: whole texts that fit, and parts of those that do not, from anywhere in them,
+    which begin and end with a sentence or a line. Each text gets as many as its length calls for."""
     rng = random.Random(seed)
-    split = [split_sentences(" ".join(document.text.split())) for document in texts]
-    sizes = [sum(map(len, sentences)) for sentences in split]
-    long = sum(1 for sentences in split if count(" ".join(sentences)) > n_tokens)
-    if long:
+    cut = [_parts(document.text) for document in texts]
+    sizes = [len(document.text) for document in texts]
+    is_long = [count(document.text) > n_tokens for document in texts]
+    if any(is_long):
         reporter.note(
-            f"{long} of {len(texts)} texts are longer than a row: they are split into pieces of {n_tokens} tokens"
+            f"{sum(is_long)} of {len(texts)} texts are longer than a row: they are split into pieces of {n_tokens} "
+            "tokens"
         )
+    # Those that begin late enough to fill a good part of a row all begin as likely.
+    late = [_last_start(parts, int(_LEAST_SHARE * n_tokens), count) for parts in cut]
     pieces = []
     for index in range(n):
         number = index if n <= len(texts) else rng.choices(range(len(texts)), sizes)[0]
-        sentences, name = split[number], texts[number].name
-        start = 0
-        if count(" ".join(sentences)) > n_tokens:
-            # Those that begin late enough to fill a row all begin as likely.
-            enough = _last_start(sentences, int(_LEAST_SHARE * n_tokens), count)
-            start = rng.randrange(enough + 1)
-        taken = _fill(sentences[start:], n_tokens, count)
+        parts, name = cut[number], texts[number].name
+        start = rng.randrange(late[number] + 1) if is_long[number] else 0
+        taken = "".join(parts[start : start + _fill(parts[start:], n_tokens, count)]).strip()
         if not taken:
-            raise TuneError(f"{name} has a sentence of more than {n_tokens} tokens; pass a larger --length")
-        pieces.append(Piece(Document(name, " ".join(taken)), f"{name}, piece {index + 1}"))
+            raise TuneError(f"{name} has a line of more than {n_tokens} tokens; pass a larger --length")
+        pieces.append(Piece(Document(name, taken), f"{name}, piece {index + 1}"))
     return pieces
 
 
-def _fill(sentences: Sequence[str], n_tokens: int, count: Callable[[str], int]) -> list[str]:
-    """The first ones that are at most so many tokens together."""
-    low, high = 0, len(sentences)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if count(" ".join(sentences[:middle])) <= n_tokens else (low, middle - 1)
-    return list(sentences[:low])
+def _parts(text: str) -> list[str]:
+    """Sentences and lines with the white space behind them; those that are long are cut between words, so that a piece
+    can be filled. Joined they are the text."""
+    ends = [match.end() for match in _BOUNDARY.finditer(text)]
+    parts = (text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True))
+    return [piece for part in parts for piece in _WORDS.findall(part) if piece]
 
 
-def _last_start(sentences: Sequence[str], n_tokens: int, count: Callable[[str], int]) -> int:
-    """The last sentence with at least so many tokens behind it."""
-    low, high = 0, len(sentences) - 1
+def _fill(parts: Sequence[str], n_tokens: int, count: Callable[[str], int]) -> int:
+    """How many of the first ones are at most so many tokens together."""
+    low, high = 0, len(parts)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if count(" ".join(sentences[middle:])) >= n_tokens else (low, middle - 1)
+        low, high = (middle, high) if count("".join(parts[:middle])) <= n_tokens else (low, middle - 1)
+    return low
+
+
+def _last_start(parts: Sequence[str], n_tokens: int, count: Callable[[str], int]) -> int:
+    """The last part from which on there are at least so many tokens; 0 where there are not so many at all."""
+    low, high = 0, len(parts) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count("".join(parts[middle:])) >= n_tokens else (low, middle - 1)
     return low
 
 
@@ -182,7 +191,7 @@ def _ask(piece: Piece, teacher: Teacher, renderer: Renderer, rng: random.Random,
 
 
 def _quote_question(piece: Piece, rng: random.Random) -> str | None:
-    sentences = split_sentences(piece.document.text)
+    sentences = split_sentences(" ".join(piece.document.text.split()))
     fit = [
         sentence
         for sentence in sentences[:-1]
@@ -194,9 +203,8 @@ def _quote_question(piece: Piece, rng: random.Random) -> str | None:
 def _own_question(piece: Piece, teacher: Teacher, renderer: Renderer, rng: random.Random) -> str | None:
     text = piece.document.text
     start = rng.randrange(max(1, len(text) - _PASSAGE_CHARS))
-    passage = (
-        " ".join(split_sentences(text[start : start + _PASSAGE_CHARS])[1:-1]) or text[start : start + _PASSAGE_CHARS]
-    )
+    passage = text[start : start + _PASSAGE_CHARS]
+    passage = "".join(_parts(passage)[1:-1]).strip() or passage
     prompt = renderer.prompt([{"role": "user", "content": _ASK.format(passage=passage)}])
     lines = renderer.decode(teacher.say(prompt, _QUESTION_TOKENS)).strip().splitlines()
     question = re.sub(r"^\W*(question\W+)?", "", lines[0], flags=re.IGNORECASE).strip(" \"'*") if lines else ""

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from swaa_local.errors import SWAAError
 from swaa_local.files.input_file import read_input
 from swaa_local.files.output_file import check_output, publish, workplace, write_output
 from swaa_local.model_file.split import open_gguf
@@ -75,7 +76,7 @@ def _tune(request: TuneRequest, conversations: Sequence[Conversation], watch: Wa
     if source.n_ctx_train and request.length > source.n_ctx_train:
         watch.note(f"{request.length} tokens are more than the {source.n_ctx_train} that the model was trained on")
     base = models.load_base(source, device, request.attention, watch)
-    _check_gguf(request, base, watch)
+    _check_gguf(request, base)
     name = f"{source.label}, {format_count(sum(p.numel() for p in base.model.parameters()))} parameters"
     watch.note(f"{name} on {device}; schedule: {in_one_line(schedule)}")
     settings = _settings(request, schedule, base.base_sha256)
@@ -161,7 +162,7 @@ def _check_request(request: TuneRequest) -> list[Conversation]:
     return [] if request.data is None else read_conversations(request.data)
 
 
-def _check_gguf(request: TuneRequest, base: Any, watch: Watch) -> None:
+def _check_gguf(request: TuneRequest, base: Any) -> None:
     """The model that will run must be the one that is tuned."""
     if request.gguf is None:
         return
@@ -169,7 +170,9 @@ def _check_gguf(request: TuneRequest, base: Any, watch: Watch) -> None:
 
     with open_gguf(request.gguf) as file:
         if base.base_sha256 is not None and base_sha256(file) != base.base_sha256:
-            watch.note(f"{request.gguf} is not made of {base.source.label}: the adapter was not tuned for it")
+            raise TuneError(
+                f"{request.gguf} is not made of {base.source.label}; name a GGUF of that model, or leave out --gguf"
+            )
 
 
 def _check_memory(plan: Any, watch: Watch) -> None:
@@ -332,13 +335,18 @@ def _in_engine(
     path = request.gguf or base.source.gguf
     if path is None:
         return []
-    found = []
+    found: list[Nll] = []
     for words, schedule in (("full", None), (in_words(result.schedule), result.schedule)):
         values = []
         for lora in (None, adapter):
             label = f"measuring {words} {'with' if lora else 'without'} the adapter in the engine"
             with watch.step(label, len(held_out)) as done:
-                values.append(engine_nll(path, held_out, schedule, lora=lora, on_example=done))
+                try:
+                    values.append(engine_nll(path, held_out, schedule, lora=lora, on_example=done))
+                except SWAAError as error:
+                    # What was trained is not lost for it.
+                    watch.note(f"not measured in the engine: {error}")
+                    return found
         found.append(Nll(path.name, words, *values))
     return found
 
