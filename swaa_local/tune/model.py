@@ -22,10 +22,10 @@ from swaa_local.generation.template import CHATML
 from swaa_local.model_file.adapter import base_sha256
 from swaa_local.model_file.header import GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
-from swaa_local.model_file.schedule_keys import schedule_of
+from swaa_local.model_file.schedule_keys import stored_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.report.progress import Reporter
-from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.schedule.choice import ScheduleOptions, StoredSchedule
 from swaa_local.schedule.config import Schedule
 from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
@@ -64,8 +64,7 @@ class Source:
     gguf: Path | None
     n_layer: int
     n_ctx_train: int | None
-    stored: Schedule | None
-    """The schedule that the file has."""
+    stored: StoredSchedule
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def find_source(name: str, output: Path, reporter: Reporter) -> Source:
         with open_gguf(found.path) as file:
             info = model_info_of(file)
             _check_gguf(file, info)
-            return Source(name, found.path.parent, found.path, info.n_layer, info.n_ctx_train, schedule_of(file))
+            return Source(name, found.path.parent, found.path, info.n_layer, info.n_ctx_train, stored_of(file))
     assert isinstance(found, LocalCheckpoint)
     checkpoint = found.checkpoint
     if reason := hf.unsupported_by_settings(found.path):
@@ -100,7 +99,7 @@ def find_source(name: str, output: Path, reporter: Reporter) -> Source:
     if checkpoint.n_layer is None:
         raise TuneError(f"{found.path}/config.json does not say how many layers the model has")
     config = json.loads((found.path / "config.json").read_bytes())
-    return Source(name, found.path, None, checkpoint.n_layer, config.get("max_position_embeddings"), None)
+    return Source(name, found.path, None, checkpoint.n_layer, config.get("max_position_embeddings"), StoredSchedule())
 
 
 def _check_gguf(file: GGUFFile, info: ModelInfo) -> None:
@@ -117,7 +116,7 @@ def _check_gguf(file: GGUFFile, info: ModelInfo) -> None:
 def choose_schedule(options: ScheduleOptions, source: Source) -> Schedule:
     """What was asked for, or what the file has. Raises `TuneError` where there is none."""
     choice = options.config(source.n_layer, lambda: source.stored)
-    schedule = source.stored if choice is None else choice.schedule(source.n_layer) if choice else None
+    schedule = source.stored.schedule if choice is None else choice.schedule(source.n_layer) if choice else None
     if schedule is None or schedule.is_full:
         raise TuneError("there is no schedule to tune for; pass --preset NAME, or --window TOKENS and the rest")
     return schedule
