@@ -34,14 +34,17 @@ class Kinds:
 
 
 class CalibrateLog(JsonLog):
-    """Opens or begins a log, and holds what is in it. Use as a context manager. Raises `CalibrateLogError`."""
+    """Opens or begins a log, and holds what is in it. Use as a context manager. Raises `CalibrateLogError`.
+
+    took_before_s: seconds of all trials and answers that were in it when it was opened.
+    """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.trials: dict[tuple[Schedule, Scale, int], Trial] = {}
         self.answers: dict[tuple[Schedule, int], Generated] = {}
         self.kinds: dict[str, Kinds] = {}
         self._texts: dict[str, str] = {}
-        self._old: set[tuple[Schedule, Scale, int] | tuple[Schedule, int]] = set()
+        self.took_before_s = 0.0
         super().__init__(
             path,
             config,
@@ -59,11 +62,11 @@ class CalibrateLog(JsonLog):
         if kind == "trial":
             trial = Trial(**_with_schedule(row, "nll", "chance", "right"))
             self.trials[trial.schedule, trial.scale, trial.text] = trial
-            self._old.add((trial.schedule, trial.scale, trial.text))
+            self.took_before_s += trial.took_s
         elif kind == "answers":
             generated = Generated(**_with_schedule(row, "answers", "right"))
             self.answers[generated.schedule, generated.text] = generated
-            self._old.add((generated.schedule, generated.text))
+            self.took_before_s += generated.took_s
         elif kind == "kinds":
             at = row.pop("at")
             self.kinds[at] = Kinds(tuple(row["kinds"]), tuple(row["bare"]), dict(row["shares"]))
@@ -83,16 +86,6 @@ class CalibrateLog(JsonLog):
                 f"{self.path} has trials on another text {id}: of other documents, questions or another version; "
                 f"{_REMEDY}"
             )
-
-    def took_before_s(self, record: Trial | Generated) -> float:
-        """What it took in a run before this one, the first time that this is asked; then 0, as for what is new."""
-        key: tuple[Schedule, Scale, int] | tuple[Schedule, int] = (record.schedule, record.text)
-        if isinstance(record, Trial):
-            key = (record.schedule, record.scale, record.text)
-        if key not in self._old:
-            return 0.0
-        self._old.discard(key)
-        return record.took_s
 
     def add_kinds(self, at: str, kinds: Kinds) -> None:
         self.kinds[at] = kinds

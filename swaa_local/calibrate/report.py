@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from swaa_local.calibrate.results import CalibrateError, Calibration, Candidate
-from swaa_local.calibrate.table import as_json, front_of, markdown
+from swaa_local.calibrate.table import COSTS, as_json, front_of, markdown
 from swaa_local.files.output_file import OutputError, write_output
 from swaa_local.report.plotting import as_title, check_plot, make_figure, save_figure
 from swaa_local.schedule.config import LayerMode
 from swaa_local.text.printable import printable
 
 PAGE, FIGURES = "README.md", "calibration.json"
-TIME, LAYERS = "quality-time.svg", "layers.svg"
+TIME, MEMORY, LAYERS = "quality-time.svg", "quality-memory.svg", "layers.svg"
 
 
 def check_report(folder: Path, *, force: bool) -> None:
@@ -23,7 +23,7 @@ def check_report(folder: Path, *, force: bool) -> None:
         raise CalibrateError(f"{folder} is a file; --report names a folder")
     if not folder.absolute().parent.is_dir():
         raise CalibrateError(f"{folder}: the folder {folder.parent} does not exist")
-    taken = [name for name in (PAGE, FIGURES, TIME, LAYERS) if (folder / name).exists()]
+    taken = [name for name in (PAGE, FIGURES, TIME, MEMORY, LAYERS) if (folder / name).exists()]
     if taken and not force:
         raise CalibrateError(f"{folder / taken[0]} exists; pass --force to replace it, or name another folder")
     check_plot(folder.parent / TIME)
@@ -33,7 +33,7 @@ def write_report(result: Calibration, folder: Path, *, force: bool) -> list[Path
     """Write the page, its pictures and all figures; the files that were written. Raises `CalibrateError`."""
     try:
         folder.mkdir(exist_ok=True)
-        pictures = [(TIME, _quality_time(result))]
+        pictures = [(TIME, _quality_cost(result, "reading time")), (MEMORY, _quality_cost(result, "KV cache"))]
         if result.gains:
             pictures.append((LAYERS, _layers(result)))
         for name, figure in pictures:
@@ -51,6 +51,7 @@ def page(result: Calibration, pictures: Sequence[str]) -> str:
     """The page in Markdown."""
     captions = {
         TIME: "Quality against the time to read a prompt, as shares of full attention's; bars are 95 % intervals",
+        MEMORY: "Quality against the size of the KV cache",
         LAYERS: "By how much the answers' negative log-likelihood falls if a layer alone has full attention",
     }
     seen = "\n\n".join(f"![{captions[name]}]({name})\n\n*{captions[name]}.*" for name in pictures)
@@ -69,24 +70,35 @@ def page(result: Calibration, pictures: Sequence[str]) -> str:
     return f"{title}\n{rest.rstrip()}\n\n## Pictures\n\n{seen}\n\n## How it was made\n\n" + "\n".join(facts) + "\n"
 
 
-def _quality_time(result: Calibration) -> Any:
+def _quality_cost(result: Calibration, cost: str) -> Any:
+    def price(each: Candidate) -> float:
+        return (COSTS[cost](each) or 0.0) / (COSTS[cost](result.full) or 1.0)
+
     figure = make_figure(figsize=(8.0, 5.2))
     ax = figure.subplots()
     timed = [each for each in result.candidates if each.prefill is not None]
-    front = front_of(timed)
+    front = front_of(timed, cost)
     rest = [each for each in timed if each not in front and not _is_naive(each) and each.schedule != result.searched]
-    _points(ax, rest, "tried", color="0.6", marker="o", size=4)
+    _points(ax, price, rest, "tried", color="0.6", marker="o", size=4)
     if front:
-        ax.plot([each.prefill for each in front], [each.quality.value for each in front], color="C0", zorder=1)
-    _points(ax, [each for each in front if each.schedule != result.searched], "front", color="C0", marker="o", size=5)
-    _points(ax, [each for each in timed if _is_naive(each)], "window alone", color="C3", marker="X", size=8)
-    _points(ax, [each for each in timed if each.schedule == result.searched], "chosen", color="C2", marker="*", size=14)
+        ax.plot([price(each) for each in front], [each.quality.value for each in front], color="C0", zorder=1)
+    _points(
+        ax, price, [each for each in front if each.schedule != result.searched], "front", color="C0", marker="o", size=5
+    )
+    _points(ax, price, [each for each in timed if _is_naive(each)], "window alone", color="C3", marker="X", size=8)
+    _points(
+        ax,
+        price,
+        [each for each in timed if each.schedule == result.searched],
+        "chosen",
+        color="C2",
+        marker="*",
+        size=14,
+    )
     ax.plot([1.0], [1.0], marker="s", color="black", linestyle="none", label="full attention")
     ax.axhline(result.keep, color="0.5", linestyle=":", linewidth=1)
     ax.annotate(f"{result.keep:.0%}", (1.0, result.keep), fontsize=8, color="0.4", va="top", ha="right")
-    ax.set(
-        xlabel="time to read a prompt, as a share of full attention's", ylabel="quality, as a share of full attention's"
-    )
+    ax.set(xlabel=f"{cost}, as a share of full attention's", ylabel="quality, as a share of full attention's")
     ax.set_xlim(left=0)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -94,7 +106,16 @@ def _quality_time(result: Calibration) -> Any:
     return figure
 
 
-def _points(ax: Any, points: Sequence[Candidate], label: str, *, color: str, marker: str, size: int) -> None:
+def _points(
+    ax: Any,
+    price: Callable[[Candidate], float],
+    points: Sequence[Candidate],
+    label: str,
+    *,
+    color: str,
+    marker: str,
+    size: int,
+) -> None:
     if not points:
         return
     values = [each.quality.value for each in points]
@@ -103,7 +124,7 @@ def _points(ax: Any, points: Sequence[Candidate], label: str, *, color: str, mar
         [max(0.0, each.quality.high - each.quality.value) for each in points],
     ]
     ax.errorbar(
-        [each.prefill for each in points],
+        [price(each) for each in points],
         values,
         yerr=bars,
         fmt=marker,

@@ -21,8 +21,9 @@ from swaa_local.calibrate.material import LEAST_CHECK, SHORTER, Material
 from swaa_local.calibrate.measure import Bench, Prompted
 from swaa_local.calibrate.prompts import EASY, GENERATED, ROOM_TO_ANSWER
 from swaa_local.calibrate.questions import OwnQuestions, divide, read_questions
-from swaa_local.calibrate.results import CalibrateError, Calibration, Candidate, Check, Generated, Scale, Trial
+from swaa_local.calibrate.results import CalibrateError, Calibration, Check, Generated, Scale, Trial
 from swaa_local.calibrate.search import Found, Limits, Search, Space, cautious
+from swaa_local.calibrate.table import front_of
 from swaa_local.calibrate.watch import SILENT, Watch
 from swaa_local.engine.context_length import beyond_training, gpu_layers
 from swaa_local.engine.machine import describe_machine
@@ -91,6 +92,7 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
         CalibrateLog(request.log, _config(request, length, windows)) as log,
         closing(Bench(request.model, pad_cells(length), request.engine, watch.on_prefill)) as bench,
     ):
+        clock.before_s = log.took_before_s
         if not bench.has_template:
             watch.note("this model has no chat template, so ChatML is used; a base model answers poorly")
         material = Material(bench, log, haystack, own, length, windows[-1], request.seed)
@@ -102,14 +104,14 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
 
 
 class _Clock:
-    """Seconds since the calibration began, and those that what is now read from the log had taken."""
+    """Seconds since the calibration began, and those that what is in the log had taken before."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self.read_s = 0.0
+        self.before_s = 0.0
 
     def elapsed_s(self) -> float:
-        return time.perf_counter() - self._began + self.read_s
+        return time.perf_counter() - self._began + self.before_s
 
 
 class _Judge:
@@ -125,7 +127,6 @@ class _Judge:
         prompts = self._material.prompts("search", scale, text)
         known = self._log.trials.get((schedule, scale, text))
         if known is not None and len(known.nll) == len(prompts):
-            self._clock.read_s += self._log.took_before_s(known)
             return known
         self._watch.trying(schedule, f"{scale} prompt {text + 1}")
         trial = replace(self._bench.trial(_at_scale(schedule, scale), scale, text, prompts), schedule=schedule)
@@ -169,7 +170,7 @@ class _Run:
         )
         until_s = self.request.budget_s - check_s
         limits = Limits(self.request.keep, until_s, self.material.n_long, self._n_short(), self.request.memory)
-        search = Search(judge, space, limits, self.watch)
+        search = Search(judge, space, limits, self.watch, tuple(self.log.trials.values()))
         interrupted = False
         try:
             search.run()
@@ -281,7 +282,7 @@ class _Run:
         and others at the front if there is time."""
         self.watch.stage("answers to questions that the search has not seen")
         assert found.chosen is not None
-        others = [each for each in _front(found) if each.schedule != found.chosen.schedule]
+        others = [each for each in front_of(found.candidates) if each.schedule != found.chosen.schedule]
         better = [each for each in others if each.quality.value > found.chosen.quality.value]
         wanted = [found.chosen, *sorted(better, key=lambda each: each.prefill or 1.0), *others]
         queue = list(dict.fromkeys(self._final(each.schedule) for each in wanted))
@@ -305,8 +306,6 @@ class _Run:
                     self.watch.trying(schedule, f"check {text + 1} of {n_texts}")
                     known = self.bench.generate(schedule, text, prompts)
                     self.log.add_answers(known)
-                else:
-                    self.clock.read_s += self.log.took_before_s(known)
                 answers[schedule].append(known)
         self.checks += list(answers.items())
 
@@ -386,15 +385,6 @@ class _Run:
             decode=median(a.decode_token_s / b.decode_token_s for a, b in zip(answers, full, strict=True)),
             kv_bytes=answers[0].kv_bytes,
         )
-
-
-def _front(found: Found) -> list[Candidate]:
-    """Candidates that no other is both faster and better than, the fastest first."""
-    front: list[Candidate] = []
-    for each in found.candidates:
-        if each.prefill is not None and all(each.quality.value > other.quality.value for other in front):
-            front.append(each)
-    return front
 
 
 def _shares(prompts: Sequence[Prompted], trial: Trial) -> dict[str, float]:

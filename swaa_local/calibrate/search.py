@@ -100,7 +100,15 @@ class Found:
 class Search:
     """One search. `run` it; `found` says at any time what it has come to."""
 
-    def __init__(self, judge: Judge, space: Space, limits: Limits, listener: Listener | None = None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        space: Space,
+        limits: Limits,
+        listener: Listener | None = None,
+        known: Iterable[Trial] = (),
+    ) -> None:
+        """known: trials that were made before, and that the judge counts as time that is over."""
         self._judge, self._space, self._limits, self._listener = judge, space, limits, listener
         self._full = Schedule.full(space.n_layer)
         self._trials: dict[tuple[Schedule, Scale, int], Trial] = {}
@@ -113,6 +121,19 @@ class Search:
         self._shares: dict[Schedule, float] = {}
         self._slope_known = (-1, 0.5)  # by so many trials
         self._began = judge.elapsed_s()
+        self._take(list(known))
+
+    def _take(self, known: Sequence[Trial]) -> None:
+        """Keep those that can be compared: with full attention on the same questions."""
+        full = {(trial.scale, trial.text): trial for trial in known if trial.schedule == self._full}
+        for trial in known:
+            base = full.get((trial.scale, trial.text))
+            if base is not None and len(base.nll) == len(trial.nll):
+                self._trials[trial.schedule, trial.scale, trial.text] = trial
+        for schedule in {schedule for schedule, _, _ in self._trials} - {self._full, *self._space.presets}:
+            plain = replace(schedule, sinks=self._space.sinks, tail=self._space.tail if schedule.active_tail else 0)
+            if schedule.sinks and schedule != plain and (plain, "long", 0) in self._trials:
+                self._varied[schedule] = plain
 
     def run(self) -> Found:
         """Search until the time is over or nothing is left to be tried."""
@@ -324,16 +345,19 @@ class Search:
     def _screen(self, until_s: float) -> None:
         """What each layer brings by itself, with windows in all others."""
         n = self._space.n_layer
-        fits = (n + 1) * self._cost("long") <= self._left(until_s)
-        scale: Scale = "long" if fits or not self._limits.n_short else "short"
         window = self._space.windows[len(self._space.windows) // 2]
         none = self._space.schedule((), window)
+        alone = [none, *(self._space.schedule((layer,), window) for layer in range(n))]
+        new = sum((each, "long", 0) not in self._trials for each in alone)
+        fits = new * self._cost("long") <= max(0.0, self._left(until_s))
+        scale: Scale = "long" if fits or not self._limits.n_short else "short"
         self._stage(f"what each layer brings, on {scale} prompts")
         if self._measure(none, scale, 0, until_s) is None:
             self._notes.append("layers were not ranked: there was no time for it")
             return
         self._gains_at = f"{scale} prompts, window {window if scale == 'long' else window // 4}"
-        affordable = int(self._left(until_s) / self._cost(scale))
+        known = sum((each, scale, 0) in self._trials for each in alone[1:])
+        affordable = known + int(max(0.0, self._left(until_s)) / self._cost(scale))
         if affordable < min(n, _LEAST_SCREEN):
             self._notes.append("layers were not ranked: there was no time for it")
             return
@@ -344,13 +368,12 @@ class Search:
         self._gain_of_groups(groups, none, scale, 0, until_s)
         if size > 1:
             ranked = sorted(groups, key=lambda group: -sum(self._gain(layer) for layer in group))
-            alone = 0
             for group in ranked:
                 if self._left(until_s) < len(group) * self._cost(scale):
                     break
                 self._gain_of_groups([(layer,) for layer in group], none, scale, 0, until_s)
-                alone += len(group)
-            self._notes.append(f"{n - alone} of {n} layers were measured only in groups of {size}, for lack of time")
+            grouped = n - sum(gain.alone for gain in self._gains.values())
+            self._notes.append(f"{grouped} of {n} layers were measured only in groups of {size}, for lack of time")
             return
         n_texts = self._limits.n_long if scale == "long" else self._limits.n_short
         for text in range(1, n_texts):
@@ -407,19 +430,17 @@ class Search:
             self._stage(f"{len(candidates)} schedules on {scale} prompt {text + 1}")
             last = number == len(rungs) - 1
             rung_end = self._judge.elapsed_s() + self._left(until_s) * (1.0 if last else 0.55)
-            done = 0
+            done: list[Schedule] = []
             for schedule in candidates:
-                # Before the last text at least two are to be compared, however long that takes.
-                end = until_s if done < 2 else rung_end
-                if self._measure(schedule, scale, text, end) is None:
-                    break
-                done += 1
-            if done < len(candidates):
+                # At least two are to be compared, however long that takes.
+                if self._measure(schedule, scale, text, until_s if len(done) < 2 else rung_end) is not None:
+                    done.append(schedule)
+            if len(done) < len(candidates):
                 self._notes.append(
-                    f"{len(candidates) - done} of {len(candidates)} schedules were not tried on {scale} prompt "
+                    f"{len(candidates) - len(done)} of {len(candidates)} schedules were not tried on {scale} prompt "
                     f"{text + 1}, for lack of time"
                 )
-            candidates = [each for each in candidates[:done] if not self._is_hopeless(each)]
+            candidates = [each for each in done if not self._is_hopeless(each)]
             candidates.sort(key=lambda each: -self._promise(each))
             candidates = candidates[: max(3, -(-len(candidates) // 2))]
             if not candidates or self._left(until_s) < self._cost("long"):

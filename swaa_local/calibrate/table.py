@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from swaa_local.calibrate.results import Calibration, Candidate, Check
@@ -13,6 +13,7 @@ from swaa_local.schedule.text import in_words
 from swaa_local.text.units import format_bytes, format_duration
 
 _MOST_ROWS = 16
+_SAME_QUALITY = 0.001
 
 
 def markdown(result: Calibration) -> str:
@@ -22,6 +23,7 @@ def markdown(result: Calibration) -> str:
         parts += ["## Answers to questions that the search has not seen", "", check_table(result.checks), ""]
     if result.candidates:
         parts += ["## What was tried", "", candidate_table(result), "", quality_note(result), ""]
+        parts += ["Fronts, the schedules that no other is both cheaper and better than:", "", fronts(result), ""]
     if result.gains:
         parts += ["## What each layer brings", "", gains_line(result), ""]
     if result.notes:
@@ -53,7 +55,7 @@ def verdict(result: Calibration) -> str:
             f"{full.right}: {_points(checked)}."
         )
     elif result.interrupted:
-        seen = " It was stopped before the check, so nothing is written."
+        seen = " It was stopped before the check."
     return f"{what}{speed}.{seen} It took {took}."
 
 
@@ -129,14 +131,38 @@ def gains_line(result: Calibration) -> str:
     return f"By how much the answers' NLL falls if this layer alone is full ({result.gains_at}): {shown}.{star}"
 
 
-def front_of(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other is both faster and better than, the fastest first."""
+COSTS: dict[str, Callable[[Candidate], float | None]] = {
+    "reading time": lambda each: each.prefill,
+    "KV cache": lambda each: float(each.kv_bytes),
+    "writing time": lambda each: each.decode,
+}
+"""What a schedule costs; None where it was not measured."""
+
+
+def front_of(candidates: Sequence[Candidate], cost: str = "reading time") -> list[Candidate]:
+    """Those that no other is both cheaper and better than, the cheapest first."""
     front: list[Candidate] = []
-    timed = [(each.prefill, each) for each in candidates if each.prefill is not None]
-    for _, each in sorted(timed, key=lambda item: (item[0], -item[1].quality.value)):
-        if all(each.quality.value > other.quality.value for other in front):
+    priced = [(price, each) for each in candidates if (price := COSTS[cost](each)) is not None]
+    for _, each in sorted(priced, key=lambda item: (item[0], -item[1].quality.value)):
+        if all(each.quality.value > other.quality.value + _SAME_QUALITY for other in front):
             front.append(each)
     return front
+
+
+def fronts(result: Calibration) -> str:
+    """For each kind of cost, the schedules that no other is both cheaper and better than."""
+    lines = []
+    for cost, price in COSTS.items():
+        full = price(result.full) or 1.0
+        front = [(each, price(each)) for each in front_of(result.candidates, cost)]
+        shown = "; ".join(
+            f"{each.name} ({value / full:.2f}, quality {each.quality.value:.3f})"
+            for each, value in front
+            if value is not None
+        )
+        if shown:
+            lines.append(f"- {cost}, as a share of full attention's: {shown}")
+    return "\n".join(lines)
 
 
 def as_dict(result: Calibration) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def calibrate_command(
             reporter.note(f"wrote {written}")
     if result.interrupted:
         reporter.note("stopped; the same command goes on from the log")
-        return 130
+        if result.checked is None or not result.keeps:
+            return 130
     if not result.keeps:
         raise CalibrateError(
             f"no schedule keeps {result.keep:.0%} of full attention's answers, as far as the time went"
@@ -156,4 +157,4 @@ def calibrate_command(
         )
         convert(stored, reporter)
         reporter.note(f"wrote {output} ({format_bytes(output.stat().st_size)}); swaa-local chat {output} uses it")
-    return 0
+    return 130 if result.interrupted else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -226,3 +226,34 @@ def test_other_sinks_are_taken_if_answers_are_better_and_only_then():
     assert chosen(found).schedule.sinks == 100
     assert chosen(found).schedule.tail == 128
     assert any(each.schedule.sinks == 4 for each in found.candidates)
+
+
+def test_what_is_known_decides_when_the_time_is_over():
+    """As when the same command is given again: nothing is tried, and the same is found, gains included."""
+    model = Model(28, THREE_OF_28)
+    before = search(model, 270)
+    trials = [model.trial(*each) for each in list(model.made)]
+    again = Model(28, THREE_OF_28, clock=300.0)
+    space = Space(28, LENGTH, WINDOWS, sinks=100, tail=128)
+    found = Search(again, space, Limits(0.98, 270, 3, 2), known=trials).run()
+    assert again.made == []
+    assert chosen(found).schedule == chosen(before).schedule
+    assert found.gains == before.gains
+    lower = Search(again, space, Limits(0.6, 270, 3, 2), known=trials).run()
+    assert again.made == []
+    assert chosen(lower).prefill <= chosen(found).prefill  # type: ignore[operator]
+
+
+def test_a_known_trial_on_other_questions_is_not_compared():
+    model = Model(16, {4: 1.0})
+    other = model.trial(Schedule(1024, 100, (LayerMode.PREFILL,) * 16, 128), "long", 0)
+    known = [
+        model.trial(Schedule.full(16), "long", 0),
+        replace(other, nll=(0.1,), chance=(0.9,), right=(True,)),
+    ]
+    model.made.clear()
+    model.clock = 0.0
+    space = Space(16, LENGTH, WINDOWS, 100, 128)
+    Search(model, space, Limits(0.98, 100, 3, 2), known=known).run()
+    assert (other.schedule, "long", 0) in model.made
+    assert (Schedule.full(16), "long", 0) not in model.made
