@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ import pytest
 from swaa_local import Llama, Schedule, SWAAConfig
 from swaa_local.bench.engine import BenchModel
 from swaa_local.bench.results import Setting
+from swaa_local.calibrate.measure import Bench as CalibrateBench
+from swaa_local.calibrate.run import CalibrateRequest
+from swaa_local.calibrate.run import _config as calibrate_config
 from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import GGUFError
@@ -265,6 +269,22 @@ def test_eval_asks_with_the_adapter(model, merged_model, adapter, tmp_path):
     # answers with and without it are not mixed
     error = fails("eval", model, *options, "--results", tmp_path / "adapter.jsonl")
     assert "is of another configuration: lora was " in error
+
+
+def test_calibrate_measures_with_the_adapter(model, merged_model, adapter):
+    """Its trials are those of the model with the adapter, and are not mixed with others."""
+    prompt, answer = random_tokens(100), random_tokens(8, seed=2)
+
+    def score(path: Path, lora: Adapter | None) -> np.ndarray:
+        with closing(CalibrateBench(path, 512, EngineOptions(n_threads=1, lora=lora))) as bench:
+            return bench.llm.score(prompt, answer).logprobs
+
+    want = score(merged_model, None)
+    np.testing.assert_allclose(score(model, Adapter(adapter, SCALE)), want, atol=0.05)
+    assert np.abs(score(model, None) - want).max() > 0.5
+    request = CalibrateRequest(model, model, engine=EngineOptions(lora=Adapter(adapter, SCALE)))
+    assert calibrate_config(request, 4096, [256])["lora"] == f"{adapter}:{SCALE}"
+    assert "lora" not in calibrate_config(CalibrateRequest(model, model), 4096, [256])
 
 
 @pytest.mark.parametrize("scale", [SCALE, 1.0])

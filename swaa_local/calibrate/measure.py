@@ -14,6 +14,7 @@ from pathlib import Path
 
 from swaa_local.calibrate.prompts import ROOM_TO_ANSWER, Ask, Text
 from swaa_local.calibrate.results import Generated, Scale, Trial
+from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.context_length import TrainedLengthWarning
 from swaa_local.engine.options import EngineOptions
 from swaa_local.generation.template import ChatTemplate
@@ -49,7 +50,9 @@ class Bench:
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TrainedLengthWarning)  # the request was checked
+            # the request was checked
+            warnings.simplefilter("ignore", TrainedLengthWarning)
+            warnings.simplefilter("ignore", AdapterWarning)
             if n_ctx is None:
                 self.llm = Llama(str(model), vocab_only=True, n_ctx=512, **engine.arguments())
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from swaa_local.engine.context_length import beyond_training, gpu_layers
 from swaa_local.engine.machine import describe_machine
 from swaa_local.engine.memory import check_fits, header_cost
 from swaa_local.engine.options import EngineOptions
+from swaa_local.model_file.adapter import adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.report.intervals import Interval, paired
 from swaa_local.schedule.config import Schedule, default_n_ubatch
@@ -79,6 +81,8 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
 
     Raises `CalibrateError`, and what `Llama` raises; what was measured is in the log.
     """
+    from swaa_local.engine.adapter import AdapterWarning
+
     clock = _Clock()
     info = read_model_info(request.model)
     if info.unsupported is not None:
@@ -88,11 +92,16 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
     for note in own.left_out if own else ():
         watch.note(note)
     _check_memory(request, info, length)
+    if request.engine.lora is not None:
+        for remark in adapter_remarks(read_adapter(request.engine.lora.path), request.model, []):
+            watch.note(remark)
     with (
+        warnings.catch_warnings(),
         CalibrateLog(request.log, _config(request, length, windows)) as log,
         closing(Bench(request.model, pad_cells(length), request.engine, watch.on_prefill)) as bench,
     ):
         clock.before_s = log.took_before_s
+        warnings.simplefilter("ignore", AdapterWarning)  # it runs with one schedule after the other here
         if not bench.has_template:
             watch.note("this model has no chat template, so ChatML is used; a base model answers poorly")
         material = Material(bench, log, haystack, own, length, windows[-1], request.seed)
@@ -460,7 +469,8 @@ def _config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> d
     import llama_cpp
 
     engine = request.engine
-    return {
+    lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": fingerprint(engine.lora.path)}
+    return lora | {
         "model": request.model.name,
         "model_sha256": fingerprint(request.model),
         "length": length,

@@ -65,6 +65,7 @@ class Source:
     n_layer: int
     n_ctx_train: int | None
     stored: StoredSchedule
+    """What the file has."""
 
 
 @dataclass(frozen=True)
