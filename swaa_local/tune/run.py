@@ -342,7 +342,7 @@ def _in_engine(
             label = f"measuring {words} {'with' if lora else 'without'} the adapter in the engine"
             with watch.step(label, len(held_out)) as done:
                 try:
-                    values.append(engine_nll(path, held_out, schedule, lora=lora, on_example=done))
+                    values.append(engine_nll(path, held_out, schedule, lora=lora, on_example=done, n_gpu_layers=-1))
                 except SWAAError as error:
                     # What was trained is not lost for it.
                     watch.note(f"not measured in the engine: {error}")
