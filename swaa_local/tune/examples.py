@@ -44,13 +44,17 @@ class Renderer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
+        # As the engine's programs do it: a model that wants its first token gets it, whatever the template writes.
+        bos = tokenizer.bos_token_id
+        self._bos = (bos,) if bos is not None and tokenizer("a").input_ids[:1] == [bos] else ()
+
     def special_token_in(self, text: str) -> str | None:
         """A special token that a text spells out, which the tokenizer would take for it."""
         return next((token for token in self._special if token in text), None)
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Tokens up to where the answer begins."""
-        return self._tokens(self._render(messages, add_generation_prompt=True))
+        return self._with_bos(self._tokens(self._render(messages, add_generation_prompt=True)))
 
     def count(self, text: str) -> int:
         return len(self._tokens(text))
@@ -75,7 +79,7 @@ class Renderer:
         whole = self._render(spoken, add_generation_prompt=False, where=where)
         # A template may change what it shows of earlier turns once there is another one.
         answer = whole[len(before) :] if whole.startswith(before) else conversation.answer
-        return self.joined(self._tokens(before), self._tokens(answer), where)
+        return self.joined(self._with_bos(self._tokens(before)), self._tokens(answer), where)
 
     def joined(self, prompt: Sequence[int], answer: Sequence[int], where: str, *, teacher: bool = False) -> Example:
         """An example of tokens; what a template writes behind the end of an answer is left out."""
@@ -94,6 +98,9 @@ class Renderer:
             )
         except jinja2.TemplateError as error:
             raise TuneError(f"{where}: the model's chat template refuses it: {error}") from None
+
+    def _with_bos(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        return tokens if tokens[:1] == self._bos else self._bos + tokens
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else ()

@@ -18,7 +18,7 @@ import transformers
 
 from swaa_local.convert import checkpoint as hf
 from swaa_local.convert.request import LocalCheckpoint, LocalGGUF, Request, resolve
-from swaa_local.generation.template import CHATML
+from swaa_local.generation.template import CHATML, ChatTemplate
 from swaa_local.model_file.adapter import base_sha256
 from swaa_local.model_file.header import GGUFFile
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
@@ -29,6 +29,7 @@ from swaa_local.schedule.choice import ScheduleOptions, StoredSchedule
 from swaa_local.schedule.config import Schedule
 from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
+from swaa_local.tune.examples import Renderer
 from swaa_local.tune.masks import ATTENTION, Masks
 from swaa_local.tune.request import Attention, TuneError, TuneRequest
 
@@ -149,7 +150,7 @@ def load_base(source: Source, device: str, attention: Attention, reporter: Repor
     masks = Masks(blocks=attention == "flex" or (attention == "auto" and device == "cuda"))
     masks.attach(model)
     if source.gguf is not None:
-        _hold_against_engine(model, tokenizer, masks, source)
+        _hold_against_engine(model, tokenizer, masks, source, reporter)
     base = _fingerprint(model, source)
     half = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     model.to(device=device, dtype=half)
@@ -214,8 +215,8 @@ def _ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _hold_against_engine(model: Any, tokenizer: Any, masks: Masks, source: Source) -> None:
-    """Both must read text and weights of a GGUF alike. Raises `TuneError`."""
+def _hold_against_engine(model: Any, tokenizer: Any, masks: Masks, source: Source, reporter: Reporter) -> None:
+    """Both must read text and weights of a GGUF alike. Raises `TuneError`; notes a template that they do not."""
     import numpy as np
 
     from swaa_local.llama import Llama
@@ -230,6 +231,9 @@ def _hold_against_engine(model: Any, tokenizer: Any, masks: Masks, source: Sourc
             raise TuneError(
                 f"transformers does not read the tokenizer of {source.gguf} as llama.cpp does; take its checkpoint"
             )
+        messages = [{"role": "user", "content": _CHECK_TEXT}]
+        if tuple(ChatTemplate(llm).prompt(llm, messages).tokens) != Renderer(tokenizer, [0]).prompt(messages):
+            reporter.note("transformers renders this model's prompts otherwise than chat and serve do")
         llm.eval(tokens)
         theirs = llm.scores[: len(tokens)].copy()
     finally:

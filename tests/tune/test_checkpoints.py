@@ -19,8 +19,15 @@ pytest.importorskip("peft", reason="PEFT is not installed, so nothing is tuned w
 pytest.importorskip("sentencepiece", reason="sentencepiece is not installed, so transformers' models cannot be made")
 
 import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
 
+from swaa_local.generation.template import CHATML, ChatTemplate
+from swaa_local.llama import Llama
+from swaa_local.needle.model import bundled_model
 from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.tune.data import Conversation
+from swaa_local.tune.examples import Renderer
 from swaa_local.tune.request import TuneError, TuneRequest
 from swaa_local.tune.run import tune
 from swaa_local.tune.watch import Watch
@@ -94,8 +101,52 @@ def test_from_a_checkpoint_to_the_engine(models, data, tmp_path, kind, schedule)
 
 def test_another_model_s_gguf_is_an_error_before_the_work(models, data, tmp_path):
     request = TuneRequest(
-        str(models["llama"][0]), tmp_path / "a.gguf", data, schedule=ScheduleOptions(window=24), gguf=models["phi3"][1]
+        model=str(models["llama"][0]),
+        output=tmp_path / "a.gguf",
+        data=data,
+        schedule=ScheduleOptions(window=24),
+        steps=1,
+        length=512,
+        device="cpu",
+        gguf=bundled_model(),
     )
-    with pytest.raises(TuneError, match=f"{models['phi3'][1]} is not made of"):
+    with pytest.raises(TuneError, match=r"needle\.gguf is not made of "):
         tune(request)
     assert list(tmp_path.iterdir()) == []
+
+
+MESSAGES = [
+    {"role": "user", "content": "seven wizards forge boxes"},
+    {"role": "assistant", "content": "quietly"},
+    {"role": "user", "content": "over the fox?"},
+]
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+def test_prompts_are_what_chat_reads(models):
+    checkpoint, gguf = models["qwen3-moe"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = CHATML
+    llm = Llama(str(gguf), vocab_only=True)
+    want = tuple(ChatTemplate(llm).prompt(llm, MESSAGES).tokens)
+    llm.close()
+    renderer = Renderer(tokenizer, [tokenizer.eos_token_id])
+    assert renderer.prompt(MESSAGES) == want
+    messages = tuple((message["role"], message["content"]) for message in [*MESSAGES, ANSWER])
+    example = renderer.example(Conversation(messages, "here"))
+    assert example.tokens[: example.n_prompt] == want
+    assert tokenizer.decode(example.tokens[example.n_prompt : -1]).startswith("yes")
+    assert example.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_a_model_that_wants_its_first_token_gets_it_once(models):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models["qwen3-moe"][0])
+    tokenizer.chat_template = CHATML
+    plain = Renderer(tokenizer, [0]).prompt(MESSAGES)
+    bos = tokenizer.eos_token
+    tokenizer.bos_token = bos
+    processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    for template in (CHATML, bos + CHATML):
+        tokenizer.chat_template = template
+        assert Renderer(tokenizer, [0]).prompt(MESSAGES) == (tokenizer.eos_token_id, *plain)
