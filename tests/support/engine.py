@@ -34,6 +34,8 @@ PATCH_SYMBOLS = (
     "llama_model_swaa_set_tail",
     "llama_model_swaa_tail",
     "llama_swaa_set_prompt_end",
+    "llama_model_swaa_set_draft",
+    "llama_swaa_set_draft_start",
     "llama_swaa_kv_bytes",
 )
 MISSING_SYMBOLS = [name for name in PATCH_SYMBOLS if not hasattr(_lib, name)]
@@ -51,6 +53,10 @@ if not MISSING_SYMBOLS:
     _lib.llama_model_swaa_tail.restype = ctypes.c_uint32
     _lib.llama_swaa_set_prompt_end.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
     _lib.llama_swaa_set_prompt_end.restype = None
+    _lib.llama_model_swaa_set_draft.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]
+    _lib.llama_model_swaa_set_draft.restype = ctypes.c_int32
+    _lib.llama_swaa_set_draft_start.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    _lib.llama_swaa_set_draft_start.restype = ctypes.c_bool
     _lib.llama_swaa_kv_bytes.argtypes = [ctypes.c_void_p]
     _lib.llama_swaa_kv_bytes.restype = ctypes.c_size_t
 
@@ -118,6 +124,12 @@ class EngineModel:
     def set_tail(self, n_tail: int) -> None:
         with captured_log() as log:
             rc = _lib.llama_model_swaa_set_tail(self.ptr, n_tail)
+        if rc != 0:
+            raise EngineError("".join(log))
+
+    def set_draft(self, window: int, sinks: int) -> None:
+        with captured_log() as log:
+            rc = _lib.llama_model_swaa_set_draft(self.ptr, window, sinks)
         if rc != 0:
             raise EngineError("".join(log))
 
@@ -236,6 +248,12 @@ class EngineContext:
 
     def set_prompt_end(self, seq: int, pos: int) -> None:
         _lib.llama_swaa_set_prompt_end(self.ptr, seq, pos)
+
+    def set_draft_start(self, seq: int, pos: int) -> None:
+        with captured_log() as log:
+            done = _lib.llama_swaa_set_draft_start(self.ptr, seq, pos)
+        if not done:
+            raise EngineError("".join(log))
 
     # memory
 

@@ -68,7 +68,8 @@ llm_graph_input_attn_swaa::llm_graph_input_attn_swaa(
          const llama_kv_cache_swaa_context * mctx) :
     llm_graph_input_attn_kv(hparams, cparams, mctx->get_base()),
     mctx_swaa(mctx),
-    is_windowed(mctx->is_windowed()) {
+    is_windowed_full(mctx->is_windowed(LLAMA_SWAA_MODE_FULL)),
+    is_windowed_prefill(mctx->is_windowed(LLAMA_SWAA_MODE_PREFILL)) {
     const auto * base = mctx->get_base();
     const auto * ring = mctx->get_ring();
 
@@ -108,7 +109,7 @@ llm_graph_input_attn_swaa::llm_graph_input_attn_swaa(
         }
     }
 
-    if (is_windowed) {
+    if (is_windowed_full || is_windowed_prefill) {
         const uint32_t n_gather = mctx->get_n_gather_base(ubatch);
 
         if (n_gather > 0) {
@@ -194,7 +195,7 @@ bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
     this->mctx_swaa = mctx_new;
     this->mctx      = mctx_new->get_base();
 
-    if (mctx_new->is_windowed() != is_windowed) {
+    if (mctx_new->is_windowed(LLAMA_SWAA_MODE_FULL) != is_windowed_full || mctx_new->is_windowed(LLAMA_SWAA_MODE_PREFILL) != is_windowed_prefill) {
         return false;
     }
 
@@ -223,7 +224,7 @@ bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
             res &= n_tail == (mask_tail ? mask_tail->ne[0] : 0);
         }
 
-        if (is_windowed) {
+        if (is_windowed_full || is_windowed_prefill) {
             res &= is_window(win_idxs, win_mask, mctx_new->get_n_gather_base(params.ubatch), base->get_n_kv());
         }
     }
@@ -328,7 +329,7 @@ llm_graph_input_attn_kv::attn_kv llm_graph_input_attn_swaa::build_kv(
     ggml_build_forward_expand(gf, base->cpy_k(ctx, k_cur, self_k_idxs, il));
     ggml_build_forward_expand(gf, base->cpy_v(ctx, v_cur, self_v_idxs, il));
 
-    if (mode == LLAMA_SWAA_MODE_PREFILL && is_windowed) {
+    if (mode == LLAMA_SWAA_MODE_PREFILL ? is_windowed_prefill : is_windowed_full) {
         if (win_idxs) {
             return gather(graph, *mctx_swaa->get_kv()->get_base(), win_idxs, win_mask, il);
         }

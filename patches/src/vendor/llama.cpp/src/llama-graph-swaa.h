@@ -58,7 +58,9 @@ public:
     const llama_kv_cache_swaa_context * mctx_swaa;
 
 private:
-    const bool is_windowed;
+    // by the llama_swaa_mode of a layer
+    const bool is_windowed_full;
+    const bool is_windowed_prefill;
 
     attn_kv gather(const llm_graph_context & graph, const llama_kv_cache & kv_cur, ggml_tensor * idxs, ggml_tensor * mask, int il) const;
 };

@@ -29,18 +29,37 @@ static constexpr uint32_t LLAMA_SWAA_N_PAD = 256;
 // llama_kv_cache_swaa
 //
 
+// without a schedule all layers are full
+static llama_swaa_schedule llama_swaa_get_schedule(const llama_model & model) {
+    llama_swaa_schedule res = model.swaa;
+    if (!res.any()) {
+        res.modes.assign(model.hparams.n_layer(), LLAMA_SWAA_MODE_FULL);
+    }
+    return res;
+}
+
+static llama_swaa_schedule llama_swaa_get_draft(const llama_model & model) {
+    llama_swaa_schedule res = llama_swaa_get_schedule(model);
+    res.window = model.swaa_draft.window;
+    res.n_sink = model.swaa_draft.n_sink;
+    return res;
+}
+
 llama_kv_cache_swaa::llama_kv_cache_swaa(
         const llama_model & model,
                 ggml_type   type_k,
                 ggml_type   type_v,
       const llama_cparams & cparams) :
-    schedule(model.swaa), n_ctx(cparams.n_ctx_seq), n_seq_max(cparams.n_seq_max), unified(cparams.kv_unified),
-    v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), prompt_end(LLAMA_MAX_SEQ, -1) {
+    schedule(llama_swaa_get_schedule(model)), draft(llama_swaa_get_draft(model)), n_ctx(cparams.n_ctx_seq), n_seq_max(cparams.n_seq_max), unified(cparams.kv_unified),
+    v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), prompt_end(LLAMA_MAX_SEQ, -1), draft_start(LLAMA_MAX_SEQ, -1) {
     if (!cparams.causal_attn) {
         throw std::runtime_error("a swaa schedule needs causal attention");
     }
 
     LLAMA_LOG_INFO("%s: %s\n", __func__, schedule.str().c_str());
+    if (draft.window > 0) {
+        LLAMA_LOG_INFO("%s: drafts see a window of %u tokens and %u sinks\n", __func__, draft.window, draft.n_sink);
+    }
 
     const auto is_ring = [&](int32_t il) { return schedule.mode(il) == LLAMA_SWAA_MODE_ALWAYS; };
     const auto is_base = [&](int32_t il) { return !is_ring(il); };
@@ -293,16 +312,18 @@ std::vector<int32_t> llama_kv_cache_swaa::get_phases(const llama_batch & batch) 
     std::vector<int32_t> res(batch.n_tokens);
 
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        // a token that several sequences share is decoded only if it is for all of them
-        bool decode = true;
+        // a token that several sequences share is decoded or drafted only if it is for all of them
+        bool decode  = true;
+        bool drafted = true;
 
         for (int32_t s = 0; s < batch.n_seq_id[i]; ++s) {
             const llama_seq_id seq_id = batch.seq_id[i][s];
 
             decode = decode && (prompt_end[seq_id] < 0 ? n_tokens_seq[seq_id] == 1 : batch.pos[i] >= prompt_end[seq_id]);
+            drafted = drafted && draft_start[seq_id] >= 0 && batch.pos[i] >= draft_start[seq_id];
         }
 
-        res[i] = decode ? 1 : 0;
+        res[i] = drafted ? LLAMA_SWAA_PHASE_DRAFT : decode ? LLAMA_SWAA_PHASE_DECODE : LLAMA_SWAA_PHASE_PREFILL;
     }
 
     return res;
@@ -330,8 +351,8 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
     do {
         balloc.split_reset(phases);
 
-        std::vector<llama_ubatch> ubatches;
-        std::vector<bool>         decode;
+        std::vector<llama_ubatch>     ubatches;
+        std::vector<llama_swaa_phase> phases_ubatch;
         while (true) {
             auto ubatch = is_multi ? balloc.split_equal(n_ubatch, true, 0) : balloc.split_simple(n_ubatch);
 
@@ -339,7 +360,7 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
                 break;
             }
 
-            decode.push_back(phases[ubatch.data->batch_idxs[0]] == 1);
+            phases_ubatch.push_back((llama_swaa_phase) phases[ubatch.data->batch_idxs[0]]);
             ubatches.push_back(std::move(ubatch)); // NOLINT
         }
 
@@ -365,7 +386,7 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
         }
 
         return std::make_unique<llama_kv_cache_swaa_context>(
-                this, std::move(sinfos_base), std::move(sinfos_ring), std::move(ubatches), std::move(decode));
+                this, std::move(sinfos_base), std::move(sinfos_ring), std::move(ubatches), std::move(phases_ubatch));
     } while (false);
 
     return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
@@ -404,7 +425,10 @@ uint32_t llama_kv_cache_swaa::get_n_nodes_extra(uint32_t n_tokens) const {
 }
 
 void llama_kv_cache_swaa::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    schedule.state_write(io);
+    // without a schedule, a state is that of any other KV cache
+    if (schedule.any()) {
+        schedule.state_write(io);
+    }
 
     // a partial state leaves out what does not depend on the position that it is taken at, which is the base next to a ring
     const bool partial = kv_ring && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
@@ -418,7 +442,9 @@ void llama_kv_cache_swaa::state_write(llama_io_write_i & io, llama_seq_id seq_id
 }
 
 void llama_kv_cache_swaa::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    schedule.state_check(io);
+    if (schedule.any()) {
+        schedule.state_check(io);
+    }
 
     const bool partial = kv_ring && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
 
@@ -467,8 +493,30 @@ void llama_kv_cache_swaa::set_prompt_end(llama_seq_id seq_id, llama_pos pos) {
     prompt_end[seq_id] = pos < 0 ? -1 : pos;
 }
 
-bool llama_kv_cache_swaa::is_hiding(const llama_ubatch & ubatch) const {
-    const int64_t n_seen = (int64_t) schedule.n_sink + schedule.window;
+bool llama_kv_cache_swaa::set_draft_start(llama_seq_id seq_id, llama_pos pos) {
+    if (draft.window == 0) {
+        LLAMA_LOG_ERROR("%s: the context does not draft, see llama_model_swaa_set_draft()\n", __func__);
+        return false;
+    }
+
+    if (seq_id < 0 || seq_id >= (llama_seq_id) n_seq_max) {
+        LLAMA_LOG_ERROR("%s: seq_id = %d, but the context has %u sequences\n", __func__, seq_id, n_seq_max);
+        return false;
+    }
+
+    draft_start[seq_id] = pos < 0 ? -1 : pos;
+
+    return true;
+}
+
+const llama_swaa_schedule & llama_kv_cache_swaa::get_view(llama_swaa_phase phase) const {
+    return phase == LLAMA_SWAA_PHASE_DRAFT ? draft : schedule;
+}
+
+bool llama_kv_cache_swaa::is_hiding(const llama_ubatch & ubatch, llama_swaa_phase phase) const {
+    const auto & view = get_view(phase);
+
+    const int64_t n_seen = (int64_t) view.n_sink + view.window;
 
     return std::any_of(ubatch.pos, ubatch.pos + ubatch.n_tokens, [&](llama_pos pos) { return pos >= n_seen; });
 }
@@ -531,8 +579,8 @@ llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(
         slot_info_vec_t sinfos_base,
         slot_info_vec_t sinfos_ring,
         std::vector<llama_ubatch> ubatches,
-        std::vector<bool> decode) :
-    kv(kv), ubatches(std::move(ubatches)), decode(std::move(decode)), status(LLAMA_MEMORY_STATUS_SUCCESS) {
+        std::vector<llama_swaa_phase> phases) :
+    kv(kv), ubatches(std::move(ubatches)), phases(std::move(phases)), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     // note: here we copy the ubatches, as llama_kv_cache_iswa_context does
     if (kv->get_base()) {
         ctx_base = std::make_unique<llama_kv_cache_context>(kv->get_base(), std::move(sinfos_base), this->ubatches);
@@ -575,9 +623,9 @@ bool llama_kv_cache_swaa_context::apply() {
     win_ring.reset();
 
     if (!ubatches.empty() && is_windowed()) {
-        win_base = std::make_unique<llama_swaa_window>(*kv->get_base(), get_schedule(), ubatches[i_next]);
+        win_base = std::make_unique<llama_swaa_window>(*kv->get_base(), kv->get_view(get_phase()), ubatches[i_next]);
     }
-    if (!ubatches.empty() && is_prefill() && ctx_ring && kv->can_gather()) {
+    if (!ubatches.empty() && get_phase() == LLAMA_SWAA_PHASE_PREFILL && ctx_ring && kv->can_gather()) {
         win_ring = std::make_unique<llama_swaa_window>(*kv->get_ring(), get_schedule(), ubatches[i_next]);
     }
 
@@ -614,12 +662,25 @@ const llama_kv_cache_context * llama_kv_cache_swaa_context::get_ring() const {
     return static_cast<const llama_kv_cache_context *>(ctx_ring.get());
 }
 
-bool llama_kv_cache_swaa_context::is_prefill() const {
-    return ubatches.empty() ? form == LLAMA_SWAA_FORM_WINDOW || form == LLAMA_SWAA_FORM_WINDOW_HOST : !decode[i_next];
+llama_swaa_phase llama_kv_cache_swaa_context::get_phase() const {
+    if (ubatches.empty()) {
+        return form == LLAMA_SWAA_FORM_WINDOW || form == LLAMA_SWAA_FORM_WINDOW_HOST ? LLAMA_SWAA_PHASE_PREFILL : LLAMA_SWAA_PHASE_DECODE;
+    }
+
+    return phases[i_next];
+}
+
+bool llama_kv_cache_swaa_context::is_windowed(llama_swaa_mode mode) const {
+    const auto phase = get_phase();
+
+    const bool has_window = phase == LLAMA_SWAA_PHASE_DRAFT ? mode != LLAMA_SWAA_MODE_ALWAYS :
+        phase == LLAMA_SWAA_PHASE_PREFILL && mode == LLAMA_SWAA_MODE_PREFILL;
+
+    return has_window && get_schedule().has(mode) && (ubatches.empty() || kv->is_hiding(ubatches[i_next], phase));
 }
 
 bool llama_kv_cache_swaa_context::is_windowed() const {
-    return is_prefill() && get_schedule().has(LLAMA_SWAA_MODE_PREFILL) && (ubatches.empty() || kv->is_hiding(ubatches[i_next]));
+    return is_windowed(LLAMA_SWAA_MODE_FULL) || is_windowed(LLAMA_SWAA_MODE_PREFILL);
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_gather(const llama_kv_cache & kv_cur, const llama_swaa_window * win, const llama_ubatch & ubatch, uint32_t n_kv) const {
@@ -659,7 +720,7 @@ uint32_t llama_kv_cache_swaa_context::get_n_gather_base(const llama_ubatch & uba
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_gather_ring(const llama_ubatch & ubatch) const {
-    return is_prefill() ? get_n_gather(*kv->get_ring(), win_ring.get(), ubatch, get_ring()->get_n_kv()) : 0;
+    return get_phase() == LLAMA_SWAA_PHASE_PREFILL ? get_n_gather(*kv->get_ring(), win_ring.get(), ubatch, get_ring()->get_n_kv()) : 0;
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_tail(const llama_ubatch & ubatch) const {
@@ -702,6 +763,12 @@ void llama_swaa_set_prompt_end(llama_context * ctx, llama_seq_id seq_id, llama_p
     if (kv) {
         kv->set_prompt_end(seq_id, pos);
     }
+}
+
+bool llama_swaa_set_draft_start(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
+    auto * kv = dynamic_cast<llama_kv_cache_swaa *>(llama_get_memory(ctx));
+
+    return kv && kv->set_draft_start(seq_id, pos);
 }
 
 size_t llama_swaa_kv_bytes(const llama_context * ctx) {

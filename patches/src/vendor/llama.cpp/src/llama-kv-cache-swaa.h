@@ -20,7 +20,14 @@
 //   - ring: LLAMA_SWAA_MODE_ALWAYS layers, cells for the sinks, the window and the ubatch. a cell is reused as soon as
 //           its position cannot be seen anymore, the sinks never are
 //
-// the tokens before the prompt end of their sequence are prefilled, the others are decoded. an ubatch does one or the other
+// the tokens before the prompt end of their sequence are prefilled, the others are decoded, or drafted from a position on that
+// is set. an ubatch does one of these
+
+enum llama_swaa_phase {
+    LLAMA_SWAA_PHASE_PREFILL,
+    LLAMA_SWAA_PHASE_DECODE,
+    LLAMA_SWAA_PHASE_DRAFT,
+};
 
 class llama_kv_cache_swaa : public llama_memory_i {
 public:
@@ -92,8 +99,14 @@ public:
     // see llama_swaa_set_prompt_end()
     void set_prompt_end(llama_seq_id seq_id, llama_pos pos);
 
-    // true if the window hides something from a token of the ubatch
-    bool is_hiding(const llama_ubatch & ubatch) const;
+    // see llama_swaa_set_draft_start()
+    bool set_draft_start(llama_seq_id seq_id, llama_pos pos);
+
+    // what the tokens of a phase see through their window
+    const llama_swaa_schedule & get_view(llama_swaa_phase phase) const;
+
+    // true if the window of the phase hides something from a token of the ubatch
+    bool is_hiding(const llama_ubatch & ubatch, llama_swaa_phase phase) const;
 
     // true if all devices can make the causal mask of a shared row and a tail
     bool can_make_mask() const;
@@ -110,6 +123,7 @@ public:
 
 private:
     const llama_swaa_schedule schedule; // a copy: a live context keeps its own when the model's is replaced
+    const llama_swaa_schedule draft;    // the schedule with the window of the drafts, 0 if there are none
 
     const uint32_t n_ctx; // positions of a sequence
     const uint32_t n_seq_max;
@@ -120,12 +134,13 @@ private:
     std::unique_ptr<llama_kv_cache> kv_base;
     std::unique_ptr<llama_kv_cache> kv_ring;
 
-    std::vector<llama_pos> prompt_end; // [LLAMA_MAX_SEQ] -1: automatic
+    std::vector<llama_pos> prompt_end;  // [LLAMA_MAX_SEQ] -1: automatic
+    std::vector<llama_pos> draft_start; // [LLAMA_MAX_SEQ] -1: nothing is drafted
 
     // true if the prompt end moves with the positions [p0, p1)
     bool is_prompt_end_in(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
-    // the phase of each token of the batch, 0: prefill, 1: decode
+    // the llama_swaa_phase of each token of the batch
     std::vector<int32_t> get_phases(const llama_batch & batch) const;
 
     // true if the ring holds all that a token of the sequence at position pos can see before it
@@ -167,7 +182,7 @@ public:
             slot_info_vec_t sinfos_base,
             slot_info_vec_t sinfos_ring,
             std::vector<llama_ubatch> ubatches,
-            std::vector<bool> decode);
+            std::vector<llama_swaa_phase> phases);
 
     virtual ~llama_kv_cache_swaa_context();
 
@@ -197,10 +212,13 @@ public:
     const llama_kv_cache_context * get_base() const;
     const llama_kv_cache_context * get_ring() const;
 
-    // true if the current ubatch is prefilled
-    bool is_prefill() const;
+    // of the current ubatch
+    llama_swaa_phase get_phase() const;
 
-    // true if it cannot see all that the base cache holds in LLAMA_SWAA_MODE_PREFILL layers
+    // true if the layer attends to the base cache through a window that hides something from the current ubatch
+    bool is_windowed(llama_swaa_mode mode) const;
+
+    // true if some layer does
     bool is_windowed() const;
 
     // see llama_kv_cache_swaa::n_gather()
@@ -223,7 +241,7 @@ private:
     size_t i_next = 0;
 
     std::vector<llama_ubatch> ubatches;
-    std::vector<bool>         decode; // the phase of each ubatch
+    std::vector<llama_swaa_phase> phases; // of each ubatch
 
     // of a full-cache context
     const llama_swaa_form form = LLAMA_SWAA_FORM_WINDOW;

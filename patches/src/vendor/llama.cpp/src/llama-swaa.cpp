@@ -490,6 +490,23 @@ int32_t llama_model_swaa_set_tail(llama_model * model, uint32_t n_tail) {
     return 0;
 }
 
+int32_t llama_model_swaa_set_draft(llama_model * model, uint32_t window, uint32_t n_sink) {
+    if (std::max(window, n_sink) > LLAMA_SWAA_MAX_TOKENS) {
+        LLAMA_LOG_ERROR("%s: window = %u, n_sink = %u, at most %u tokens can be drafted with\n", __func__, window, n_sink, LLAMA_SWAA_MAX_TOKENS);
+        return -1;
+    }
+
+    const std::string reason = window > 0 ? llama_swaa_unsupported(*model) : "";
+    if (!reason.empty()) {
+        LLAMA_LOG_ERROR("%s: the model cannot draft through a window: %s\n", __func__, reason.c_str());
+        return -2;
+    }
+
+    model->swaa_draft = { window, n_sink };
+
+    return 0;
+}
+
 uint32_t llama_model_swaa_tail(const llama_model * model) {
     return model->swaa.n_tail;
 }

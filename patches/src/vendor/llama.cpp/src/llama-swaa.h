@@ -62,6 +62,12 @@ struct llama_swaa_schedule {
     void state_check(llama_io_read_i & io) const;
 };
 
+// what a drafted token sees, see llama_model_swaa_set_draft()
+struct llama_swaa_draft {
+    uint32_t window = 0; // 0: there are no drafts
+    uint32_t n_sink = 0;
+};
+
 // read the schedule from the keys swaa.* of the model's file, if there are any
 // throws if they are incomplete or malformed or if the model cannot have a schedule
 void llama_swaa_load(llama_model & model, const llama_model_loader & ml);
