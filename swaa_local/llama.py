@@ -22,12 +22,13 @@ from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.answer_score import AnswerScore, token_scores
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
+from swaa_local.engine.draft_control import Costs, DraftControl, Speculate
+from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.limits import check_number
 from swaa_local.engine.message_form import Form, in_form
 from swaa_local.engine.run_stats import RunClock, RunStats
 from swaa_local.engine.schedule import ScheduleArgument, check_schedule_argument
-from swaa_local.engine.upstream import LoadedLlama
 from swaa_local.errors import (
     BusyError,
     ClosedError,
@@ -65,7 +66,7 @@ _SCORED_AT_ONCE = 64
 """Tokens of an answer whose logits, a row of the vocabulary's length each, are held at a time."""
 
 
-class Llama(LoadedLlama):
+class Llama(DraftingLlama):
     """`llama_cpp.Llama` plus a schedule; keywords that are not listed here are upstream's.
 
     swaa: None takes the GGUF's schedule, False full attention, an `SWAAConfig` (or a resolved `Schedule`) overrides the
@@ -81,6 +82,12 @@ class Llama(LoadedLlama):
         it was tuned on another model or for another schedule.
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
         may raise to stop; what was evaluated stays in the cache. Not pickled.
+    speculate: whether generated tokens are drafted and then checked several at once: "auto" where it is measured to
+        pay, True wherever there is something to draft, or False. A keyword of every generating method, too, and then
+        for that call. The text is the one that there is without, for every sampler and seed, as far as rounding that
+        differs with the size of a batch does not tip a close choice. See docs/speculate.md.
+    draft_window: tokens that drafts see, in every layer that keeps the whole text. Default 512 with a schedule that has
+        layers windowed while prefilling, else 0: nothing is drafted but what the text repeats.
 
     Raises `ModelLoadError` with llama.cpp's own reason, `ContextTooLarge` for a given n_ctx that the memory cannot
     hold, `OutOfRange`, and `ScheduleError` for a schedule that does not fit the model.
@@ -91,10 +98,9 @@ class Llama(LoadedLlama):
 
     _prompt_end = 0
     _prompt_tail: int | None = None  # of the generation that runs, where it is not the schedule's
-    _clock: RunClock | None = None
+    _control: DraftControl | None = None  # of the generation that runs
     _generating = False
     _changes = 0  # of what the context holds, by whomever
-    _n_logits = 0  # last positions whose logits the context has
 
     @property
     def last_run(self) -> RunStats | None:
@@ -114,6 +120,7 @@ class Llama(LoadedLlama):
                 self._replace_context(swaa)
                 self._forget(cells=False)
                 self._prompt_end, self._clock = 0, None
+                self._costs = Costs()
             self._warn_of_adapter(stacklevel=3)
 
     def reset(self) -> None:
@@ -149,6 +156,9 @@ class Llama(LoadedLlama):
             raise ContextFull(n_ctx) if decode else PromptTooLong(end, n_ctx)
         self._check_tokens(tokens)
         self._changes += 1
+        control = self._control if clock and clock.decoding and len(tokens) == 1 else None
+        if self._take_ahead(tokens, control):
+            return
         if not self._keep_cells(start):
             tokens = [*self.input_ids[:start].tolist(), *tokens]
             self._forget()
@@ -172,6 +182,11 @@ class Llama(LoadedLlama):
                 report(0, n_prompt)
                 for done in self._evaluate(tokens[:n_prompt], self.context_params.n_ubatch, n_windowed, log):
                     report(done, n_prompt)
+            if clock and clock.decoding:
+                clock.passes += 1
+            if control and len(tokens) == 1:
+                self._decode_ahead(tokens[0], control, log)
+                return
             for _ in self._evaluate(tokens[n_prompt:], self.n_batch, 0, log):
                 pass
 
@@ -252,19 +267,23 @@ class Llama(LoadedLlama):
                     self._decode(tokens[begin:done], log, n_logits)
                     yield done
 
-    def _decode(self, tokens: list[int], log: engine_log.EngineLog, n_logits: int) -> None:
-        """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide. n_logits: 0, 1 or all of them."""
+    def _decode(self, tokens: list[int], log: engine_log.EngineLog, n_logits: int, n_ahead: int = 0) -> None:
+        """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide. n_logits: 0, 1 or all of them.
+
+        n_ahead: so many of the last tokens are not in the context yet, though they have cells and logits.
+        """
         n_past, n = self.n_tokens, len(tokens)
         batch = self._make_batch(tokens, n_past, n_logits)
-        with DeferInterrupt(abort=self.ctx if n > 1 else None):
+        with DeferInterrupt(abort=self.ctx if n > n_ahead + 1 else None):
             code = _c.llama_decode(self.ctx, batch)
-            self._n_logits = n if self.has_all_logits else n_logits
+            self._n_logits = (n if self.has_all_logits else n_logits) - n_ahead
+            self._rows_ahead = n_ahead
             if code == 0:
                 self.input_ids[n_past : n_past + n] = tokens
                 if self.has_all_logits:
                     logits = np.ctypeslib.as_array(_c.llama_get_logits(self.ctx), shape=(n * self.n_vocab(),))
                     self.scores[n_past : n_past + n] = logits.reshape(n, self.n_vocab())
-                self.n_tokens = n_past + n
+                self.n_tokens = n_past + n - n_ahead
                 self._require_eval(False)
             else:
                 self._require_eval(True)
@@ -279,6 +298,7 @@ class Llama(LoadedLlama):
         if cells:
             self._keep_cells(0)
         self.n_tokens, self._n_logits = 0, 0
+        self._ahead = None
         self._require_eval(True)
         self._changes += 1
 
@@ -291,7 +311,7 @@ class Llama(LoadedLlama):
                     f"position {position} has no logits: of the {self.n_tokens} tokens in the context, the last "
                     f"{self._n_logits} have some; evaluate one first"
                 )
-            token = int(super().sample(*args, idx=idx, **kwargs))
+            token = int(super().sample(*args, idx=position - self._rows_ahead, **kwargs))
             self._callbacks.raise_error()
             return token
 
@@ -299,12 +319,14 @@ class Llama(LoadedLlama):
         """Upstream's `generate`, same arguments: the prompt is evaluated as prefill, all that follows as decode.
 
         prompt_tail: a keyword of ours, for a tail of this prompt's own instead of the schedule's; 0 for none.
+        speculate: as in the constructor, for this generation.
         Tokens given to `send()` are appended after the token just yielded, and count as generated. Raises
         `ContextChanged` at the next token if another call has changed the context in between.
         """
         prompt_tail = kwargs.pop("prompt_tail", None)
         if prompt_tail is not None:
             check_number("prompt_tail", prompt_tail)
+        control = self._new_control(kwargs.pop("speculate", None))
         arguments = inspect.signature(super().generate).bind(list(tokens), *args, **kwargs)
         given = arguments.arguments
         given["stopping_criteria"] = self._callbacks.stopping_criteria(given.get("stopping_criteria"))
@@ -328,6 +350,7 @@ class Llama(LoadedLlama):
                     upstream = super().generate(*arguments.args, **arguments.kwargs)
                     text += sent
                 self._clock, self._generating, self._prompt_tail = clock, True, prompt_tail
+                self._control = control
                 started = time.perf_counter()
                 try:
                     token = next(upstream)
@@ -335,7 +358,7 @@ class Llama(LoadedLlama):
                     return
                 finally:
                     clock.add_time(time.perf_counter() - started)
-                    self._generating = False
+                    self._generating, self._control = False, None
                     self._sampler_to_keep = None
                 left, sampler = (self.n_tokens, self._changes), self._active_sampler
             clock.generated_tokens += 1
@@ -349,15 +372,30 @@ class Llama(LoadedLlama):
         if self.n_tokens != n_tokens or not restored:
             raise ContextChanged
 
-    def create_chat_completion(self, messages: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, speculate: Speculate | None = None, **kwargs: Any) -> Any:
+        """Upstream's `__call__`; speculate: as in the constructor, for this call."""
+        with self._asking(speculate):
+            return super().__call__(*args, **kwargs)
+
+    def create_completion(self, *args: Any, speculate: Speculate | None = None, **kwargs: Any) -> Any:
+        """Upstream's `create_completion`; speculate: as in the constructor, for this call."""
+        with self._asking(speculate):
+            return super().create_completion(*args, **kwargs)
+
+    def create_chat_completion(
+        self, messages: Sequence[Any], *args: Any, speculate: Speculate | None = None, **kwargs: Any
+    ) -> Any:
         """Upstream's `create_chat_completion`. Contents may be texts or lists of parts, whatever the template takes.
+
+        speculate: as in the constructor, for this call.
 
         Raises `TemplateError` if it refuses the messages, or would leave out what the user says.
         """
-        with self._guard.work():
+        with self._guard.work(), self._asking(speculate):
             if not self._has_template_handler():
                 messages = [in_form(message, Form.TEXT) for message in messages]  # upstream's own formats
-            return super().create_chat_completion(messages, *args, **kwargs)
+            answer = super().create_chat_completion(messages, *args, **kwargs)
+            return self._steps(answer) if isinstance(answer, Iterator) else answer
 
     def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = False, **kwargs: Any) -> Any:
         """Upstream's `embed`; all tokens are prompt. A text is cut to n_batch tokens only if `truncate` asks for it."""
@@ -378,6 +416,9 @@ class Llama(LoadedLlama):
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended."""
         with self._guard.look():
+            if self._ahead:
+                self._ahead = None
+                self._keep_cells(self.n_tokens)
             state = super().save_state()
         state.swaa_prompt_end = self._prompt_end
         return state

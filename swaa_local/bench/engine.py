@@ -7,6 +7,7 @@ Drives llama.cpp's C interface directly, in batches of n_batch tokens as llama-b
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
 from swaa_local.engine.limits import check_numbers
 from swaa_local.engine.options import EngineOptions
-from swaa_local.engine.schedule import apply_schedule, get_schedule
+from swaa_local.engine.schedule import apply_draft, apply_schedule, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
+from swaa_local.schedule.config import DRAFT_WINDOW
+from swaa_local.schedule.variants import AssumedDrafts
 from swaa_local.text.units import format_bytes
 
 _FLASH_ATTN = {
@@ -74,6 +77,7 @@ class BenchModel:
         wanted = engine.n_gpu_layers if _c.llama_supports_gpu_offload() and self._free_device is not None else 0
         self.n_gpu_layers = self.n_layer + 1 if wanted < 0 else min(wanted, self.n_layer + 1)
         self.file_schedule = get_schedule(self.model)
+        self._draft_window = DRAFT_WINDOW if engine.draft_window is None else engine.draft_window
         self._n_open = 0
         self._base_host: int | None = None
         self._base_device: int | None = None
@@ -143,6 +147,7 @@ class BenchModel:
         others_device = _difference(self._base_device, memory.free_gpu_bytes())
         can_tell = process_memory.reset_peak_rss()
         apply_schedule(self.model, setting.active_schedule, None, verbose=self._verbose)
+        apply_draft(self.model, self._draft_window if setting.drafts else 0, verbose=self._verbose)
         params = self._params(setting, n_ctx)
         with DeferInterrupt(), engine_log.captured(self._verbose) as log:
             ctx = _c.llama_init_from_model(self.model, params)
@@ -159,6 +164,7 @@ class BenchModel:
             context = BenchContext(
                 ctx, batch, int(params.n_batch), self.n_vocab, self._verbose, setting.active_schedule.active_tail
             )
+            context.drafts = setting.drafts
             context.measure_peaks = lambda: (
                 _difference(process_memory.peak_rss_bytes() if can_tell else None, others_host),
                 _difference(_difference(self._free_device, memory.free_gpu_bytes()), others_device),
@@ -173,7 +179,9 @@ class BenchModel:
 
 
 class BenchContext:
-    """A context of one sequence, and the tokens in it."""
+    """A context of one sequence, and the tokens in it. drafts: with which it decodes."""
+
+    drafts: AssumedDrafts | None = None
 
     def __init__(self, ctx: Any, batch: Any, n_batch: int, n_vocab: int, verbose: bool, tail: int) -> None:
         self._ctx = ctx
@@ -251,14 +259,36 @@ class BenchContext:
     def decode(self, n: int) -> float:
         """Seconds for n tokens, one after the other, each of them done before the next."""
         native.llama_swaa_set_prompt_end(self._ctx, 0, self.n_past)
+        end, chance = self.n_past + n, random.Random(0)
         with self._run(abort=False) as go_on:
             started = time.perf_counter()
-            for _ in range(n):
-                self._decode(1, last=True)
+            while self.n_past < end:
+                if self.drafts:
+                    self._decode_pass(self.drafts, end - self.n_past, chance)
+                else:
+                    self._decode(1, last=True)
                 _c.llama_synchronize(self._ctx)
                 if not go_on():
                     break
             return time.perf_counter() - started
+
+    def _decode_pass(self, drafts: AssumedDrafts, most: int, chance: random.Random) -> None:
+        """Draft, check, and keep what chance accepts and one more token, `most` in all. Tokens are not chosen."""
+        first, n = self.n_past, min(drafts.n, most - 1)
+        if n:
+            native.llama_swaa_set_draft_start(self._ctx, 0, first)
+            for _ in range(n):
+                self._decode(1, last=True)
+                _c.llama_synchronize(self._ctx)
+            native.llama_swaa_set_draft_start(self._ctx, 0, -1)
+            self._go_back(first)
+        self._decode(n + 1, last=True, every=True)
+        n_accepted = next((i for i in range(n) if chance.random() >= drafts.acceptance), n)
+        self._go_back(first + n_accepted + 1)
+
+    def _go_back(self, n_past: int) -> None:
+        if n_past < self.n_past and not self.rewind(n_past):
+            raise DecodeError("a ring has lost what drafts leave behind; take a larger -ub, or draft fewer tokens")
 
     @contextmanager
     def _run(self, *, abort: bool) -> Iterator[Callable[[], bool]]:
@@ -273,13 +303,13 @@ class BenchContext:
                 if not shield.raises:
                     raise DecodeError(log.reason or str(error)) from None
 
-    def _decode(self, n: int, *, last: bool) -> None:
-        """last: the logits of the last token are wanted."""
+    def _decode(self, n: int, *, last: bool, every: bool = False) -> None:
+        """last: the logits of the last token are wanted. every: of all."""
         first = self.n_past
         positions = np.arange(first, first + n, dtype=np.int32)
         self._token[:n] = self._tokens[positions % len(self._tokens)]
         self._pos[:n] = positions
-        self._logits[:n] = 0
+        self._logits[:n] = every
         self._logits[n - 1] = last
         self._batch.n_tokens = n
         code = _c.llama_decode(self._ctx, self._batch)

@@ -99,7 +99,7 @@ def make_settings(
                 settings.append(
                     Setting(
                         variant=variant.name,
-                        kind="full" if variant.is_full else "scheduled",
+                        kind="full" if variant.is_full and not variant.drafts else "scheduled",
                         schedule=variant.schedule,
                         n_batch=choices.n_batch,
                         n_ubatch=n_ubatch,
@@ -108,6 +108,7 @@ def make_settings(
                         type_v=type_v,
                         window=variant.window,
                         sinks=None if variant.is_full else variant.schedule.sinks,
+                        drafts=variant.drafts,
                     )
                 )
     if not limit:

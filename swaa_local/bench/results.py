@@ -10,6 +10,7 @@ from swaa_local.model_file.model_info import describe_model
 from swaa_local.report.machine import Machine
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.cost import pad_cells
+from swaa_local.schedule.variants import AssumedDrafts
 
 Kind = Literal["full", "scheduled", "limit"]
 
@@ -66,6 +67,7 @@ class Setting:
     type_v: str
     window: int | None = None
     sinks: int | None = None
+    drafts: AssumedDrafts | None = None
 
     @property
     def active_schedule(self) -> Schedule:

@@ -90,6 +90,8 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
         watch.note(note)
     if said := beyond_training(longest, info.n_ctx_train):
         watch.note(said)
+    if any(variant.drafts for variant in variants):
+        watch.note("spec: how many drafted tokens are accepted is assumed, and choosing tokens is not timed")
     for variant in variants:
         choices.requested_flash_attn(variant)  # raises for what excludes itself, before the weights are loaded
     if request.engine.lora is not None:

@@ -241,6 +241,8 @@ def _setting(setting: Setting) -> dict[str, Any]:
         "flash_attn": _FLASH_ATTN[setting.flash_attn],
         "type_k": setting.type_k,
         "type_v": setting.type_v,
+        "n_draft": setting.drafts.n if setting.drafts else 0,
+        "assumed_acceptance": setting.drafts.acceptance if setting.drafts else None,
     }
 
 

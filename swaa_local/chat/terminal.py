@@ -123,17 +123,22 @@ class Terminal:
 
 
 def describe(stats: RunStats, kv_bytes: int) -> str:
-    """One line: prompt and cached tokens, prefill and generation speed, size of the KV cache."""
+    """One line: prompt and cached tokens, prefill and generation speed, what drafts brought, size of the KV cache."""
 
     def rate(value: float) -> str:
         return "" if math.isnan(value) else f", {value:,.1f} tok/s"
 
+    drafts = []
+    if stats.drafted_tokens:
+        share = f"{stats.acceptance:.0%} of {stats.drafted_tokens:,} drafted tokens accepted"
+        drafts = [f"{stats.tokens_per_pass:.1f} tokens a pass, {share}"]
     cached = f" ({stats.cached_tokens:,} cached)" if stats.cached_tokens else ""
     return " · ".join(
         [
             f"prompt {stats.prompt_tokens:,} tokens{cached}",
             f"prefill {stats.prefill_s:.2f} s{rate(stats.prefill_tokens_per_s)}",
             f"generated {stats.generated_tokens:,} tokens{rate(stats.decode_tokens_per_s)}",
+            *drafts,
             f"KV {format_bytes(kv_bytes)}",
         ]
     )

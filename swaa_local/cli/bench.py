@@ -66,7 +66,7 @@ class _Pair(click.ParamType):
     help="Form of the figures [md].",
 )
 @click.option("--plot", type=FILE, metavar="FILE", help="Plot speed and time against length: a .png, .svg or .pdf.")
-@functools.partial(engine_options, without=("n_ubatch",))
+@functools.partial(engine_options, without=("n_ubatch", "speculate"))
 @schedule_options
 def bench_command(
     model: str | None,
@@ -99,7 +99,8 @@ def bench_command(
       file     the schedule of the file
       NAME     a preset; see --list-presets
       words    a window w2048, and any of: sinks k100, FA decode fadec, full layers 1::2, tail tail128
-    Any of them may be followed by fa or nofa (flash attention) and by a type of the KV cache, such as q8_0.
+    Any of them may be followed by fa or nofa (flash attention), by a type of the KV cache, such as q8_0, and by
+    spec4@0.9: 4 tokens are drafted for each pass, and 0.9 of them taken to be accepted.
 
     \b
     swaa-local bench model.gguf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import sys
@@ -75,7 +76,7 @@ def _as_given() -> list[str]:
 @click.option("--report", type=PATH, metavar="DIR", help="Write a page with pictures there.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@engine_options
+@functools.partial(engine_options, without=("draft_window", "speculate"))
 def calibrate_command(
     model: str | None,
     model_option: str | None,

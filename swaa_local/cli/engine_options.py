@@ -61,6 +61,17 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
             "-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16]."
         ),
         "lora": click.option("--lora", type=LORA, help="A LoRA adapter in GGUF, for this run, scaled by SCALE [1]."),
+        "draft_window": click.option(
+            "--draft-window",
+            type=tokens(0),
+            help="Tokens that drafts see; 0 for none [512 with a schedule that has FA decode, else 0].",
+        ),
+        "speculate": click.option(
+            "--speculate",
+            type=click.Choice(["on", "off", "auto"]),
+            default="auto",
+            help="Draft tokens and check several at once; auto is where it pays [auto].",
+        ),
         "verbose": click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     }
 
@@ -68,6 +79,8 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         said = {field.name: kwargs.pop(field.name) for field in fields(EngineOptions) if field.name not in without}
         said["flash_attn"] = {"on": True, "off": False, "auto": None}[said["flash_attn"]]
+        if "speculate" in said:
+            said["speculate"] = {"on": True, "off": False, "auto": "auto"}[said["speculate"]]
         crash.watch(f"running {click.get_current_context().info_name}", keep_backtrace=said.get("verbose", False))
         return command(*args, engine=EngineOptions(**said), **kwargs)
 

@@ -64,7 +64,7 @@ def _list_tasks(ctx: click.Context, _param: click.Parameter, value: bool) -> Non
 @click.option(
     "--list-tasks", is_flag=True, is_eager=True, expose_value=False, callback=_list_tasks, help="Show the tasks."
 )
-@engine_options
+@functools.partial(engine_options, without=("draft_window", "speculate"))
 def eval_command(
     model: str | None,
     model_option: str | None,
@@ -153,7 +153,7 @@ def eval_command(
 )
 @click.option("-m", "--model", metavar="MODEL", help="Another GGUF with a schedule, made for such questions.")
 @click.option("--chat/--no-chat", "may_chat", default=True, help="Offer to talk about the document afterwards.")
-@functools.partial(engine_options, without=("lora",))
+@functools.partial(engine_options, without=("lora", "draft_window", "speculate"))
 def demo_command(
     n_questions: int, seed: int, length: int | None, model: str | None, may_chat: bool, engine: EngineOptions
 ) -> int:

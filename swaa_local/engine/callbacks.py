@@ -6,7 +6,8 @@ and crashes at the first token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llama_cpp import LogitsProcessorList
@@ -22,6 +23,7 @@ class Callbacks:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._error: BaseException | None = None
+        self._processing = True
 
     def logits_processors(self, processors: Callable[..., Any] | None) -> LogitsProcessorList | None:
         """The same, but what one of them raises waits for `raise_error`, and the others are not called any more."""
@@ -29,7 +31,7 @@ class Callbacks:
             return None
 
         def process(input_ids: Any, scores: Any) -> Any:
-            if self._error is None:
+            if self._error is None and self._processing:
                 try:
                     return processors(input_ids, scores)
                 except BaseException as error:
@@ -37,6 +39,15 @@ class Callbacks:
             return scores
 
         return LogitsProcessorList([process])
+
+    @contextmanager
+    def no_processors(self) -> Iterator[None]:
+        """While this is open, the user's logits processors are not called, and leave the logits as they are."""
+        self._processing = False
+        try:
+            yield
+        finally:
+            self._processing = True
 
     def raise_error(self) -> None:
         """Raise what a logits processor raised since this was last called."""

@@ -28,6 +28,7 @@ _BOUNDS = {
     "last_n_tokens_size": (-1, MAX_TOKENS),
     "yarn_orig_ctx": (0, MAX_TOKENS),
     "prompt_tail": (0, MAX_TOKENS),
+    "draft_window": (0, MAX_TOKENS),
     "seed": (-1, 1 << 32),  # upstream draws seeds up to 2**32, which is 0 to llama.cpp
     # enums of llama.h
     "split_mode": (0, 3),

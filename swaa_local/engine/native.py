@@ -101,6 +101,18 @@ llama_swaa_set_prompt_end = _declare(
     "llama_swaa_set_prompt_end", [_c.llama_context_p_ctypes, _c.llama_seq_id, _c.llama_pos], None
 )
 
+# int32_t llama_model_swaa_set_draft(struct llama_model *, uint32_t window, uint32_t sinks)
+# What drafted tokens see in contexts that are created from now on; a window of 0: there are none. 0 on success.
+llama_model_swaa_set_draft = _declare(
+    "llama_model_swaa_set_draft", [_c.llama_model_p_ctypes, ctypes.c_uint32, ctypes.c_uint32], ctypes.c_int32
+)
+
+# bool llama_swaa_set_draft_start(struct llama_context *, llama_seq_id, llama_pos)
+# Positions from `pos` on are drafted for this sequence; -1: none are. False: the context does not draft.
+llama_swaa_set_draft_start = _declare(
+    "llama_swaa_set_draft_start", [_c.llama_context_p_ctypes, _c.llama_seq_id, _c.llama_pos], ctypes.c_bool
+)
+
 # size_t llama_swaa_kv_bytes(const struct llama_context *)
 # Bytes of the context's KV cache, rings included, by the engine's own accounting.
 llama_swaa_kv_bytes = _declare("llama_swaa_kv_bytes", [_c.llama_context_p_ctypes], ctypes.c_size_t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from swaa_local.model_file.adapter import Adapter
 
@@ -21,6 +21,8 @@ class EngineOptions:
     type_k: str | None = None
     type_v: str | None = None
     lora: Adapter | None = None
+    draft_window: int | None = None
+    speculate: bool | Literal["auto"] = "auto"
     verbose: bool = False
 
     def arguments(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ class RunStats:
 
     prompt_tokens includes cached_tokens, whose keys and values were in the cache already. prefill_s ends with the first
     generated token, which the prompt's last logits give; decode_s covers the others. Time that the caller spent between
-    two tokens is not counted.
+    two tokens is not counted. passes: evaluations that gave the tokens after the first; fewer than these where drafts
+    were accepted.
     """
 
     prompt_tokens: int
@@ -20,6 +21,9 @@ class RunStats:
     prefill_s: float
     generated_tokens: int
     decode_s: float
+    passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -34,6 +38,16 @@ class RunStats:
         decoded = self.generated_tokens - 1
         return decoded / self.decode_s if decoded > 0 and self.decode_s > 0 else math.nan
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Decoded tokens of a pass; 1 without drafts, NaN before the second generated token."""
+        return (self.generated_tokens - 1) / self.passes if self.passes else math.nan
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that were said; NaN without any."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else math.nan
+
 
 class RunClock:
     """Counts one generation while it runs."""
@@ -42,6 +56,7 @@ class RunClock:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         self.generated_tokens = 0
+        self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self._prefill_s = 0.0
         self._decode_s = 0.0
 
@@ -57,4 +72,13 @@ class RunClock:
             self._prefill_s += seconds
 
     def stats(self) -> RunStats:
-        return RunStats(self.prompt_tokens, self.cached_tokens, self._prefill_s, self.generated_tokens, self._decode_s)
+        return RunStats(
+            self.prompt_tokens,
+            self.cached_tokens,
+            self._prefill_s,
+            self.generated_tokens,
+            self._decode_s,
+            self.passes,
+            self.drafted_tokens,
+            self.accepted_tokens,
+        )

@@ -25,6 +25,21 @@ def check_schedule_argument(swaa: object) -> None:
         raise ScheduleError(f"swaa must be None, False or an SWAAConfig, not {swaa!r}")
 
 
+_DRAFT_SINKS = 32
+
+
+def apply_draft(model: Any, n_seen: int, *, verbose: bool) -> None:
+    """Let contexts that are made from now on draft with n_seen tokens, some of them sinks; 0: not at all.
+
+    Raises `ScheduleError` with the engine's reason.
+    """
+    sinks = min(_DRAFT_SINKS, n_seen // 8)
+    with engine_log.captured(verbose) as log:
+        code = native.llama_model_swaa_set_draft(model, n_seen - sinks, sinks)
+    if code != 0:
+        raise ScheduleError(log.reason or f"the engine cannot draft with {n_seen} tokens (code {code})")
+
+
 def get_schedule(model: Any) -> Schedule | None:
     """The model's schedule; None for full attention."""
     n_layer = _c.llama_model_n_layer(model)

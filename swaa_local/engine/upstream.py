@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning, LoadedAdapter
 from swaa_local.engine.callbacks import Callbacks, check_sampler
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
+from swaa_local.engine.draft_control import Speculate, check_speculate
 from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
@@ -33,6 +35,7 @@ from swaa_local.engine.limits import check_number, check_numbers
 from swaa_local.engine.message_form import FormedFormatter
 from swaa_local.engine.schedule import (
     ScheduleArgument,
+    apply_draft,
     apply_schedule,
     check_schedule_argument,
     get_schedule,
@@ -42,7 +45,7 @@ from swaa_local.errors import GGUFError, ModelLoadError, PromptTooLong, SWAAErro
 from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
 from swaa_local.model_file.model_info import describe_model, file_type_name
-from swaa_local.schedule.config import DEFAULT_N_BATCH, Schedule, SWAAConfig, default_n_ubatch
+from swaa_local.schedule.config import DEFAULT_N_BATCH, DRAFT_WINDOW, LayerMode, Schedule, SWAAConfig, default_n_ubatch
 from swaa_local.sources.find import fetch_matching
 
 _NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
@@ -96,11 +99,15 @@ class LoadedLlama(llama_cpp.Llama):
         flash_attn: bool | None = None,
         verbose: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
+        speculate: Speculate = "auto",
+        draft_window: int | None = None,
         lora_path: str | None = None,
         **kwargs: Any,
     ) -> None:
         check_schedule_argument(swaa)
-        check_numbers({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **kwargs})
+        self.speculate = check_speculate(speculate)
+        sizes = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "draft_window": draft_window}
+        check_numbers({**sizes, **kwargs})
         try:
             check_gguf(model_path)
         except GGUFError as error:
@@ -111,9 +118,12 @@ class LoadedLlama(llama_cpp.Llama):
                 raise ModelLoadError(f"{name} is {kwargs[name]!r}, which is no KV cache type; known are {known}")
         self._guard = Guard()
         self._callbacks = Callbacks(self._guard)
+        self._requests = threading.local()
         self._swaa = swaa
         self._flash_attn = flash_attn
         self._requested_n_ctx = n_ctx or 0
+        self._requested_draft_window = draft_window
+        self.draft_window = 0
         self._requested_n_ubatch = n_ubatch
         self._requested_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
         self._adapter_path = lora_path
@@ -175,6 +185,7 @@ class LoadedLlama(llama_cpp.Llama):
             self.file_schedule = get_schedule(model.model)
             self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
             self._choose_parameters()
+            self._choose_drafts()
             params.n_ctx = choose_n_ctx(
                 model, self._requested_n_ctx, self.schedule, params, self.model_params, logits_all=self._logits_all
             )
@@ -220,6 +231,20 @@ class LoadedLlama(llama_cpp.Llama):
     def _active_sampler(self, sampler: Any) -> None:
         self._sampler = sampler
 
+    @contextmanager
+    def _draft_sampler(self) -> Iterator[Callable[[], int]]:
+        """A sampler that chooses as the active one would, with the same random numbers, and leaves that one as it is.
+
+        It reads the last logits. The user's logits processors are not called: they would see tokens that are never
+        said.
+        """
+        sampler = _c.llama_sampler_clone(self._sampler.sampler)
+        try:
+            with self._callbacks.no_processors():
+                yield lambda: int(_c.llama_sampler_sample(sampler, self.ctx, -1))
+        finally:
+            _c.llama_sampler_free(sampler)
+
     def _restore_seed(self, seed: int) -> None:
         self._seed = seed
 
@@ -232,9 +257,29 @@ class LoadedLlama(llama_cpp.Llama):
         return sampler
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        answers = super()._create_completion(*args, **kwargs)
+        return self._steps(super()._create_completion(*args, **kwargs))
+
+    @contextmanager
+    def _asking(self, speculate: Speculate | None) -> Iterator[None]:
+        """While this is open, generations of this thread speculate so; None: as they would anyway."""
+        before = self._asked()
+        self._requests.speculate = before if speculate is None else check_speculate(speculate)
+        try:
+            yield
+        finally:
+            self._requests.speculate = before
+
+    def _asked(self) -> Speculate | None:
+        """What the call that runs in this thread has said of drafts."""
+        return getattr(self._requests, "speculate", None)
+
+    def _steps(self, answers: Iterator[Any]) -> Iterator[Any]:
+        """The same answers, each step of which is one call of the guard's."""
+        return self._guarded_steps(answers, self._asked())
+
+    def _guarded_steps(self, answers: Iterator[Any], speculate: Speculate | None) -> Iterator[Any]:
         while True:
-            with self._guard.work():
+            with self._guard.work(), self._asking(speculate):
                 try:
                     answer = next(answers)
                 except StopIteration:
@@ -265,6 +310,7 @@ class LoadedLlama(llama_cpp.Llama):
         self.schedule = apply_schedule(self.model, swaa, self.file_schedule, verbose=self.verbose)
         self._swaa = swaa
         self._choose_parameters()
+        self._choose_drafts()
         self._ctx.close()  # first, so that there is never memory for two
         with crash.step("making a context"), DeferInterrupt(), engine_log.captured(self.verbose) as log:
             try:
@@ -287,6 +333,13 @@ class LoadedLlama(llama_cpp.Llama):
         if n_ubatch is None:
             n_ubatch = default_n_ubatch(self.schedule or Schedule.full(1), gpu=on_gpu)
         params.n_ubatch = min(params.n_batch, n_ubatch or params.n_batch)  # 0 as in llama.cpp
+
+    def _choose_drafts(self) -> None:
+        """What drafts see in the next context, where the user chose nothing: they pay where a window is at hand."""
+        self.draft_window = self._requested_draft_window or 0
+        if self._requested_draft_window is None and self.schedule and LayerMode.PREFILL in self.schedule.layer_modes:
+            self.draft_window = DRAFT_WINDOW
+        apply_draft(self._model.model, self.draft_window, verbose=self.verbose)
 
     def _load_adapter(self) -> None:
         """Before there is a context: it reserves graphs for the adapters that it finds."""
@@ -433,5 +486,11 @@ class LoadedLlama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         # Upstream's is of the sizes that were chosen, and they suit the schedule.
-        said = {"swaa": self._swaa, "flash_attn": self._flash_attn, "n_ubatch": self._requested_n_ubatch}
+        said = {
+            "swaa": self._swaa,
+            "flash_attn": self._flash_attn,
+            "n_ubatch": self._requested_n_ubatch,
+            "speculate": self.speculate,
+            "draft_window": self._requested_draft_window,
+        }
         return super().__getstate__() | said

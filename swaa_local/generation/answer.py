@@ -77,6 +77,7 @@ class Answerer:
             max_thinking_tokens=self.think_tokens,
             on_token=on_token,
             temp=0.0,
+            speculate=False,  # by the clock, a close choice could fall otherwise the next time
         )
         for _ in stream:
             pass

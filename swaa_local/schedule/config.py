@@ -219,6 +219,13 @@ class Schedule:
         return tuple(windowed if mode is LayerMode.ALWAYS else everything for mode in self.layer_modes)
 
 
+DRAFT_WINDOW = 512
+"""Tokens that a drafted one sees where the user does not say, sinks included: a multiple of what attention pads to."""
+
+MAX_DRAFT = 16
+"""Tokens that are drafted for one pass, at most."""
+
+
 def default_n_ubatch(schedule: Schedule, *, gpu: bool) -> int:
     """Tokens of an ubatch where the user does not say: llama.cpp's 512, and 1024 for windowed layers on a GPU.
 

@@ -13,8 +13,9 @@ by blanks:
 Behind `file` or the name of a preset another tail may stand: `file tail0`.
 
 For `eval` either may be followed by `think` or `direct`: the model is to think first, or not, whatever it does in other
-variants. For `bench` words say how the engine runs it: `fa` or `nofa` (flash attention), and a type of the KV cache,
-such as `f16` or `q8_0`.
+variants. For `bench` words say how the engine runs it: `fa` or `nofa` (flash attention), a type of the KV cache, such
+as `f16` or `q8_0`, and `spec`, `spec4` or `spec4@0.9`: so many tokens are drafted for each pass, of which this share is
+taken to be accepted.
 
 Pure: knows the rules of schedules; nothing of files, of the engine or of the command line.
 """
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from swaa_local.errors import ScheduleError
-from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
+from swaa_local.schedule.config import MAX_DRAFT, LayerMode, Schedule, SWAAConfig
 from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.layers import parse_layers
 from swaa_local.schedule.presets import PRESETS, get_preset, is_preset
@@ -38,15 +39,24 @@ FLASH_ATTN = {"fa": True, "nofa": False}
 
 
 @dataclass(frozen=True)
+class AssumedDrafts:
+    """n tokens are drafted for a pass; each is accepted with this probability if those before it are."""
+
+    n: int = 4
+    acceptance: float = 0.9
+
+
+@dataclass(frozen=True)
 class Variant:
     """A schedule with the name it is shown under. think: whether to think first. flash_attn: whether to run with it.
-    cache_type: of keys and values. None where it does not say."""
+    cache_type: of keys and values. None where it does not say. drafts: None for none."""
 
     name: str
     schedule: Schedule
     think: bool | None = None
     flash_attn: bool | None = None
     cache_type: str | None = None
+    drafts: AssumedDrafts | None = None
 
     @property
     def window(self) -> int | None:
@@ -119,16 +129,32 @@ def _parse_engine_words(name: str, n_layer: int, of_file: Schedule | None) -> Va
     said = name.split(" ")
     flash_attn = [word for word in said[1:] if word in FLASH_ATTN]
     cache_types = [word for word in said[1:] if word in KV_TYPES]
-    for group in (flash_attn, cache_types):
+    drafts = [word for word in said[1:] if word.startswith("spec")]
+    for group in (flash_attn, cache_types, drafts):
         if len(group) > 1:
             raise ScheduleError(f"{group[0]!r} and {group[1]!r} exclude each other")
-    schedule = _schedule(" ".join(word for word in said if word not in {*flash_attn, *cache_types}), n_layer, of_file)
+    schedule = _schedule(
+        " ".join(word for word in said if word not in {*flash_attn, *cache_types, *drafts}), n_layer, of_file
+    )
     return Variant(
         name,
         schedule,
         flash_attn=FLASH_ATTN[flash_attn[0]] if flash_attn else None,
         cache_type=cache_types[0] if cache_types else None,
+        drafts=_drafts(drafts[0]) if drafts else None,
     )
+
+
+def _drafts(word: str) -> AssumedDrafts:
+    match = re.fullmatch(r"spec(\d+)?(?:@(\d+(?:\.\d+)?))?", word)
+    if match is None:
+        raise ScheduleError(f"unknown word {word!r}; drafts are spec, spec4 or spec4@0.9")
+    assumed = AssumedDrafts()
+    n = int(match[1]) if match[1] else assumed.n
+    acceptance = float(match[2]) if match[2] else assumed.acceptance
+    if not (1 <= n <= MAX_DRAFT and acceptance <= 1):
+        raise ScheduleError(f"{word}: 1 to {MAX_DRAFT} tokens are drafted, and 0 to 1 of them accepted")
+    return AssumedDrafts(n, acceptance)
 
 
 def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:

@@ -231,6 +231,49 @@ def test_depth_alone_decodes_there_and_the_caches_are_kept(model):
     assert {row["phase"] for row in document["growth"]} == {"decode"}
 
 
+def test_drafts_are_compared_with_full_attention_without_them(model):
+    words = '"full fa,full fa spec2@1,file fa spec@0.5"'
+    document = bench(model, f"-d 200 -n 9 -r 2 --draft-window 64 --variants {words}")
+    assert [
+        (row["variant"], row["kind"], row["n_draft"], row["assumed_acceptance"]) for row in document["results"]
+    ] == [
+        ("full fa", "full", 0, None),
+        ("full fa spec2@1", "scheduled", 2, 1.0),
+        ("file fa spec@0.5", "scheduled", 4, 0.5),
+    ]
+    for row in document["results"]:
+        assert row["decode_tokens_per_s"] == pytest.approx(median(9 / sample["decode_s"] for sample in row["samples"]))
+        assert row["decode_vs_full"] > 0
+
+
+@pytest.mark.parametrize(("acceptance", "sizes"), [(1.0, [3, 3, 3]), (0.0, [3] * 7 + [2, 1])])
+def test_a_pass_reads_what_was_drafted_and_keeps_what_is_accepted(model, monkeypatch, acceptance, sizes):
+    from swaa_local.bench.engine import BenchModel
+    from swaa_local.bench.results import Setting
+    from swaa_local.engine.options import EngineOptions
+    from swaa_local.schedule.config import Schedule
+    from swaa_local.schedule.variants import AssumedDrafts
+
+    drafts = AssumedDrafts(2, acceptance)
+    with BenchModel(model, EngineOptions(n_threads=1, draft_window=64)) as loaded:
+        full = Schedule.full(loaded.n_layer)
+        setting = Setting("x", "scheduled", full, 64, 64, True, "f16", "f16", drafts=drafts)
+        with loaded.context(setting, 512) as context:
+            context.prefill(200)
+            passes: list[int] = []
+            decode = context._decode
+
+            def note_passes(n: int, *, last: bool, every: bool = False) -> None:
+                if every:
+                    passes.append(n)
+                decode(n, last=last, every=every)
+
+            monkeypatch.setattr(context, "_decode", note_passes)
+            context.decode(9)
+            assert context.n_past == 209
+            assert passes == sizes
+
+
 def test_whole_requests_and_several_n_ubatch(model):
     document = bench(
         model, "-pg 256,4 -pg 128,2 -d 0,64 -ub 32,128 -r 1 -fa on --no-limit --window 64 --full-layers 1::2"

@@ -116,6 +116,17 @@ def test_engine_options(model):
     assert (done.returncode, done.stdout) == (0, b"Yes!\n")
 
 
+def test_drafts_change_the_figures_and_not_the_answer(tiny_model):
+    args = [*FAST, "-n", "60", "--temp", "0.5", "--seed", "3", "-fa", "off", "-p", "Is it there? " * 12]
+    plain = chat(tiny_model, *args, "--speculate", "off", "--draft-window", "64")
+    drafted = chat(tiny_model, *args, "--speculate", "on", "--draft-window", "64")
+    assert (plain.returncode, drafted.returncode) == (0, 0)
+    assert drafted.stdout == plain.stdout != b""
+    figures = r" tok/s · \d\.\d tokens a pass, \d+% of \d+ drafted tokens accepted · KV "
+    assert re.search(figures, drafted.stderr.decode())
+    assert "drafted" not in plain.stderr.decode()
+
+
 def kv_of(done: subprocess.CompletedProcess[bytes]) -> str:
     assert done.returncode == 0, done.stderr
     [size] = re.findall(r"KV (.*)", done.stderr.decode())

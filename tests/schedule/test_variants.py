@@ -9,7 +9,7 @@ import pytest
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.schedule.text import in_words
-from swaa_local.schedule.variants import Variant, parse_variants, whole_in_window, without_schedule
+from swaa_local.schedule.variants import AssumedDrafts, Variant, parse_variants, whole_in_window, without_schedule
 
 F, P, A = LayerMode
 STORED = Schedule(256, 16, (F, P, F, P))
@@ -148,8 +148,22 @@ def test_where_the_engine_matters_variants_say_how_it_runs_them(text, flash_attn
 
 
 @pytest.mark.parametrize(
+    ("word", "n", "acceptance"), [("spec", 4, 0.9), ("spec7", 7, 0.9), ("spec@0.5", 4, 0.5), ("spec16@1", 16, 1.0)]
+)
+def test_drafts_are_assumed_to_be_accepted(word, n, acceptance):
+    [variant] = parse_variants(f"file fa {word}", 4, STORED, words="engine")
+    assert variant.drafts == AssumedDrafts(n, acceptance)
+    assert variant.schedule == STORED
+
+
+@pytest.mark.parametrize(
     ("text", "words", "reason"),
     [
+        ("full spec0", "engine", "spec0: 1 to 16 tokens are drafted"),
+        ("full spec17", "engine", "spec17: 1 to 16 tokens are drafted"),
+        ("full spec@1.5", "engine", "0 to 1 of them accepted"),
+        ("full special", "engine", "unknown word 'special'"),
+        ("full spec", "thinking", "unknown word"),
         ("full fa", "thinking", "unknown word"),
         ("full think", "engine", "unknown word"),
         ("fa", "engine", "unknown word 'fa'"),
