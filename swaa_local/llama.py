@@ -10,8 +10,9 @@ import ctypes
 import inspect
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.limits import check_number
 from swaa_local.engine.message_form import Form, in_form
+from swaa_local.engine.prefixes import CachedPrefixes, set_cells
 from swaa_local.engine.run_stats import RunClock, RunStats
 from swaa_local.engine.schedule import ScheduleArgument, check_schedule_argument
 from swaa_local.errors import (
@@ -42,6 +44,7 @@ from swaa_local.errors import (
     TemplateError,
     TextTooLong,
 )
+from swaa_local.prefix_cache.store import PrefixCache
 
 __all__ = [
     "AdapterWarning",
@@ -101,6 +104,8 @@ class Llama(DraftingLlama):
     _control: DraftControl | None = None  # of the generation that runs
     _generating = False
     _changes = 0  # of what the context holds, by whomever
+    _document_ends: tuple[int, ...] = ()  # of the generation that runs
+    prefixes: CachedPrefixes | None = None
 
     @property
     def last_run(self) -> RunStats | None:
@@ -122,6 +127,17 @@ class Llama(DraftingLlama):
                 self._prompt_end, self._clock = 0, None
                 self._costs = Costs()
             self._warn_of_adapter(stacklevel=3)
+
+    def set_cache(self, cache: Any) -> None:
+        """Take a `PrefixCache`, from which prompts then begin as far as it holds them, or one of upstream's, or None.
+
+        To be called before the model's file can change. Not used where the logits of all positions are kept, nor for
+        embeddings: the cache holds none. Raises `SWAAError` and OSError if the model's file cannot be read any more.
+        """
+        is_ours = isinstance(cache, PrefixCache)
+        super().set_cache(None if is_ours else cache)
+        has_use = is_ours and not self.has_all_logits and not self.context_params.embeddings
+        self.prefixes = CachedPrefixes(self, cache, self._restore_prefix) if has_use else None
 
     def reset(self) -> None:
         """Upstream's `reset`: start over, but reuse what the next prompt has in common with the cache."""
@@ -175,19 +191,22 @@ class Llama(DraftingLlama):
         n_windowed = max(0, prompt_end - self.n_tokens)
         n_prompt = n_windowed if decode else len(tokens)
         doing = f"reading a prompt of {n_prompt} tokens" if n_prompt else "generating"
+        if self.prefixes:
+            self.prefixes.begin_read(self.n_tokens)
         with crash.step(doing), engine_log.captured(self.verbose) as log:
             if n_prompt:
                 # Steps of n_ubatch give the parts that llama.cpp would make of n_batch anyway.
                 report = self.on_prefill or (lambda done, total: None)
                 report(0, n_prompt)
-                for done in self._evaluate(tokens[:n_prompt], self.context_params.n_ubatch, n_windowed, log):
+                ends = self._ends_of_parts(n_windowed)
+                for done in self._evaluate(tokens[:n_prompt], self.context_params.n_ubatch, ends, log):
                     report(done, n_prompt)
             if clock and clock.decoding:
                 clock.passes += 1
             if control and len(tokens) == 1:
                 self._decode_ahead(tokens[0], control, log)
                 return
-            for _ in self._evaluate(tokens[n_prompt:], self.n_batch, 0, log):
+            for _ in self._evaluate(tokens[n_prompt:], self.n_batch, [], log):
                 pass
 
     def score(
@@ -221,7 +240,7 @@ class Llama(DraftingLlama):
             scores = [token_scores(self.ctx, -1, answer[:1], self.n_vocab(), temperatures)]
             with crash.step("scoring an answer"), engine_log.captured(self.verbose) as log:
                 done = 0
-                for end in self._evaluate(answer[:-1], min(_SCORED_AT_ONCE, self.n_batch), 0, log, all_logits=True):
+                for end in self._evaluate(answer[:-1], min(_SCORED_AT_ONCE, self.n_batch), [], log, all_logits=True):
                     scores.append(token_scores(self.ctx, 0, answer[done + 1 : end + 1], self.n_vocab(), temperatures))
                     done = end
             return AnswerScore.joined(scores)
@@ -245,26 +264,36 @@ class Llama(DraftingLlama):
         differing = np.flatnonzero(self.input_ids[:most] != np.array(prompt[:most]))
         return int(differing[0]) if len(differing) else most
 
+    def _ends_of_parts(self, n_windowed: int) -> list[int]:
+        """Where parts of the next tokens must end: at the ends of documents, and where the phase changes."""
+        start = self.n_tokens
+        return [end - start for end in self._document_ends if start < end < start + n_windowed] + [n_windowed]
+
     def _evaluate(
         self,
         tokens: list[int],
         step: int,
-        n_windowed: int,
+        ends: list[int],
         log: engine_log.EngineLog,
         *,
         all_logits: bool = False,
     ) -> Iterator[int]:
         """Evaluate in parts of `step` tokens, as llama.cpp divides a batch; yields the tokens done after each.
 
-        The first `n_windowed` are of another phase than the others, so no part has some of both. all_logits: have those
-        of every token of the part, and not only of the last token of all.
+        ends: numbers of tokens, rising, after which a part ends too. all_logits: have those of every token of the part,
+        and not only of the last token of all.
         """
-        for first, last in ((0, n_windowed), (n_windowed, len(tokens))):
+        for first, last in pairwise([0, *ends, len(tokens)]):
             for batch in range(first, last, self.n_batch):
                 for begin in range(batch, min(batch + self.n_batch, last), step):
                     done = min(begin + step, batch + self.n_batch, last)
                     n_logits = done - begin if all_logits else int(done == len(tokens))
+                    start = self.n_tokens
                     self._decode(tokens[begin:done], log, n_logits)
+                    if self.prefixes:
+                        keeping_s = self.prefixes.has_read(start, self._prompt_end)
+                        if self._clock and self._generating:
+                            self._clock.add_time(-keeping_s)  # it is no time of reading
                     yield done
 
     def _decode(self, tokens: list[int], log: engine_log.EngineLog, n_logits: int, n_ahead: int = 0) -> None:
@@ -318,8 +347,9 @@ class Llama(DraftingLlama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Upstream's `generate`, same arguments: the prompt is evaluated as prefill, all that follows as decode.
 
-        prompt_tail: a keyword of ours, for a tail of this prompt's own instead of the schedule's; 0 for none.
-        speculate: as in the constructor, for this generation.
+        Keywords of ours: prompt_tail, a tail of this prompt's own instead of the schedule's, 0 for none; document_ends,
+        rising positions in `tokens` where a text ends that other prompts may begin with, for the `PrefixCache`;
+        speculate, as in the constructor, for this generation.
         Tokens given to `send()` are appended after the token just yielded, and count as generated. Raises
         `ContextChanged` at the next token if another call has changed the context in between.
         """
@@ -327,6 +357,7 @@ class Llama(DraftingLlama):
         if prompt_tail is not None:
             check_number("prompt_tail", prompt_tail)
         control = self._new_control(kwargs.pop("speculate", None))
+        document_ends = tuple(kwargs.pop("document_ends", ()))
         arguments = inspect.signature(super().generate).bind(list(tokens), *args, **kwargs)
         given = arguments.arguments
         given["stopping_criteria"] = self._callbacks.stopping_criteria(given.get("stopping_criteria"))
@@ -351,14 +382,18 @@ class Llama(DraftingLlama):
                     text += sent
                 self._clock, self._generating, self._prompt_tail = clock, True, prompt_tail
                 self._control = control
+                self._document_ends = document_ends
                 started = time.perf_counter()
                 try:
+                    if self.prefixes and left is None and given.get("reset", True):
+                        with self._guard.step():
+                            self.prefixes.begin(text, document_ends)
                     token = next(upstream)
                 except StopIteration:
                     return
                 finally:
                     clock.add_time(time.perf_counter() - started)
-                    self._generating, self._control = False, None
+                    self._generating, self._control, self._document_ends = False, None, ()
                     self._sampler_to_keep = None
                 left, sampler = (self.n_tokens, self._changes), self._active_sampler
             clock.generated_tokens += 1
@@ -429,16 +464,31 @@ class Llama(DraftingLlama):
             if state.n_tokens > self.n_ctx():
                 raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self.n_ctx()}")
             data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-            self._forget(cells=False)
-            with DeferInterrupt(), engine_log.captured(self.verbose) as log:
-                read = _c.llama_state_set_data(self.ctx, data, state.llama_state_size)
-            if read != state.llama_state_size:
-                self._forget()
-                raise StateError(f"cannot restore the state: {log.reason or 'it is of another model or context'}")
-            self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-            self.n_tokens = state.n_tokens
-            self._prompt_end = getattr(state, "swaa_prompt_end", state.n_tokens)
+            size = state.llama_state_size
+            tokens, prompt_end = state.input_ids[: state.n_tokens], getattr(state, "swaa_prompt_end", state.n_tokens)
+            self._restore(tokens, prompt_end, lambda: _c.llama_state_set_data(self.ctx, data, size) == size)
             self._restore_seed(state.seed)
             if self.has_all_logits:
                 kept = min(state.n_tokens, len(state.scores))
                 self.scores[:kept] = state.scores[:kept]
+
+    def _restore(self, tokens: Any, prompt_end: int, set_state: Callable[[], bool]) -> None:
+        """Hold these tokens, whose cells `set_state` brings. Raises `StateError`, with the context emptied."""
+        self._forget(cells=False)
+        if self.prefixes:
+            self.prefixes.begin_read(0)
+        with DeferInterrupt(), engine_log.captured(self.verbose) as log:
+            restored = set_state()
+        if not restored:
+            self._forget()
+            raise StateError(f"cannot restore the state: {log.reason or 'it is of another model or context'}")
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens, self._prompt_end = len(tokens), prompt_end
+
+    def _restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
+        """Hold the first `n_tokens` of these tokens, all of them read as a prompt; else as `_restore`."""
+        self._restore(tokens, n_tokens, lambda: set_cells(self, cells))
+        if not self._keep_cells(n_tokens):
+            self._forget()
+            raise StateError("the state does not hold what its beginning needs")
+        self.n_tokens = n_tokens

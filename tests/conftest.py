@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that; the tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -32,6 +33,11 @@ from tests.support.tiny import write_tiny_gguf
 if TYPE_CHECKING:
     from tests.support.engine import EngineContext, EngineModel
     from tests.support.masks import Sched
+
+# What the program keeps of texts and conversations is the user's; the tests have a place of their own.
+_OWN = tempfile.TemporaryDirectory(prefix="swaa-tests-")
+os.environ["XDG_CACHE_HOME"] = os.path.join(_OWN.name, "cache")
+os.environ["XDG_STATE_HOME"] = os.path.join(_OWN.name, "state")
 
 
 @pytest.fixture(scope="session")

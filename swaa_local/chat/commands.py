@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from swaa_local.chat.document import DocumentError, read_document
+from swaa_local.chat.kept import conversation_of, keep_cells, take_up
 from swaa_local.chat.session import SETTING_NAMES, ChatError, Session
-from swaa_local.chat.store import Conversation, load_conversation, save_conversation
-from swaa_local.files.user_input import pasted_path, require_utf8
+from swaa_local.chat.store import save_conversation
+from swaa_local.files.user_input import pasted_path, require_utf8, user_path
 from swaa_local.generation.thinking import Piece
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.schedule.text import in_one_line
@@ -183,21 +184,14 @@ def _swaa(session: Session, argument: str, say: Say) -> None:
 def _save(session: Session, argument: str, say: Say) -> None:
     overwrite = argument.startswith("-f ")
     path = _path("/save [-f] PATH", argument.removeprefix("-f "))
-    conversation = Conversation(
-        turns=tuple(session.turns),
-        system=session.settings.system,
-        pending=tuple(session.pending),
-        model=str(session.llm.model_path),
-    )
-    save_conversation(path, conversation, overwrite=overwrite)
+    save_conversation(path, conversation_of(session), overwrite=overwrite)
+    keep_cells(session, user_path(path))
     say(f"saved {len(session.turns)} messages to {path}")
 
 
 def _load(session: Session, argument: str, say: Say) -> None:
     path = _path("/load PATH", argument)
-    conversation = load_conversation(path)
-    session.turns, session.pending = list(conversation.turns), list(conversation.pending)
-    session.set(system=conversation.system)
+    take_up(session, user_path(path))
     _note_lost_system(session, say)
     say(f"loaded {len(session.turns)} messages from {path}")
 

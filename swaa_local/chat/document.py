@@ -74,5 +74,9 @@ def compose_message(text: str, documents: Sequence[Document]) -> str:
 
     The order matters under a window: the question is then near the answer.
     """
-    parts = [f'<document name="{d.name}">\n{d.text.strip()}\n</document>' for d in documents]
-    return "\n\n".join([*parts, text])
+    return "\n\n".join([*map(marked, documents), text])
+
+
+def marked(document: Document) -> str:
+    """A document between its marks."""
+    return f'<document name="{document.name}">\n{document.text.strip()}\n</document>'

@@ -28,8 +28,14 @@ _ROOM = "/save PATH keeps the conversation, and then /clear makes room"
 ReadLine = Callable[[str], str]
 
 
-def converse(session: Session, terminal: Terminal, read_line: ReadLine | None = None) -> None:
-    """Talk until /exit, the end of input, or Ctrl-C twice.
+def converse(
+    session: Session,
+    terminal: Terminal,
+    read_line: ReadLine | None = None,
+    *,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Talk until /exit, the end of input, or Ctrl-C twice. after_each: called when a line has been dealt with.
 
     read_line: gets a prompt, returns a line, raises EOFError or KeyboardInterrupt; default: prompt_toolkit.
     """
@@ -55,6 +61,7 @@ def converse(session: Session, terminal: Terminal, read_line: ReadLine | None = 
         stopped = False
         try:
             leave, stopped = _respond(session, terminal, message)
+            after_each()
             if leave:
                 return
         except KeyboardInterrupt:

@@ -16,19 +16,22 @@ from pathlib import Path
 
 from swaa_local.chat.commands import NO_SYSTEM
 from swaa_local.chat.document import Document, decode_document, read_document
+from swaa_local.chat.kept import LAST, Keeper, session_path, take_up
 from swaa_local.chat.repl import converse, say_reply, too_long
 from swaa_local.chat.session import ChatError, Session, Settings
 from swaa_local.chat.terminal import Terminal
 from swaa_local.engine.options import EngineOptions
-from swaa_local.errors import PromptTooLong
+from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.schedule_keys import read_stored
+from swaa_local.prefix_cache.store import PrefixCache
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.text import in_one_line
 from swaa_local.sources.find import find_gguf
+from swaa_local.text.printable import shortened
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
 _STDIN_WAIT_S = 1.0
@@ -38,7 +41,8 @@ _STDIN_WAIT_S = 1.0
 class ChatOptions:
     """The command's options; None where the user said nothing.
 
-    message: one question, then the program ends. given: names of the settings that the user chose.
+    message: one question, then the program ends. given: names of the settings that the user chose. session: where the
+    conversation is kept. cache_bytes: bound on what is kept of texts that were read; None: nothing is.
     """
 
     model: str
@@ -48,6 +52,8 @@ class ChatOptions:
     message: str | None = None
     files: Sequence[str] = ()
     n_ctx: int | None = None
+    session: Path | None = None
+    cache_bytes: int | None = None
     engine: EngineOptions = EngineOptions()  # noqa: RUF009 frozen
 
 
@@ -71,13 +77,23 @@ def chat(options: ChatOptions) -> int:
     try:
         if not interactive and options.message is not None and "-" not in options.files:
             documents += _piped_document(terminal)
-        session.pending = documents
+        kept = options.session
+        if kept is None and interactive and options.cache_bytes is not None:
+            kept = session_path(LAST)
+        elif kept is not None and kept.exists():
+            take_up(session, kept, system=options.settings.system)
+        session.pending += documents
+        keeper = Keeper(session, kept, terminal.note)
         if interactive:
             _greet(session, terminal)
-            converse(session, terminal)
+            converse(session, terminal, after_each=keeper.keep)
+            keeper.end()
             return 0
         assert message is not None
-        return _answer_once(session, terminal, message)
+        code = _answer_once(session, terminal, message)
+        keeper.keep()
+        keeper.end()
+        return code
     finally:
         session.close()
 
@@ -105,6 +121,11 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", advice))
         advice = "start chat with -c"
+        if options.cache_bytes is not None:
+            try:
+                llm.set_cache(PrefixCache(max_bytes=options.cache_bytes, note=terminal.note))
+            except (SWAAError, OSError) as error:
+                terminal.note(f"texts that were read before are read again: {error}")
         return llm
 
     session = Session(open_llm, options.settings, full=options.schedule.no_swaa)
@@ -122,6 +143,9 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
 def _greet(session: Session, terminal: Terminal) -> None:
     llm = session.llm
     terminal.note(f"{Path(llm.model_path).name} · context {llm.n_ctx():,} tokens · {in_one_line(llm.schedule)}")
+    if session.turns:
+        said = [turn.text for turn in session.turns if turn.role == "user"]
+        terminal.note(f"{len(session.turns)} messages so far; your last one: {shortened(said[-1]) if said else ''}")
     for document in session.pending:
         n_tokens = len(llm.tokenize(document.text.encode(), add_bos=False))
         terminal.note(f"{document.name}: {n_tokens:,} tokens, goes with your first message")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from swaa_local.chat.document import Document, compose_message
+from swaa_local.chat.document import Document, compose_message, marked
 from swaa_local.engine.run_stats import RunStats
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.generation.stream import Stream
@@ -157,7 +157,12 @@ class Session:
         llm, settings = self.llm, self.settings
         tail = llm.schedule.active_tail if llm.schedule else 0
         question = self.turns[-1].text if tail else None
-        prompt = self.template.prompt(llm, self.messages(), think=settings.think, question=question)
+        documents = [marked(document) for turn in self.turns for document in turn.documents]
+        if not (llm.schedule and llm.schedule.has_ring):
+            documents = documents[-1:]  # what is kept up to there serves for all before it
+        prompt = self.template.prompt(
+            llm, self.messages(), think=settings.think, question=question, documents=documents
+        )
         if len(prompt.tokens) >= llm.n_ctx():
             raise PromptTooLong(len(prompt.tokens), llm.n_ctx())
         llm.set_seed(self._dice.getrandbits(31))
@@ -165,6 +170,8 @@ class Session:
             llm,
             prompt,
             max_tokens=settings.max_tokens if settings.max_tokens > 0 else None,
+            # A question of any length has its tail behind these, so that what was read up to there serves all.
+            document_ends=[end - tail for end in prompt.document_ends if end > tail],
             prompt_tail=max(tail, min(prompt.n_question or 0, MAX_QUESTION_TAIL)),
             temp=settings.temp,
             top_k=settings.top_k,

@@ -34,15 +34,15 @@ class Conversation:
     model: str = ""
 
 
-def save_conversation(path: str, conversation: Conversation, *, overwrite: bool = False) -> None:
-    """Write a file. Raises `StoreError`, also if it exists and `overwrite` is not set."""
+def save_conversation(path: str, conversation: Conversation, *, overwrite: bool = False, private: bool = False) -> None:
+    """Write a file. Raises `StoreError`, also if it exists and `overwrite` is not set. private: for its owner alone."""
     target = user_path(path)
     if target.is_dir():
         raise StoreError(f"{path} is a directory; name a file in it")
     data = {"format": _FORMAT, "version": _VERSION, **asdict(conversation)}
     try:
         text = json.dumps(data, ensure_ascii=False, indent=1)
-        write_output(target, text.encode(errors="backslashreplace"), force=overwrite)
+        write_output(target, text.encode(errors="backslashreplace"), force=overwrite, private=private)
     except OutputExists:
         raise StoreError(f"{path} exists; /save -f {path} overwrites it") from None
     except OutputError as error:

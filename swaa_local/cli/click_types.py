@@ -11,6 +11,7 @@ import click
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter
 from swaa_local.schedule.config import MAX_TOKENS
+from swaa_local.text.units import parse_bytes
 
 
 class _UserPath(click.Path):
@@ -90,3 +91,18 @@ class Numbers(click.ParamType):
         if max(numbers) > MAX_TOKENS:
             self.fail(f"{max(numbers)} is more than {MAX_TOKENS}", param, ctx)
         return numbers
+
+
+class _Bytes(click.ParamType):
+    """A size: 800M, 10G, 1.5T, or bytes. The units are binary, as those of the messages."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_bytes(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a size such as 800M or 10G", param, ctx)
+
+
+BYTES = _Bytes()

@@ -19,6 +19,7 @@ import click
 from swaa_local import __version__
 from swaa_local.cli import streams
 from swaa_local.cli.bench import bench_command
+from swaa_local.cli.cache import cache_command, cache_options
 from swaa_local.cli.calibrate import calibrate_command
 from swaa_local.cli.click_types import LORA, PATH, Number, tokens
 from swaa_local.cli.engine_options import engine_options
@@ -284,6 +285,9 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
 @click.option("--repeat-penalty", type=click.FloatRange(0), help="Penalty for repeated tokens [1.0, none].")
 @click.option("--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
 @click.option("-c", "--ctx-size", "n_ctx", type=tokens(0), help="Context in tokens [the model's, or what fits].")
+@click.option("--session", metavar="NAME", help="Keep the conversation under this name, or go on with it.")
+@click.option("--continue", "continues", is_flag=True, help="Go on with the last conversation.")
+@cache_options
 @engine_options
 @schedule_options
 def chat_command(
@@ -303,28 +307,35 @@ def chat_command(
 
     The schedule is the file's; the options below replace it for this chat. The answer goes to stdout, everything else
     to stderr. With -p, or with a question piped in, there is one answer; otherwise a conversation, where /help lists
-    the commands. Sampling defaults in the GGUF win over those below.
+    the commands. Sampling defaults in the GGUF win over those below. A text that was read before is not read again.
 
     \b
     swaa-local chat model.gguf
     swaa-local chat model.gguf --file book.txt -p "Who is the narrator?"
     man bash | swaa-local chat model.gguf -p "How do I read a file line by line?"
+    swaa-local chat --continue
     swaa-local chat model.gguf --file a.txt --file b.txt --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
     """
     if model is not None and model_option is not None:
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option
     streams.need_stdout()
+    from swaa_local.chat.kept import session_path
     from swaa_local.chat.run import ChatOptions, chat
     from swaa_local.chat.session import Settings
-    from swaa_local.needle.model import CHAT_SETTINGS, NOTE, bundled_model
+    from swaa_local.chat.store import load_conversation
+    from swaa_local.needle.model import CHAT_SETTINGS, NOTE, bundled_model, is_bundled
     from swaa_local.report.terminal import TerminalReporter
 
     sampling = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed")
     given = {name: value for name in sampling if (value := options.pop(name)) is not None}
+    options["session"] = session = session_path(options.pop("session"), continues=options.pop("continues"))
+    if model is None and session is not None and session.exists():
+        model = load_conversation(str(session)).model
+    if model is None or is_bundled(Path(model)):
+        given = {**CHAT_SETTINGS, **given}
     if model is None:
         model = str(bundled_model())
-        given = {**CHAT_SETTINGS, **given}
         TerminalReporter().note(NOTE)
     settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
     return chat(
@@ -332,6 +343,7 @@ def chat_command(
     )
 
 
+main.add_command(cache_command)
 main.add_command(bench_command)
 main.add_command(calibrate_command)
 main.add_command(eval_command)

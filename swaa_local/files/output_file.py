@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from swaa_local.errors import SWAAError
 
 _PREFIX, _NEW = ".swaa-local-", ".swaa-new-"
+_FORGOTTEN_S = 3600.0
 
 
 class OutputError(SWAAError):
@@ -47,11 +49,16 @@ def check_output(output: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {output}: {output.parent} is not a directory")
 
 
-def write_output(output: Path, data: bytes, *, force: bool) -> None:
-    """Write a small file whole or not at all. Raises `OutputExists`, unless `force`, and `OutputError`."""
+def write_output(output: Path, data: bytes, *, force: bool, private: bool = False) -> None:
+    """Write a small file whole or not at all. Raises `OutputExists`, unless `force`, and `OutputError`.
+
+    private: for its owner alone.
+    """
     with workplace(output) as folder:
         result = folder / "result"
         result.write_bytes(data)
+        if private:
+            result.chmod(0o600)  # the folder is private already
         publish(result, output, force=force)
 
 
@@ -130,6 +137,11 @@ def _remove_left_behind(own: Path) -> None:
             if other.stat().st_uid == os.getuid() and (lock := _lock(other)) is not None:
                 shutil.rmtree(other, ignore_errors=True)
                 os.close(lock)
+
+    for unnamed in own.parent.glob(f"{_NEW}*"):  # killed before it had its name, and so empty
+        with contextlib.suppress(OSError):
+            if time.time() - unnamed.stat().st_mtime > _FORGOTTEN_S:
+                unnamed.rmdir()
 
 
 def _lock(folder: Path) -> int | None:

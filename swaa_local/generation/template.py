@@ -6,7 +6,7 @@ Knows Jinja templates and special tokens; nothing of conversations or terminals.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,14 @@ class Prompt:
     """A conversation ready to be evaluated.
 
     closing: the mark that ends a thought begun by the prompt, or None. n_question: tokens from the beginning of the
-    last message's question to the end of the prompt, about; None where it is not known.
+    last message's question to the end of the prompt, about; None where it is not known. document_ends: rising
+    positions where documents end, about.
     """
 
     tokens: list[int]
     closing: str | None
     n_question: int | None = None
+    document_ends: tuple[int, ...] = ()
 
 
 class ChatTemplate:
@@ -67,9 +69,11 @@ class ChatTemplate:
         *,
         think: bool | None = None,
         question: str | None = None,
+        documents: Sequence[str] = (),
     ) -> Prompt:
         """Render and tokenize. `think` None leaves the choice to the template. question: what the last message ends
-        with, to be counted; None: nothing is. Raises `TemplateError`, and `TextError` for a message that is no UTF-8.
+        with, to be counted; None: nothing is. documents: parts of the messages in their order, to be found again.
+        Raises `TemplateError`, and `TextError` for a message that is no UTF-8.
 
         Special tokens that a message's text spells out are taken as text, so that a document about chat templates, or
         one that means harm, does not end its own message.
@@ -100,7 +104,22 @@ class ChatTemplate:
         bos = llm.token_bos()
         if llm.adds_bos() and bos >= 0 and tokens[:1] != [bos]:
             tokens.insert(0, bos)
-        return Prompt(tokens, open_tag(text), self._count_from(llm, text, question.strip()) if question else None)
+        return Prompt(
+            tokens,
+            open_tag(text),
+            self._count_from(llm, text, question.strip()) if question else None,
+            tuple(len(tokens) - n for n in self._count_behind(llm, text, documents)),
+        )
+
+    def _count_behind(self, llm: Llama, text: str, documents: Sequence[str]) -> Iterator[int]:
+        """Tokens of a rendered text behind each of these parts of it; a part that is not there has none."""
+        text, end = _PLACEHOLDER.sub(_OPEN, text), 0
+        for document in documents:
+            document = self._guarded.sub(_OPEN, document)
+            begin = text.find(document, end)
+            if begin >= 0:
+                end = begin + len(document)
+                yield len(_tokenize(llm, text[end:].replace(_OPEN, "?"), special=True))
 
     def _count_from(self, llm: Llama, text: str, question: str) -> int | None:
         """Tokens of a rendered text from the last place on where it says this; None if it does not."""

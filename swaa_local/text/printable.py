@@ -32,6 +32,12 @@ def printable_lines(text: object) -> str:
     return _BUT_LINES.sub(_escape, str(text))
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3].rstrip() + "..."
+
+
 def printable_json(value: Any, **options: Any) -> str:
     """`json.dumps` in ASCII, valid in any locale and fit for a terminal; it stays JSON of the very same value."""
     text = json.dumps(value, **options)

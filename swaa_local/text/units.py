@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def format_bytes(n: int) -> str:
     """Binary units, as llama.cpp prints memory."""
@@ -11,6 +13,15 @@ def format_bytes(n: int) -> str:
             return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: `512`, `800M`, `1.5 GiB`; the units are binary. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?\s*", text, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"{text!r} is not a size")
+    exponent = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
+    return int(float(found[1]) * 1024**exponent)
 
 
 def format_count(n: int) -> str:

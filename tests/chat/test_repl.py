@@ -115,6 +115,16 @@ def test_saving_never_overwrites_and_loading_goes_on(talk, model, tmp_path):
     again.say("/regen", "Yes!", "KV")
 
 
+def test_the_last_conversation_is_kept_without_being_asked(talk, model, tmp_path):
+    t = talk(model)
+    t.say("Is it?", "Yes!", "KV")
+    t.type("/exit")
+    t.leave()
+    again = talk(model, "--continue", "-c", "1024")
+    again.say("/regen", "Yes!", "KV")
+    again.say(f"/save {tmp_path / 'c.json'}", "saved 2 messages")
+
+
 def test_the_schedule_is_switched_in_a_running_conversation(talk, model):
     t = talk(model, "-c", "1024", "--window", "24", "--sinks", "4")
     t.say("Is it?", "Yes!", "KV")

@@ -1,0 +1,192 @@
+"""The beginning of a prompt from a `PrefixCache`, and into it: what of a loaded model's cells may be used again.
+
+Only cells that were read as a prompt are kept for others: not those of a tail or of generated tokens, which see more.
+A prompt is taken up where its parts would have begun without the cache (`n_ubatch` tokens from the beginning or from
+the end of a document), so that an answer does not depend on the cache, not even by rounding. Where layers have rings,
+a state serves at its very end only. Knows the engine's states of a sequence; nothing of files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as _c
+
+from swaa_local.engine.context_length import gpu_layers
+from swaa_local.engine.upstream import LoadedLlama
+from swaa_local.errors import StateError
+from swaa_local.prefix_cache.identity import file_identity, model_identity
+from swaa_local.prefix_cache.state_file import Cells, Tokens
+from swaa_local.prefix_cache.store import LEAST_TOKENS, PrefixCache, common_prefix
+from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.text import in_words
+
+_SHAPING = (
+    *("n_ubatch", "type_k", "type_v", "flash_attn_type", "offload_kqv", "rope_scaling_type", "rope_freq_base"),
+    *("rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+"""Of `llama_context_params`: what changes cells, or how they are rounded."""
+
+
+def identity_of(llm: LoadedLlama) -> list[Any]:
+    """What engine and which weights make the cells. Raises `SWAAError` and OSError if the files are gone."""
+    library = Path(_c._lib._name).stat()
+    engine = [importlib.metadata.version("llama-cpp-python"), library.st_size, library.st_mtime_ns]
+    adapter = [file_identity(llm.lora_path), llm.lora_scale] if llm.lora_path else None
+    return [engine, model_identity(llm.model_path), adapter]
+
+
+def cells_key(llm: LoadedLlama, identity: list[Any]) -> str:
+    """A digest of everything but tokens that shapes what a context holds; the tail of the schedule does not."""
+    params, schedule = llm.context_params, llm.schedule
+    trained = int(llm.metadata.get(f"{llm.metadata.get('general.architecture')}.context_length", 0))
+    parts = {
+        "identity": identity,
+        "schedule": schedule.as_dict() | {"tail": 0} if schedule else None,
+        "overrides": repr(llm.kv_overrides),
+        "gpu": gpu_layers(llm.model_params.n_gpu_layers) > 0,
+        # some models have other RoPE factors for contexts that are longer than these
+        "long": llm.n_ctx() > (trained or llm.n_ctx_train()),
+        **{name: getattr(params, name) for name in _SHAPING},
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def copy_cells(llm: LoadedLlama) -> Cells:
+    """The cells of all tokens that the context holds."""
+    size = _c.llama_state_seq_get_size(llm.ctx, 0)
+    cells = np.empty(size, np.uint8)
+    if _c.llama_state_seq_get_data(llm.ctx, cells.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), size, 0) != size:
+        raise StateError("the engine does not give its state")
+    return cells
+
+
+def set_cells(llm: LoadedLlama, cells: Cells) -> bool:
+    """Replace what the context holds; False if the engine refuses."""
+    data = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    return bool(_c.llama_state_seq_set_data(llm.ctx, data, cells.nbytes, 0) == cells.nbytes)
+
+
+class CachedPrefixes:
+    """One `Llama` and one cache. restore: makes the context hold the first of these tokens, or raises `StateError`.
+
+    To be made when the model was just loaded: its file may be another one later. Raises as `identity_of`.
+    """
+
+    def __init__(self, llm: LoadedLlama, cache: PrefixCache, restore: Callable[[Tokens, Cells, int], None]) -> None:
+        self._llm, self.cache, self._restore = llm, cache, restore
+        self._identity = identity_of(llm)
+        self._key: tuple[Schedule | None, str] | None = None
+        self._n_pure = 0  # first tokens of the context that were all read as a prompt
+        self._n_kept = 0  # first tokens of the context that were offered to the cache, or came from it
+        self._ends: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        schedule = self._llm.schedule
+        if self._key is None or self._key[0] != schedule:
+            self._key = schedule, cells_key(self._llm, self._identity)
+        return self._key[1]
+
+    # A generation: `begin`, then for each evaluation `begin_read` and after each of its parts `has_read`.
+
+    def begin(self, tokens: Sequence[int], ends: Sequence[int]) -> None:
+        """Take the beginning of a prompt from the cache, if that has more of it than the context.
+
+        ends: positions where documents end, in order.
+        """
+        llm, prompt = self._llm, np.asarray(tokens, np.int32)
+        self._ends = tuple(ends)
+        held = common_prefix(llm.input_ids[: llm.n_tokens], prompt)
+        ring = llm.schedule is not None and llm.schedule.has_ring
+        if ring and held < llm.n_tokens and not llm._keep_cells(held):
+            held = 0
+        for match in self.cache.find(self.key, prompt):
+            usable = self._usable(match.n_common, match.n_tokens, len(prompt), ring=ring)
+            if match.n_tokens > llm.n_ctx() or usable < held + LEAST_TOKENS:
+                continue
+            state = self.cache.load(match.path)
+            if state is None:
+                continue
+            try:
+                self._restore(state[1], state[2], usable)
+            except StateError as error:
+                self.cache.drop(match.path, str(error))
+                held = 0
+                continue
+            self._n_pure = self._n_kept = usable
+            return
+
+    def _usable(self, n_common: int, n_state: int, n_prompt: int, *, ring: bool) -> int:
+        """Tokens of a state that a prompt can begin with; its last token is always evaluated, for its logits."""
+        n_common = min(n_common, n_prompt - 1)
+        if ring:
+            return n_state if n_state <= n_common else 0
+        base = max((end for end in self._ends if end <= n_common), default=0)
+        return base + (n_common - base) // self._llm.context_params.n_ubatch * self._llm.context_params.n_ubatch
+
+    def begin_read(self, start: int) -> None:
+        """The context is cut to `start` tokens, and others are about to be evaluated."""
+        self._n_pure, self._n_kept = min(self._n_pure, start), min(self._n_kept, start)
+
+    def has_read(self, start: int, prompt_end: int) -> float:
+        """A part was evaluated from `start` on. Keeps what was read if it ends here; the seconds that took."""
+        n_tokens = self._llm.n_tokens
+        if self._n_pure == start and n_tokens <= prompt_end:
+            self._n_pure = n_tokens
+        if self._n_pure != n_tokens or n_tokens - self._n_kept < LEAST_TOKENS:
+            return 0.0
+        # Without documents, and behind the last of them, all that was read as a prompt is one.
+        if n_tokens not in self._ends and n_tokens != prompt_end:
+            return 0.0
+        return self._keep()
+
+    def _keep(self) -> float:
+        started_s = time.perf_counter()
+        llm = self._llm
+        ring = llm.schedule is not None and llm.schedule.has_ring
+        tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
+        self.save(tokens, replaces_shorter=not ring)
+        self._n_kept = len(tokens)  # also where it could not be: once is enough
+        return time.perf_counter() - started_s
+
+    def save(self, tokens: Tokens, **options: Any) -> bool:
+        """Keep the context, which holds these tokens; keywords are those of `PrefixCache.save`."""
+        llm = self._llm
+        return self.cache.save(
+            self.key,
+            tokens,
+            copy_cells(llm),
+            model=Path(llm.model_path).name,
+            schedule=in_words(llm.schedule) if llm.schedule else in_words(Schedule.full(1)),
+            **options,
+        )
+
+    # A conversation, whose cells are all its own: answers were generated.
+
+    def save_conversation(self, name: str) -> bool:
+        """Keep all that the context holds under a name; False if that is little, or cannot be done."""
+        llm = self._llm
+        tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
+        return len(tokens) >= LEAST_TOKENS and self.save(tokens, conversation=name)
+
+    def load_conversation(self, name: str) -> int:
+        """Make the context hold what was saved; its tokens, 0 if there is nothing that fits."""
+        state = self.cache.load_conversation(self.key, name)
+        if state is None or len(state[1]) > self._llm.n_ctx():
+            return 0
+        try:
+            self._restore(state[1], state[2], len(state[1]))
+        except StateError as error:
+            self.cache.note(f"the saved conversation is read again: {error}")
+            return 0
+        self._n_pure = self._n_kept = 0
+        return len(state[1])

@@ -1,0 +1,227 @@
+"""An answer is the same with the cache and without, whatever happens to the cache. Greedy, through the real program."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swaa_local import Llama, SWAAConfig
+from swaa_local.prefix_cache.store import PrefixCache
+from tests.support.program import environment, succeeds
+from tests.support.tiny import random_tokens
+
+SCHEDULES = {
+    "full attention": False,
+    "FA decode with a tail": SWAAConfig(32, 4, True, prompt_tail=8),
+    "FA decode": SWAAConfig(32, 4, True, [1]),
+    "rings": SWAAConfig(32, 4),
+    "rings beside FA decode and full": SWAAConfig(32, 4, [1], [0]),
+}
+DOCUMENT = random_tokens(1500)
+FIRST, SECOND = random_tokens(40, seed=2), random_tokens(60, seed=3)
+
+
+@pytest.fixture
+def answer(tiny_model, tmp_path):
+    """`answer(swaa, prompt, ends, cache=True)`: 24 greedy tokens and the tokens that were not read again."""
+
+    def run(swaa, prompt, ends=(), *, cache: bool = True) -> tuple[list[int], int]:
+        llm = Llama(str(tiny_model), swaa=swaa, n_ctx=4096, n_ubatch=256, n_threads=1, n_threads_batch=1)
+        notes: list[str] = []
+        if cache:
+            llm.set_cache(PrefixCache(tmp_path / "states", note=notes.append))
+        tokens = []
+        for token in llm.generate(prompt, temp=0, document_ends=ends):
+            tokens.append(token)
+            if len(tokens) == 24:
+                break
+        assert llm.last_run is not None
+        cached = llm.last_run.cached_tokens
+        llm.close()
+        assert notes == []
+        return tokens, cached
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_another_question_about_a_text_that_was_read(answer, name):
+    swaa = SCHEDULES[name]
+    cold = answer(swaa, DOCUMENT + SECOND, [1500], cache=False)
+    assert answer(swaa, DOCUMENT + FIRST, [1500])[1] == 0
+    assert answer(swaa, DOCUMENT + SECOND, [1500]) == (cold[0], 1500)
+    assert answer(swaa, DOCUMENT + SECOND, [1500]) == (cold[0], 1500)
+
+
+@pytest.mark.parametrize("name", ["full attention", "FA decode", "FA decode with a tail"])
+def test_a_text_whose_end_was_edited_keeps_its_beginning(answer, name):
+    swaa = SCHEDULES[name]
+    answer(swaa, DOCUMENT + FIRST, [1500])
+    edited = DOCUMENT[:1300] + random_tokens(400, seed=9)
+    cold = answer(swaa, edited + FIRST, [1700], cache=False)
+    assert answer(swaa, edited + FIRST, [1700]) == (cold[0], 1280)  # where a part of 256 tokens begins
+    assert answer(swaa, edited + SECOND, [1700])[1] == 1700
+    assert answer(swaa, DOCUMENT + SECOND, [1500])[1] == 1500  # both are kept
+
+
+@pytest.mark.parametrize("name", ["rings", "rings beside FA decode and full"])
+def test_rings_are_taken_up_at_the_end_of_any_document(answer, name):
+    swaa, other = SCHEDULES[name], random_tokens(500, seed=4)
+    answer(swaa, DOCUMENT[:900] + DOCUMENT[900:] + FIRST, [900, 1500])
+    prompt = DOCUMENT[:900] + other + FIRST
+    cold = answer(swaa, prompt, [900, 1400], cache=False)
+    assert answer(swaa, prompt, [900, 1400]) == (cold[0], 900)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_was_generated_or_read_as_a_tail_serves_nobody_else(answer, name):
+    """A prompt that goes on with the answer of before would be read otherwise than that answer was written."""
+    swaa = SCHEDULES[name]
+    said = answer(swaa, DOCUMENT + FIRST, [1500])[0]
+    prompt = DOCUMENT + FIRST + said + SECOND
+    cold = answer(swaa, prompt, [1500], cache=False)
+    warm = answer(swaa, prompt, [1500])
+    assert warm == (cold[0], 1500)
+
+
+def test_the_tail_of_the_schedule_is_no_part_of_the_key_and_all_else_is(answer):
+    answer(SWAAConfig(32, 4, True, prompt_tail=8), DOCUMENT + FIRST, [1500])
+    assert answer(SWAAConfig(32, 4, True, prompt_tail=3), DOCUMENT + FIRST, [1500])[1] == 1500
+    for other in (SWAAConfig(33, 4, True), SWAAConfig(32, 5, True), SWAAConfig(32, 4, True, [0]), False):
+        assert answer(other, DOCUMENT + FIRST, [1500])[1] == 0
+
+
+def test_a_model_that_was_changed_in_place_is_another_one(answer, tiny_model, tmp_path):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(tiny_model.read_bytes())
+
+    def cached() -> int:
+        llm = Llama(str(copy), n_ctx=4096, n_threads=1, n_threads_batch=1)
+        llm.set_cache(PrefixCache(tmp_path / "states"))
+        next(llm.generate(DOCUMENT + FIRST, temp=0))
+        llm.close()
+        assert llm.last_run is not None
+        return llm.last_run.cached_tokens
+
+    assert (cached(), cached() > 0) == (0, True)
+    data = bytearray(copy.read_bytes())
+    data[-1000] ^= 1
+    copy.write_bytes(data)
+    assert cached() == 0
+
+
+# Through the command line
+
+
+@pytest.fixture
+def book(tmp_path) -> Path:
+    """Some 2000 tokens: the tiny tokenizer makes one of each character."""
+    path = tmp_path / "book.txt"
+    path.write_text("".join(np.random.default_rng(5).choice(list("abcdefgh ."), 2000)))
+    return path
+
+
+def chat(model: Path, *args: object, home: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "swaa_local",
+        "chat",
+        str(model),
+        "-t",
+        "1",
+        "-c",
+        "4096",
+        "--temp",
+        "0",
+        "-n",
+        "16",
+    ]
+    return subprocess.run(
+        [*command, *map(str, args)],
+        env=environment(XDG_CACHE_HOME=str(home)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+
+def is_cached(done: subprocess.CompletedProcess[str]) -> bool:
+    assert done.returncode == 0, done.stderr
+    return " cached)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [[], ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"], ["--window", "64", "--sinks", "4"]],
+    ids=["full", "FA decode", "rings"],
+)
+def test_a_second_question_reads_the_question_alone(tiny_model, book, tmp_path, schedule):
+    def ask(question: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return chat(tiny_model, "--file", book, "-p", question, *schedule, *more, home=tmp_path)
+
+    cold = ask("And what then?", "--no-cache")
+    assert not is_cached(ask("Who?"))
+    warm = ask("And what then?")
+    assert is_cached(warm)
+    assert warm.stdout == cold.stdout
+    listed = succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
+    assert tiny_model.name in listed
+    assert "1 states" in listed
+    assert succeeds("cache", "clear", XDG_CACHE_HOME=str(tmp_path)).startswith("removed 1 states")
+    assert not is_cached(ask("Who?", "--cache-size", "0"))
+    assert not is_cached(ask("Who?", "--no-cache"))
+    assert "0 states" in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
+
+
+def test_a_cache_that_cannot_be_used_changes_no_answer(tiny_model, book, tmp_path):
+    """A directory that cannot be written, a disk that is full, and a file that is torn: one line each."""
+    ask = ["--file", book, "-p", "Who?"]
+    good = tmp_path / "good"
+    cold = chat(tiny_model, *ask, "--no-cache", home=good)
+    (tmp_path / "file").write_text("in the way")
+    for done in (
+        chat(tiny_model, *ask, home=tmp_path / "file"),
+        chat(tiny_model, *ask, home=tmp_path / "full", limit=100_000),
+        chat(tiny_model, *ask, "--cache-size", "100K", home=good),
+    ):
+        assert (done.returncode, done.stdout) == (0, cold.stdout)
+        assert done.stderr.count("is not kept") == 1
+    assert list(tmp_path.glob("full/swaa-local/states/*")) == []
+    chat(tiny_model, *ask, home=good)
+    [state] = good.glob("swaa-local/states/*.prefix")
+    for damage in (
+        lambda data: data[:-5],
+        lambda data: data[:-5] + b"abcde",
+        lambda _data: b"",
+        lambda _data: b"x" * 999,
+    ):
+        state.write_bytes(damage(state.read_bytes()))
+        done = chat(tiny_model, *ask, home=good)
+        assert (done.returncode, done.stdout) == (0, cold.stdout)
+        assert done.stderr.count("a cached state is not used") == 1
+        assert not is_cached(done)
+        assert is_cached(chat(tiny_model, *ask, home=good))
+
+
+def test_two_processes_at_once(tiny_model, book, tmp_path):
+    cold = chat(tiny_model, "--file", book, "-p", "Who?", "--no-cache", home=tmp_path)
+    command = [sys.executable, "-m", "swaa_local", "chat", str(tiny_model), "-t", "1", "-c", "4096", "--temp", "0"]
+    command += ["-n", "16", "--file", str(book), "-p", "Who?"]
+    env = environment(XDG_CACHE_HOME=str(tmp_path))
+    both = [
+        subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=-1) for _ in "ab"
+    ]
+    for process in both:
+        out, error = process.communicate(timeout=240)
+        assert (process.returncode, out.decode()) == (0, cold.stdout)
+        assert b"not" not in error
+    assert is_cached(chat(tiny_model, "--file", book, "-p", "Who?", home=tmp_path))
