@@ -108,13 +108,14 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
     """Print a reply and its figures; True if it was interrupted. conversing: what is advised can be typed, and what
     the command line says is over."""
     terminal.show_thinking = not session.settings.hide_thinking
-    session.llm.on_prefill = terminal.on_prefill
+    session.llm.on_prefill = terminal.reads(session.llm, session.rates)
     interrupted = False
     with closing(pieces):  # type: ignore[type-var]
         try:
             terminal.reply(pieces)
         except KeyboardInterrupt:  # while printing; the session keeps what there is
             interrupted = True
+    session.rates.save()
     interrupted = interrupted or session.finish == "interrupted"
     if interrupted:
         terminal.note("stopped" if session.replied else "stopped before the answer began; your message is not kept")

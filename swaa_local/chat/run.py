@@ -27,6 +27,7 @@ from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.schedule_keys import read_stored
+from swaa_local.prefix_cache.rates import rates_path
 from swaa_local.prefix_cache.store import PrefixCache
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.text import in_one_line
@@ -128,7 +129,8 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
                 terminal.note(f"texts that were read before are read again: {error}")
         return llm
 
-    session = Session(open_llm, options.settings, full=options.schedule.no_swaa)
+    rates = rates_path() if options.cache_bytes is not None else None
+    session = Session(open_llm, options.settings, full=options.schedule.no_swaa, rates_path=rates)
     session.settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
     if session.template.is_fallback:
         terminal.note("this model has no chat template, so ChatML is used; a base model answers poorly")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from swaa_local.chat.document import Document, compose_message, marked
@@ -17,6 +18,8 @@ from swaa_local.generation.stream import Stream
 from swaa_local.generation.template import ChatTemplate
 from swaa_local.generation.thinking import Piece
 from swaa_local.llama import Llama
+from swaa_local.prefix_cache.rates import ReadingRates
+from swaa_local.schedule.text import in_words
 
 _INT_MAX = (1 << 31) - 1
 
@@ -100,10 +103,19 @@ class Session:
     will carry. finish: how the last reply ended, and replied: whether there is one at all.
     """
 
-    def __init__(self, open_llm: Callable[[bool], Llama], settings: Settings, *, full: bool = False) -> None:
-        self._open_llm = open_llm
+    def __init__(
+        self,
+        open_llm: Callable[[bool], Llama],
+        settings: Settings,
+        *,
+        full: bool = False,
+        rates_path: Path | None = None,
+    ) -> None:
+        """rates_path: where it is kept how long reading takes; None: nowhere."""
+        self._open_llm, self._rates_path = open_llm, rates_path
         self.full = full
         self.llm = open_llm(full)
+        self.rates = self._rates()
         self.template = ChatTemplate(self.llm)
         self.settings = settings
         self.turns: list[Turn] = []
@@ -208,7 +220,14 @@ class Session:
             self.llm = self._open_llm(self.full)
             raise
         self.full = full
+        self.rates = self._rates()
         self.template = ChatTemplate(self.llm)
+
+    def _rates(self) -> ReadingRates:
+        llm = self.llm
+        schedule = in_words(replace(llm.schedule, tail=0)) if llm.schedule else ""
+        key = f"{llm.description()} {schedule} -tb {llm.n_threads_batch} -ub {llm.context_params.n_ubatch}"
+        return ReadingRates(self._rates_path, key)
 
     def close(self) -> None:
         self.llm.close()

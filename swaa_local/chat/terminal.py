@@ -13,21 +13,21 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from swaa_local.generation.thinking import Piece
+from swaa_local.report.reading import ReadingProgress
 from swaa_local.report.terminal import Console
 from swaa_local.text.printable import printable
 from swaa_local.text.units import format_bytes
 
 if TYPE_CHECKING:
     from swaa_local.engine.run_stats import RunStats
+    from swaa_local.llama import Llama
+    from swaa_local.prefix_cache.rates import ReadingRates
 
 # What a text must not do to a terminal: everything below a space but tab and newline, DEL, and C1.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-_LONG_PROMPT = 64  # tokens
 
 
 class Terminal:
@@ -36,7 +36,7 @@ class Terminal:
     def __init__(self, *, show_thinking: bool = True) -> None:
         self.console = Console(soft_wrap=True)
         self.show_thinking = show_thinking
-        self._progress: Progress | None = None
+        self._progress: ReadingProgress | None = None
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(
                 errors="replace"
@@ -58,32 +58,21 @@ class Terminal:
 
     # Progress of a prefill, as `Llama.on_prefill` takes it.
 
-    def on_prefill(self, done: int, total: int) -> None:
-        """Show a bar for a prompt that may take a while; it goes away when the prompt is read."""
-        if done >= total:
-            self.end_progress()
-            return
-        if self._progress is None:
-            if total < _LONG_PROMPT or not self.console.is_terminal:
-                return
-            self._progress = Progress(
-                TextColumn("[dim]reading"),
-                BarColumn(),
-                TextColumn("[dim]{task.completed:,}/{task.total:,} tokens"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]left"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._progress.add_task("prefill", total=total)
-            self._progress.start()
-        self._progress.update(self._progress.task_ids[0], completed=done)
+    def reads(self, llm: Llama, rates: ReadingRates) -> ReadingProgress:
+        """Shows what this model reads from now on, and learns how long it takes."""
+        self.end_progress()
+        self._progress = ReadingProgress(
+            self.console,
+            estimate=rates.estimate,
+            took=rates.took,
+            position=lambda: llm.n_tokens,
+            part=llm.context_params.n_ubatch,
+        )
+        return self._progress
 
     def end_progress(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+            self._progress.end()
 
     # A reply.
 

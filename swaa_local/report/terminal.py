@@ -63,7 +63,7 @@ class TerminalReporter(Reporter):
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         columns += [DownloadColumn(), TransferSpeedColumn()] if is_bytes else [_Count()]
         columns += [TimeElapsedColumn() if total is None else TimeRemainingColumn()]
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self._console, transient=total is None and not is_bytes) as progress:
             task = progress.add_task(printable(label), total=total)
 
             def update(done: int, total: int | None = None) -> None:

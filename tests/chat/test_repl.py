@@ -29,8 +29,8 @@ BABBLE = r"[ -~]{150}"  # an answer that is under way: nothing else is as long
 class Talk:
     """A chat in a terminal of 200 columns. prompt_toolkit redraws lines, so texts are looked for, not compared."""
 
-    def __init__(self, model: Path, *args: object, state: Path) -> None:
-        env = environment(TERM="xterm", XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
+    def __init__(self, model: Path, *args: object, state: Path, term: str = "xterm") -> None:
+        env = environment(TERM=term, XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
         env.pop("NO_COLOR")
         command = ["-m", "swaa_local", "chat", str(model), "-t", "1", *map(str, args)]
         self.child = pexpect.spawn(sys.executable, command, env=env, encoding="utf-8", timeout=60, dimensions=(50, 200))
@@ -63,8 +63,8 @@ def model(tmp_path) -> Path:
 def talk(tmp_path):
     started = []
 
-    def start(model: Path, *args: object) -> Talk:
-        started.append(Talk(model, *(args or ("-c", "1024")), state=tmp_path / "state"))
+    def start(model: Path, *args: object, **kwargs: str) -> Talk:
+        started.append(Talk(model, *(args or ("-c", "1024")), state=tmp_path / "state", **kwargs))
         return started[-1]
 
     yield start
@@ -113,6 +113,20 @@ def test_saving_never_overwrites_and_loading_goes_on(talk, model, tmp_path):
     again = talk(model)
     again.say(f"/load {path}", "loaded 2 messages")
     again.say("/regen", "Yes!", "KV")
+
+
+def test_a_long_prompt_is_announced_and_its_progress_leaves_nothing(talk, tiny_model_factory, tmp_path):
+    model = tiny_model_factory(n_layer=8, n_embd=512, n_ff=1024)
+    (tmp_path / "long.txt").write_text("a text " * 500)
+    ask = ["-c", "4096", "-f", str(tmp_path / "long.txt"), "--no-cache"]
+    t = talk(model, *ask)
+    t.say("/set max-tokens 2", "max-tokens 2")
+    assert "reading" in (shown := t.say("Is it?", "tokens", "left", "KV"))
+    assert shown.rindex("\x1b[2K") < shown.index("stopped after")  # erased
+    dumb = talk(model, *ask, term="dumb")
+    dumb.say("/set max-tokens 2", "max-tokens 2")
+    shown = dumb.say("Is it?", "reading 3,5", " tokens", "KV")
+    assert "\x1b[2K" not in shown
 
 
 def test_the_last_conversation_is_kept_without_being_asked(talk, model, tmp_path):
