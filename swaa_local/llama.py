@@ -137,7 +137,7 @@ class Llama(DraftingLlama):
         is_ours = isinstance(cache, PrefixCache)
         super().set_cache(None if is_ours else cache)
         has_use = is_ours and not self.has_all_logits and not self.context_params.embeddings
-        self.prefixes = CachedPrefixes(self, cache, self._restore_prefix) if has_use else None
+        self.prefixes = CachedPrefixes(self, cache, self.restore_prefix) if has_use else None
 
     def reset(self) -> None:
         """Upstream's `reset`: start over, but reuse what the next prompt has in common with the cache."""
@@ -485,8 +485,8 @@ class Llama(DraftingLlama):
         self.input_ids[: len(tokens)] = tokens
         self.n_tokens, self._prompt_end = len(tokens), prompt_end
 
-    def _restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
-        """Hold the first `n_tokens` of these tokens, all of them read as a prompt; else as `_restore`."""
+    def restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
+        """Hold the first `n_tokens` of these tokens, whose cells `engine.prefixes` has copied. Raises `StateError`."""
         self._restore(tokens, n_tokens, lambda: set_cells(self, cells))
         if not self._keep_cells(n_tokens):
             self._forget()

@@ -7,31 +7,38 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from swaa_local.chat.document import DocumentError, read_document
 from swaa_local.chat.kept import conversation_of, keep_cells, take_up
-from swaa_local.chat.session import SETTING_NAMES, ChatError, Session
+from swaa_local.chat.session import SETTING_NAMES, ChatError, Session, Turn
 from swaa_local.chat.store import save_conversation
 from swaa_local.files.user_input import pasted_path, require_utf8, user_path
 from swaa_local.generation.thinking import Piece
 from swaa_local.model_file.model_info import read_model_info
+from swaa_local.schedule.config import MAX_TOKENS
 from swaa_local.schedule.text import in_one_line
+from swaa_local.text.printable import shortened
 from swaa_local.text.units import format_bytes
 
 HELP = """\
 /read PATH        add a text file to your next message
-/clear            forget the conversation
 /regen            answer the last message anew
+/edit [TEXT]      change your last message, and get another answer
+/undo             take your last message and its answer back
+/system [TEXT]    set the system message; alone it removes it
 /set NAME VALUE   change a setting for the next answers; /set alone shows them
+/set ctx N        a context of N tokens; the conversation goes on
+/drop [N]         forget the N oldest messages with their answers, to make room
+/clear            forget the conversation
 /info             the model, its schedule and the context
 /swaa on|off      use the schedule, or full attention; the conversation goes on
 /save [-f] PATH   write the conversation to a file; -f overwrites it
 /load PATH        go on with a saved conversation
 /help             this list
-/exit             quit (also Ctrl-D)
+/exit             quit (also /bye, /quit, Ctrl-D)
 \"""               begins and ends a message of several lines
 Ctrl-C stops an answer; a second Ctrl-C quits."""
 
@@ -40,10 +47,11 @@ NO_SYSTEM = "this model's chat template leaves out the system message, so it cha
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the chat does after a command: leave, or print a reply."""
+    """What the chat does after a command: leave, print a reply, or let the user edit a line."""
 
     leave: bool = False
     reply: Iterator[Piece] | None = None
+    edit: str = ""
 
 
 Say = Callable[[str], None]
@@ -87,15 +95,64 @@ def _regen(session: Session, argument: str, _say: Say) -> Outcome:
     return Outcome(reply=session.regenerate())
 
 
+def _undo(session: Session, argument: str, say: Say) -> None:
+    _no_argument("/undo", argument)
+    question = session.undo()
+    say(f"taken back: {shortened(question.text)}")
+    _note_documents(session, say)
+
+
+def _edit(session: Session, argument: str, say: Say) -> Outcome:
+    if argument:
+        argument = require_utf8(argument, "the message")
+    question = session.undo()
+    _note_documents(session, say)
+    return Outcome(reply=session.ask(argument)) if argument else Outcome(edit=question.text)
+
+
+def _note_documents(session: Session, say: Say) -> None:
+    if session.pending:
+        say(f"{', '.join(document.name for document in session.pending)}: goes with your next message")
+
+
+def _drop(session: Session, argument: str, say: Say) -> None:
+    if argument and not (argument.isdecimal() and int(argument)):
+        raise ChatError(f"/drop takes a number of messages, 1 or more, not {argument!r}")
+    say_dropped(session.drop(int(argument or 1)), say)
+
+
+def say_dropped(dropped: Sequence[Turn], say: Say) -> None:
+    """What was forgotten of a conversation."""
+    questions = [turn for turn in dropped if turn.role == "user"]
+    documents = [document.name for turn in questions for document in turn.documents]
+    what = "1 message and its answer" if len(questions) == 1 else f"{len(questions)} messages and their answers"
+    files = f", with {', '.join(documents)}" if documents else ""
+    say(f"forgotten: {what}{files}; the first was: {shortened(questions[0].text)}")
+
+
+def _system(session: Session, argument: str, say: Say) -> None:
+    _set(session, f"system {argument}", say)
+
+
+def _resize(session: Session, value: str, say: Say) -> None:
+    if not (value.isdecimal() and 0 < int(value) <= MAX_TOKENS):
+        raise ChatError(f"ctx is a number of tokens, 1 to {MAX_TOKENS}, not {value!r}")
+    session.resize(int(value))
+    say(f"context {session.llm.n_ctx():,} tokens, KV {format_bytes(session.llm.kv_bytes)}")
+
+
 def _set(session: Session, argument: str, say: Say) -> None:
     if not argument:
+        say(f"ctx {session.llm.n_ctx()}")
         for name in SETTING_NAMES:
             say(f"{name.replace('_', '-')} {_shown(name, getattr(session.settings, name))}")
         return
     name, _, value = argument.partition(" ")
     field = name.lstrip("-").replace("-", "_").lower()
+    if field in ("ctx", "n_ctx", "num_ctx"):
+        return _resize(session, value.strip(), say)
     if field not in SETTING_NAMES:
-        raise ChatError(f"there is no setting {name!r}; they are {', '.join(SETTING_NAMES).replace('_', '-')}")
+        raise ChatError(f"there is no setting {name!r}; they are ctx, {', '.join(SETTING_NAMES).replace('_', '-')}")
     parsed = _parse_setting(field, value.strip())
     session.set(**{field: parsed})
     say(f"{field.replace('_', '-')} {_shown(field, parsed)}")
@@ -103,6 +160,7 @@ def _set(session: Session, argument: str, say: Say) -> None:
         _note_lost_system(session, say)
     if field == "think" and parsed is not None and not session.template.has_thinking_switch:
         say("this model's chat template has no switch for thinking, so this changes nothing")
+    return None
 
 
 def _note_lost_system(session: Session, say: Say) -> None:
@@ -120,7 +178,7 @@ def _parse_setting(name: str, value: str) -> Any:
         return require_utf8(value, "the system message")
     if name == "think" and value == "auto":
         return None
-    if name in ("think", "hide_thinking"):
+    if name in ("think", "hide_thinking", "loop_guard"):
         if value.lower() not in _SWITCH:
             raise ChatError(
                 f"{name.replace('_', '-')} is on or off{' or auto' if name == 'think' else ''}, not {value!r}"
@@ -223,6 +281,10 @@ COMMANDS: dict[str, Command] = {
     "file": _read,
     "clear": _clear,
     "regen": _regen,
+    "edit": _edit,
+    "undo": _undo,
+    "drop": _drop,
+    "system": _system,
     "set": _set,
     "info": _info,
     "swaa": _swaa,
@@ -231,4 +293,5 @@ COMMANDS: dict[str, Command] = {
     "help": _help,
     "exit": _exit,
     "quit": _exit,
+    "bye": _exit,
 }

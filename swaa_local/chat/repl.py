@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -17,15 +18,20 @@ from prompt_toolkit.document import Document as EditedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output import create_output
 
-from swaa_local.chat.commands import COMMANDS, run_command
+from swaa_local.chat.commands import COMMANDS, run_command, say_dropped
 from swaa_local.chat.session import Session
 from swaa_local.chat.terminal import Terminal
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.generation.thinking import Piece
 
 _FENCE = '"""'
-_ROOM = "/save PATH keeps the conversation, and then /clear makes room"
-ReadLine = Callable[[str], str]
+_ROOM = "/drop forgets the oldest messages, and /set ctx {} makes the context larger"
+
+
+class ReadLine(Protocol):
+    """Shows a prompt, and a text to edit if there is one; raises EOFError and KeyboardInterrupt."""
+
+    def __call__(self, prompt: str, *, default: str = "") -> str: ...
 
 
 def converse(
@@ -37,13 +43,14 @@ def converse(
 ) -> None:
     """Talk until /exit, the end of input, or Ctrl-C twice. after_each: called when a line has been dealt with.
 
-    read_line: gets a prompt, returns a line, raises EOFError or KeyboardInterrupt; default: prompt_toolkit.
+    read_line: default is prompt_toolkit's.
     """
     read_line = read_line or _line_editor()
     stopped = False  # the last thing was a Ctrl-C
+    draft = ""
     while True:
         try:
-            message = _read_message(read_line)
+            message = _read_message(read_line, draft)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -58,12 +65,14 @@ def converse(
             terminal.error(f"{_describe(error)}; going on without line editing")
             read_line = _plain_line
             continue
-        stopped = False
+        stopped, draft = False, ""
         try:
-            leave, stopped = _respond(session, terminal, message)
+            leave, stopped, draft = _respond(session, terminal, message)
             after_each()
             if leave:
                 return
+            if draft and read_line is _plain_line:
+                terminal.note(f"it was: {draft}")
         except KeyboardInterrupt:
             stopped = True
         except Exception as error:
@@ -73,26 +82,41 @@ def converse(
                 terminal.note("the conversation is still here; /save PATH writes it to a file")
 
 
-def _respond(session: Session, terminal: Terminal, message: str) -> tuple[bool, bool]:
-    """Answer a line: whether to leave, and whether the answer was stopped by Ctrl-C."""
+def _respond(session: Session, terminal: Terminal, message: str) -> tuple[bool, bool, str]:
+    """Answer a line: whether to leave, whether the answer was stopped by Ctrl-C, and what to edit next."""
     try:
+        pieces: Iterator[Piece] | None
         if message.startswith("/"):
             outcome = run_command(session, message, terminal.note)
-            if outcome.leave:
-                return True, False
+            if outcome.leave or outcome.edit:
+                return outcome.leave, False, outcome.edit
             pieces = outcome.reply
         else:
             pieces = session.ask(message) if message else None
         if pieces is not None:
-            return False, say_reply(session, terminal, pieces, conversing=True)
+            return False, _say_and_make_room(session, terminal, pieces, message), ""
     except PromptTooLong as error:
         terminal.error(too_long(error, session, conversing=True))
         if session.pending:
             session.pending = []
-            terminal.note("the documents of this message were removed")
+            terminal.note("the documents of this message were removed; /read adds them again")
     except SWAAError as error:
         terminal.error(str(error))
-    return False, False
+    return False, False, ""
+
+
+def _say_and_make_room(session: Session, terminal: Terminal, pieces: Iterator[Piece], message: str) -> bool:
+    """`say_reply`; where the model sees a window alone, the oldest messages make room by themselves."""
+    try:
+        return say_reply(session, terminal, pieces, conversing=True)
+    except PromptTooLong:
+        if not session.forgets_by_itself or not session.turns or message.startswith("/"):
+            raise
+    dropped = session.drop_to_fit(message)
+    say_dropped(dropped, terminal.note)
+    window = session.llm.schedule.window if session.llm.schedule else 0
+    terminal.note(f"the context of {session.llm.n_ctx()} positions was full; the model saw the last {window} of it")
+    return say_reply(session, terminal, session.ask(message), conversing=True)
 
 
 def _describe(error: Exception) -> str:
@@ -110,7 +134,7 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
     terminal.show_thinking = not session.settings.hide_thinking
     session.llm.on_prefill = terminal.reads(session.llm, session.rates)
     interrupted = False
-    with closing(pieces):  # type: ignore[type-var]
+    with closing(pieces), terminal.quiet_keyboard():  # type: ignore[type-var]
         try:
             terminal.reply(pieces)
         except KeyboardInterrupt:  # while printing; the session keeps what there is
@@ -124,8 +148,16 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
         terminal.note(f"stopped after {session.settings.max_tokens} tokens; {more} allows more")
     elif session.finish == "context":
         n_ctx = session.llm.n_ctx()
-        more = _ROOM if conversing else "a larger -c holds more"
+        more = _ROOM.format(2 * n_ctx) if conversing else "a larger -c holds more"
+        if session.forgets_by_itself and conversing:
+            more = "your next message takes the place of the oldest ones"
         terminal.note(f"the context of {n_ctx} tokens is full, so the answer is cut; {more}")
+    elif session.finish == "loop":
+        off = "/set loop-guard off" if conversing else "--no-loop-guard"
+        terminal.note(
+            f"stopped: the answer says the same {session.loop_tokens} tokens over and over; a higher temperature or a "
+            f"repeat penalty of 1.1 may help, and {off} lets it go on"
+        )
     # Without a token nobody knows how much of the prompt was read.
     if session.stats and session.stats.generated_tokens:
         terminal.figures(session.stats, session.llm.kv_bytes)
@@ -139,12 +171,14 @@ def too_long(error: PromptTooLong, session: Session, *, conversing: bool) -> str
     if not conversing:
         return error.advice("-c {}", "the file" if session.pending else "it") + beyond
     shorten = f"shorten the {'file' if session.pending else 'message'}"
-    room = _ROOM if session.turns else f"{shorten}, or start chat with -c {error.n_ctx_needed}{beyond}"
+    larger = f"/set ctx {error.n_ctx_needed}"
+    room = _ROOM.format(error.n_ctx_needed) if session.turns else f"{shorten}, or make it larger with {larger}"
+    room += beyond
     return f"with this message there are {error.n_prompt} tokens but the context is {error.n_ctx}; {room}"
 
 
-def _read_message(read_line: ReadLine) -> str:
-    line = read_line(">>> ").strip()
+def _read_message(read_line: ReadLine, draft: str = "") -> str:
+    line = (read_line(">>> ", default=draft) if draft else read_line(">>> ")).strip()
     if not line.startswith(_FENCE):
         return line
     lines = [line.removeprefix(_FENCE)]
@@ -163,10 +197,14 @@ def _line_editor() -> ReadLine:
     editor: PromptSession[str] = PromptSession(
         history=_history(), output=create_output(stdout=stream), completer=_Commands(), complete_while_typing=False
     )
-    return editor.prompt
+
+    def read(prompt: str, *, default: str = "") -> str:
+        return editor.prompt(prompt, default=default)
+
+    return read
 
 
-def _plain_line(prompt: str) -> str:
+def _plain_line(prompt: str, *, default: str = "") -> str:
     print(prompt, end="", file=sys.stderr, flush=True)
     return input()
 

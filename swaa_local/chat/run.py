@@ -11,7 +11,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swaa_local.chat.commands import NO_SYSTEM
@@ -36,6 +36,10 @@ from swaa_local.text.printable import shortened
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
 _STDIN_WAIT_S = 1.0
+
+
+UNWATCHED_TOKENS = 4096
+"""Of an answer that nobody watches, into a pipe or a file, where the user sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,18 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     n_layer = read_model_info(path).n_layer
     swaa = options.schedule.config(n_layer, lambda: read_stored(path)) or None  # --no-swaa is `full` below
 
-    advice = "pass -c"  # which /swaa comes too late for
+    advice = "pass -c"  # which is over in a conversation
+
+    n_ctx = options.n_ctx
 
     def open_llm(full: bool) -> Llama:
         nonlocal advice
         with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
             warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
-            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=options.n_ctx, **options.engine.arguments())
+            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=n_ctx, **options.engine.arguments())
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", advice))
-        advice = "start chat with -c"
+        advice = "/set ctx"
         if options.cache_bytes is not None:
             try:
                 llm.set_cache(PrefixCache(max_bytes=options.cache_bytes, note=terminal.note))
@@ -129,9 +135,23 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
                 terminal.note(f"texts that were read before are read again: {error}")
         return llm
 
+    def open_sized(full: bool, wanted: int) -> Llama:
+        nonlocal n_ctx
+        before, n_ctx = n_ctx, wanted
+        try:
+            return open_llm(full)
+        except BaseException:
+            n_ctx = before
+            raise
+
     rates = rates_path() if options.cache_bytes is not None else None
-    session = Session(open_llm, options.settings, full=options.schedule.no_swaa, rates_path=rates)
-    session.settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
+    session = Session(
+        open_llm, options.settings, full=options.schedule.no_swaa, open_sized=open_sized, rates_path=rates
+    )
+    settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
+    if "max_tokens" not in options.given and not sys.stdout.isatty():
+        settings = replace(settings, max_tokens=UNWATCHED_TOKENS)
+    session.settings = settings
     if session.template.is_fallback:
         terminal.note("this model has no chat template, so ChatML is used; a base model answers poorly")
     if options.settings.system and "system" in session.template.leaves_out:

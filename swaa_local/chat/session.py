@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swaa_local.chat.document import Document, compose_message, marked
+from swaa_local.engine.prefixes import HeldCells
 from swaa_local.engine.run_stats import RunStats
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.generation.stream import Stream
@@ -19,6 +20,7 @@ from swaa_local.generation.template import ChatTemplate
 from swaa_local.generation.thinking import Piece
 from swaa_local.llama import Llama
 from swaa_local.prefix_cache.rates import ReadingRates
+from swaa_local.schedule.config import LayerMode
 from swaa_local.schedule.text import in_words
 
 _INT_MAX = (1 << 31) - 1
@@ -53,7 +55,7 @@ class Settings:
     """How replies are made. Sampling defaults are llama.cpp's; a GGUF may bring its own (`with_defaults_of`).
 
     max_tokens: of a reply, thinking included; 0 or less: until the context is full. seed: -1 is a new one each time.
-    think: None leaves it to the model's template.
+    think: None leaves it to the model's template. loop_guard: end a reply that repeats itself word for word.
     """
 
     temp: float = 0.8
@@ -65,6 +67,7 @@ class Settings:
     seed: int = -1
     think: bool | None = None
     hide_thinking: bool = False
+    loop_guard: bool = True
     system: str = ""
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class Settings:
 
 SETTING_NAMES = tuple(field.name for field in fields(Settings))
 
-Finish = Literal["stop", "length", "context", "interrupted"]
+Finish = Literal["stop", "length", "context", "loop", "interrupted"]
 
 
 class Session:
@@ -109,10 +112,12 @@ class Session:
         settings: Settings,
         *,
         full: bool = False,
+        open_sized: Callable[[bool, int], Llama] | None = None,
         rates_path: Path | None = None,
     ) -> None:
-        """rates_path: where it is kept how long reading takes; None: nowhere."""
-        self._open_llm, self._rates_path = open_llm, rates_path
+        """open_sized(full, n_ctx): loads the model with another context. rates_path: where it is kept how long reading
+        takes; None: nowhere."""
+        self._open_llm, self._open_sized, self._rates_path = open_llm, open_sized, rates_path
         self.full = full
         self.llm = open_llm(full)
         self.rates = self._rates()
@@ -123,6 +128,7 @@ class Session:
         self.finish: Finish = "stop"
         self.replied = False
         self.stats: RunStats | None = None
+        self.loop_tokens: int | None = None
         self._dice = random.Random(settings.seed if settings.seed >= 0 else None)
 
     def set(self, **changes: Any) -> None:
@@ -189,6 +195,7 @@ class Session:
             top_k=settings.top_k,
             top_p=settings.top_p,
             min_p=settings.min_p,
+            loop_guard=settings.loop_guard,
             repeat_penalty=settings.repeat_penalty,
         )
         try:
@@ -197,7 +204,7 @@ class Session:
             pass
         finally:
             self.finish = stream.finish or "interrupted"
-            self.stats = llm.last_run
+            self.stats, self.loop_tokens = llm.last_run, stream.loop_tokens
             self.replied = self.finish != "interrupted" or bool(stream.text or stream.thinking)
             if self.replied:
                 self.turns.append(Turn("assistant", stream.text.rstrip(), stream.thinking.rstrip()))
@@ -206,6 +213,51 @@ class Session:
         """Forget the conversation and its documents; the system message and the settings stay."""
         self.turns, self.pending = [], []
 
+    def undo(self) -> Turn:
+        """Take the last question and its reply back, and return the question; its documents are pending again."""
+        asked = max((i for i, turn in enumerate(self.turns) if turn.role == "user"), default=None)
+        if asked is None:
+            raise ChatError("there is no question yet to take back")
+        question = self.turns[asked]
+        del self.turns[asked:]
+        self.pending = [*question.documents, *self.pending]
+        return question
+
+    def drop(self, n_questions: int) -> list[Turn]:
+        """Forget the oldest questions with their replies and documents; what was forgotten."""
+        questions = [i for i, turn in enumerate(self.turns) if turn.role == "user"]
+        if not questions:
+            raise ChatError("there are no messages to forget")
+        end = questions[n_questions] if n_questions < len(questions) else len(self.turns)
+        dropped, self.turns = self.turns[:end], self.turns[end:]
+        return dropped
+
+    @property
+    def forgets_by_itself(self) -> bool:
+        """True if every layer has a ring: the model sees no more than its window, however much it is given."""
+        schedule = self.llm.schedule
+        return schedule is not None and len(schedule.layers(LayerMode.ALWAYS)) == schedule.n_layer
+
+    def drop_to_fit(self, text: str) -> list[Turn]:
+        """Forget the oldest messages until this one has room, and half of the context is free if that can be."""
+        dropped: list[Turn] = []
+        asked = Turn("user", text, documents=tuple(self.pending))
+        while self.turns:
+            messages = [*self.messages(), asked.message()]
+            n_tokens = len(self.template.prompt(self.llm, messages, think=self.settings.think).tokens)
+            if n_tokens <= self.llm.n_ctx() // 2:
+                break
+            dropped += self.drop(1)
+        return dropped
+
+    def resize(self, n_ctx: int) -> None:
+        """Go on with a context of another length; what was read stays read. Errors as of `switch`."""
+        if self._open_sized is None:
+            raise ChatError("the context cannot be changed here")
+        open_sized, held = self._open_sized, HeldCells(self.llm)
+        self._replace(lambda: open_sized(self.full, n_ctx))
+        held.give_to(self.llm.restore_prefix, self.llm.n_ctx())
+
     def switch(self, full: bool) -> None:
         """Go on with full attention or with the schedule: another context, the same conversation.
 
@@ -213,14 +265,17 @@ class Session:
         """
         if full == self.full:
             return
+        self._replace(lambda: self._open_llm(full))
+        self.full = full
+        self.rates = self._rates()
+
+    def _replace(self, open_new: Callable[[], Llama]) -> None:
         self.llm.close()
         try:
-            self.llm = self._open_llm(full)
+            self.llm = open_new()
         except BaseException:
             self.llm = self._open_llm(self.full)
             raise
-        self.full = full
-        self.rates = self._rates()
         self.template = ChatTemplate(self.llm)
 
     def _rates(self) -> ReadingRates:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -103,6 +103,25 @@ class Terminal:
             elif not last.thinking and not last.text.endswith("\n"):
                 sys.stdout.write("\n")
                 sys.stdout.flush()
+
+    @contextmanager
+    def quiet_keyboard(self) -> Iterator[None]:
+        """What is typed meanwhile is kept for the next line, and not shown in the middle of an answer."""
+        try:
+            import termios
+
+            keyboard = sys.stdin.fileno()
+            before = termios.tcgetattr(keyboard)
+        except (ImportError, OSError, ValueError, AttributeError, termios.error):  # no terminal
+            yield
+            return
+        quiet = [*before]
+        quiet[3] = before[3] & ~(termios.ECHO | termios.ECHONL) | termios.NOFLSH  # Ctrl-C must not throw it away
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
     def figures(self, stats: RunStats, kv_bytes: int) -> None:
         self.note(describe(stats, kv_bytes))

@@ -274,7 +274,10 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
     "--max-tokens",
     "--predict",
     type=int,
-    help="Tokens of an answer, thinking included [no limit; the bundled model: 256].",
+    help="Tokens of an answer, thinking included [no limit on a terminal, else 4096; the bundled model: 256].",
+)
+@click.option(
+    "--loop-guard/--no-loop-guard", default=True, help="Stop an answer that repeats itself word for word [on]."
 )
 @click.option("--temp", type=click.FloatRange(0), help="Temperature; 0 is greedy [0.8].")
 @click.option(
@@ -296,6 +299,7 @@ def chat_command(
     system: str | None,
     think: bool | None,
     hide_thinking: bool,
+    loop_guard: bool,
     engine: EngineOptions,
     schedule: ScheduleOptions,
     **options: Any,
@@ -337,7 +341,7 @@ def chat_command(
     if model is None:
         model = str(bundled_model())
         TerminalReporter().note(NOTE)
-    settings = Settings(**given, think=think, hide_thinking=hide_thinking, system=system or "")
+    settings = Settings(**given, think=think, hide_thinking=hide_thinking, loop_guard=loop_guard, system=system or "")
     return chat(
         ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)
     )

@@ -8,6 +8,7 @@ a state serves at its very end only. Knows the engine's states of a sequence; no
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -73,6 +74,20 @@ def set_cells(llm: LoadedLlama, cells: Cells) -> bool:
     """Replace what the context holds; False if the engine refuses."""
     data = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     return bool(_c.llama_state_seq_set_data(llm.ctx, data, cells.nbytes, 0) == cells.nbytes)
+
+
+class HeldCells:
+    """What a context holds, to be given to another context of the same model and schedule."""
+
+    def __init__(self, llm: LoadedLlama) -> None:
+        self._tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
+        self._cells = copy_cells(llm) if len(self._tokens) else None
+
+    def give_to(self, restore: Callable[[Tokens, Cells, int], None], n_ctx: int) -> None:
+        """restore: as of `CachedPrefixes`. What does not fit is left out, and read again."""
+        if self._cells is not None and len(self._tokens) <= n_ctx:
+            with contextlib.suppress(StateError):
+                restore(self._tokens, self._cells, len(self._tokens))
 
 
 class CachedPrefixes:

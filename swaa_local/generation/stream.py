@@ -11,12 +11,13 @@ from contextlib import closing
 from typing import Any, Literal
 
 from swaa_local.errors import ContextFull
+from swaa_local.generation.loops import LoopGuard
 from swaa_local.generation.template import Prompt, token_bytes
 from swaa_local.generation.thinking import Piece, ThinkingSplitter
 from swaa_local.llama import Llama
 
-Finish = Literal["stop", "length", "context"]
-"""The model ended its answer; it was cut at a limit; it was cut where the context is full."""
+Finish = Literal["stop", "length", "context", "loop"]
+"""The model ended its answer; it was cut at a limit; where the context is full; where it repeats itself."""
 
 
 class Stream:
@@ -35,18 +36,26 @@ class Stream:
         max_answer_tokens: int | None = None,
         max_thinking_tokens: int | None = None,
         on_token: Callable[[], None] | None = None,
+        loop_guard: bool = False,
         **sampling: Any,
     ) -> None:
-        """max_tokens: of thought and answer together; the other two: of each. sampling: keywords of `Llama.generate`.
+        """max_tokens: of thought and answer together; the other two: of each. loop_guard: end an answer that
+        repeats itself word for word. sampling: keywords of `Llama.generate`.
 
         Iterating raises `PromptTooLong`.
         """
         self._llm, self._prompt, self._sampling, self._on_token = llm, prompt, sampling, on_token
         self._max_tokens = max_tokens
+        self._guard = LoopGuard() if loop_guard else None
         self._limits = {False: max_answer_tokens, True: max_thinking_tokens}
         self._said = {False: "", True: ""}
         self.finish: Finish | None = None
         self.thought_unfinished = False
+
+    @property
+    def loop_tokens(self) -> int | None:
+        """Tokens that are said again and again, where that ended the answer."""
+        return self._guard.period if self._guard else None
 
     @property
     def text(self) -> str:
@@ -71,6 +80,9 @@ class Stream:
                         break
                     counts[splitter.thinking] += 1
                     yield from self._keep(splitter.feed(decoder.decode(token_bytes(self._llm, token))))
+                    if self._guard is not None and self._guard.saw(token):
+                        finish = "loop"
+                        break
                     limit = self._limits[splitter.thinking]
                     if limit is not None and counts[splitter.thinking] >= limit:
                         break

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.program import environment, fails
-from tests.support.scripted import thinker
+from tests.support.scripted import scripted_model, thinker
 from tests.support.tiny import ALWAYS, PREFILL, ScheduleKeys
 
 FAST = ["-t", "1", "-c", "1024"]
@@ -291,3 +291,28 @@ def test_help_is_instant_and_needs_no_engine():
         "assert 'llama_cpp' not in sys.modules and 'prompt_toolkit' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), stdout=subprocess.DEVNULL, check=True)
+
+
+# Ends
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory) -> Path:
+    """Says "ab" again and again, whatever it is asked."""
+    path = tmp_path_factory.mktemp("babble") / "babbler.gguf"
+    return scripted_model(path, ["<0x0A>", "a", "b"], loop_to="a", n_ctx_train=16384)
+
+
+def test_an_answer_that_repeats_itself_is_stopped_and_named(babbler):
+    done = chat(babbler, "-t", "1", "-c", "16384", "-p", "Is it?")
+    assert done.returncode == 0
+    assert b"stopped: the answer says the same 2 tokens over and over" in done.stderr
+    assert 200 < len(done.stdout) < 600
+
+
+def test_an_answer_into_a_pipe_has_an_end_and_no_limit_is_a_choice(babbler):
+    options = ["-t", "1", "-c", "8192", "-p", "Is it?", "--no-loop-guard"]
+    done = chat(babbler, *options)
+    assert b"stopped after 4096 tokens; -n allows more" in done.stderr
+    assert len(done.stdout) == 4097
+    assert b"the context of 8192 tokens is full" in chat(babbler, *options, "-n", "-1").stderr

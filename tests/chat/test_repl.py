@@ -191,7 +191,7 @@ def test_ctrl_c_while_reading_takes_the_message_back_and_keeps_what_was_read(tal
 def test_a_document_that_does_not_fit_is_put_away(talk, model, tmp_path):
     (tmp_path / "long.txt").write_text("x" * 3000)
     t = talk(model, "-c", "1024", "--file", tmp_path / "long.txt")
-    t.say("Is it?", "but the context is 1024; shorten the file, or start chat with -c 3584", "removed")
+    t.say("Is it?", "but the context is 1024; shorten the file, or make it larger with /set ctx 3584", "removed")
     t.say("Is it?", "Yes!", "KV")
 
 
@@ -248,7 +248,7 @@ def test_a_mistake_of_ours_does_not_end_it(model, tmp_path, monkeypatch, capsys)
     session = Session(lambda full: Llama(str(model), n_ctx=1024, n_threads=1), Settings())
     lines = iter(["Is it?", "/clear", f"/save {tmp_path / 'c.json'}"])
 
-    def read_line(_prompt: str) -> str:
+    def read_line(_prompt: str, *, default: str = "") -> str:
         if (line := next(lines, None)) is None:
             raise ZeroDivisionError("in the editor")
         return line
@@ -285,7 +285,7 @@ def test_advice_is_what_can_be_typed(talk, model, tmp_path):
     """-c and -n are for the command line."""
     t = talk(model)
     t.say("x" * 600, "Yes!", "KV")
-    shown = t.say("x" * 600, "but the context is 1024; /save PATH keeps the conversation, and then /clear makes room")
+    shown = t.say("x" * 600, "but the context is 1024; /drop forgets the oldest messages, and /set ctx 1792 makes")
     assert "-c" not in shown
     t.say("/clear", "cleared")
     t.say("/set max-tokens 3", "max-tokens 3")
@@ -294,7 +294,68 @@ def test_advice_is_what_can_be_typed(talk, model, tmp_path):
 
 def test_a_full_context_says_how_to_make_room(talk, tiny_model_factory):
     t = talk(tiny_model_factory(), "-c", "256", "--temp", "0")
-    t.say("hi", "tokens is full, so the answer is cut; /save PATH keeps the conversation, and then /clear makes room")
+    t.say("hi", "tokens is full, so the answer is cut; /drop forgets the oldest messages, and /set ctx 512 makes")
+
+
+def test_a_full_conversation_goes_on_when_the_oldest_messages_are_dropped_or_the_context_grows(talk, model, tmp_path):
+    (tmp_path / "a.txt").write_text("a text " * 60)
+    t = talk(model, "-c", "1024", "-f", tmp_path / "a.txt")
+    t.say("x" * 50, "Yes!", "KV")
+    t.say("y" * 200, "Yes!", "KV")
+    t.say("z" * 400, "/set ctx 1792 makes the context larger")
+    t.say("/set ctx 2048", "context 2,048 tokens")
+    assert "cached" in t.say("z" * 400, "Yes!", "cached", "KV")  # nothing is read again
+    t.say("/set ctx 1", "KV")  # padded by the engine
+    t.say("Is it?", "but the context is 256; /drop forgets")
+    t.say("/set ctx nonsense", "ctx is a number of tokens")
+    t.say("/set ctx 1024", "context 1,024 tokens")
+    t.say("/drop 2", f"forgotten: 2 messages and their answers, with a.txt; the first was: {'x' * 50}")
+    t.say("Is it?", "Yes!", "KV")
+    t.say("/drop 0", "takes a number of messages")
+    t.say("/drop 9", "forgotten: 2 messages and their answers; the first was: zzz")
+    t.say("/drop", "no messages to forget")
+
+
+def test_a_model_that_sees_a_window_alone_forgets_by_itself(talk, model):
+    t = talk(model, "-c", "1024", "--window", "64", "--sinks", "4")
+    for letter in "xyz":
+        t.say(letter * 250, "Yes!", "KV")
+    t.say("w" * 190, "forgotten: 2 messages", "xxx", "the model saw the last 64 of it", "Yes!", "KV")
+    t.say("Is it?", "Yes!", "KV")
+
+
+def test_a_message_is_taken_back_or_changed(talk, model, tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    t = talk(model, "-c", "1024", "-f", tmp_path / "a.txt")
+    t.say("/undo", "there is no question yet")
+    t.say("Is it so?", "Yes!", "KV")
+    t.say("/undo", "taken back: Is it so?", "a.txt: goes with your next message")
+    t.say("Is it not so?", "Yes!", "KV")
+    t.say("/edit Is it perhaps so?", "Yes!", "KV")
+    t.type("/edit")
+    t.child.expect("Is it perhaps so")  # in the line, to be edited
+    t.say(" Or not?", "Yes!", "KV")
+    t.say("/system Be brief.", "system Be brief.")
+    t.say("/system", "system (none)")
+    t.say(f"/save {tmp_path / 'c.json'}", "saved 2 messages")
+    data = json.loads((tmp_path / "c.json").read_text())
+    assert [turn["text"] for turn in data["turns"]] == ["Is it perhaps so? Or not?", "Yes!"]
+    assert [document["name"] for document in data["turns"][0]["documents"]] == ["a.txt"]
+    t.type("/bye")
+    assert t.leave() == 0
+
+
+def test_what_is_typed_during_an_answer_waits_for_the_next_line(talk, tiny_model_factory):
+    t = talk(tiny_model_factory(n_ctx_train=100_000), "-c", "100000")
+    t.type("hi")
+    t.child.expect(BABBLE)
+    t.child.send("/set temp 0.25\r")
+    t.child.expect(BABBLE)
+    t.child.sendintr()
+    t.child.expect("stopped")
+    assert "/set temp" not in t.child.before
+    t.child.expect("temp 0.25\x1b")  # it was run
+    t.child.expect(PROMPT)
 
 
 def test_history_is_kept_and_its_loss_is_harmless(talk, model, tmp_path):

@@ -22,15 +22,18 @@ NEWLINE = "<0x0A>"
 CERTAIN = 50.0  # logit
 
 
-def scripted_model(path: Path, script: list[str], **kwargs: Any) -> Path:
-    """A GGUF whose tokens follow each other as in `script`, where none comes twice; <|im_end|> follows all others."""
+def scripted_model(path: Path, script: list[str], *, loop_to: str | None = None, **kwargs: Any) -> Path:
+    """A GGUF whose tokens follow each other as in `script`, where none comes twice; <|im_end|> follows all others.
+
+    loop_to: what follows the last one instead.
+    """
     assert len(set(script)) == len(script)
     shape = TinyShape(n_layer=1, n_embd=384)
     weights = {k: v if "norm" in k else np.zeros_like(v) for k, v in tiny_weights(shape).items()}
     weights["output_norm.weight"] = np.ones(shape.n_embd, np.float32)
     n = len(VOCAB)
     weights["token_embd.weight"][:, :n] = np.eye(n)
-    successors = dict(pairwise(script))
+    successors = dict(pairwise(script)) | ({script[-1]: loop_to} if loop_to else {})
     for token in VOCAB:
         follower = VOCAB.index(successors.get(token, "<|im_end|>"))
         weights["output.weight"][follower, VOCAB.index(token)] = CERTAIN / np.sqrt(shape.n_embd)
