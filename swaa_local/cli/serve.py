@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from swaa_local.cli import streams
+from swaa_local.cli.cache import cache_options
 from swaa_local.cli.click_types import FILE, LORAS
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.schedule.choice import ScheduleOptions
@@ -102,6 +103,7 @@ def _server_help(ctx: click.Context, _param: click.Parameter, value: bool) -> No
     callback=_server_help,
     help="Show llama-server's own options.",
 )
+@cache_options
 @schedule_options
 @click.pass_context
 def serve_command(
@@ -118,7 +120,9 @@ def serve_command(
     llama-server's options.
 
     The server is llama.cpp's llama-server: chat, completions, embeddings, tool calls, several requests at once, prompt
-    caching, a web page. Every option that is not listed below goes to it as it is; --server-help lists them. Those that
+    caching, a web page. A text that was read before is not read again, also after a restart.
+
+    Every option that is not listed below goes to it as it is; --server-help lists them. Those that
     are used most are -c (context of all requests together), -np (requests at once), -t, -ngl and -a (the model's name).
 
     The schedule is the file's; the options below replace it. Ctrl-C or SIGTERM ends the server in order, a second one

@@ -1,8 +1,9 @@
 """One state in one file: a header that says what it is, the tokens, and their cells of the KV cache, as the engine gave
 them.
 
-Cells are stored as they are: of keys and values in f16, zstd saves 9 % and takes longer than a disk (docs/cache.md).
-Knows the format; nothing of directories or engines.
+llama-server writes the same format (server-disk-cache.cpp), with the states of its checkpoints behind the cells; what
+the header lists of them is its own. Cells are stored as they are: of keys and values in f16, zstd saves 9 % and takes
+longer than a disk (docs/cache.md). Knows the format; nothing of directories or engines.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _read_header(file: IO[bytes]) -> StateHeader:
     if zlib.crc32(text) != crc:
         raise StateFileError("its header is damaged")
     values: dict[str, Any] = json.loads(text)
-    return StateHeader(**values)
+    return StateHeader(**{name: values[name] for name in StateHeader.__dataclass_fields__})
 
 
 def _read(file: IO[bytes], n_bytes: int) -> Cells:

@@ -37,6 +37,7 @@ DEFAULT_BYTES = 10 << 30
 LEAST_TOKENS = 256
 """Tokens that are worth a file, or worth a load: fewer are read again in about the same time."""
 _LEAST_FREE_BYTES = 1 << 30  # of the disk: a cache must not be what fills it
+_PART = ".swaa-part-"  # what llama-server has not finished (server-disk-cache.cpp)
 _PREFIX, _CONVERSATION = ".prefix", ".conversation"
 
 
@@ -112,7 +113,7 @@ class PrefixCache:
             state = read_state(path)
         except FileNotFoundError:  # another process made room
             return None
-        except (StateFileError, OSError, ValueError, TypeError) as error:
+        except (StateFileError, OSError, ValueError, KeyError) as error:
             self.drop(path, str(error))
             return None
         with contextlib.suppress(OSError):
@@ -174,6 +175,15 @@ class PrefixCache:
         state = self.load(path) if path.exists() else None
         return state if state is not None and state[0].key == key else None
 
+    def prepare(self) -> bool:
+        """Make the directory, where another program writes states; False, with a note, if that cannot be done."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            self.note(f"what is read is not kept: {self.directory}: {error.strerror or error}")
+            return False
+        return True
+
     def states(self) -> list[StoredState]:
         """All that there is, the most recently used first."""
         found = []
@@ -192,6 +202,9 @@ class PrefixCache:
             n_bytes += path.stat().st_size
             path.unlink()
             n_states += 1
+        for path in self.directory.glob(f"{_PART}*"):  # of a server; one that runs gives up this file
+            with contextlib.suppress(OSError):
+                path.unlink()
         if self.directory.is_dir():
             with contextlib.suppress(OutputError), workplace(self.directory / "clear"):
                 pass  # what killed programs left behind goes with the next one's beginning
@@ -202,7 +215,7 @@ class PrefixCache:
             return read_header(path)
         except FileNotFoundError:
             return None
-        except (StateFileError, OSError, ValueError, TypeError) as error:
+        except (StateFileError, OSError, ValueError, KeyError) as error:
             self.drop(path, str(error))
             return None
 

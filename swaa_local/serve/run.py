@@ -29,6 +29,7 @@ from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.config import Schedule, default_n_ubatch
 from swaa_local.schedule.text import letters_of
 from swaa_local.serve.api_keys import handed_over, keys_of_file, keys_of_variable
+from swaa_local.serve.disk_cache import disk_cache_environment
 from swaa_local.serve.limits import context_arguments
 from swaa_local.serve.process import Address, ServerProcess
 from swaa_local.sources.find import find_gguf
@@ -73,6 +74,8 @@ class ServeOptions:
     port: int = 8080
     api_key_file: Path | None = None
     verbose: bool = False
+    cache_bytes: int | None = None
+    """Bound on what is kept on disk of prompts that were read; None: nothing is."""
     extra: tuple[str, ...] = ()
     lora: tuple[Adapter, ...] = ()
 
@@ -132,6 +135,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     if not keys and not is_local:
         reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
     env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}
+    env |= disk_cache_environment(path, schedule, extra, env, max_bytes=options.cache_bytes, note=reporter.note)
     with contextlib.ExitStack() as stack:
         pass_fds = [stack.enter_context(handed_over(keys))] if keys else []
         arguments += [word for fd in pass_fds for word in ("--api-key-file", f"/dev/fd/{fd}")]
