@@ -21,6 +21,7 @@ from swaa_local.chat.repl import converse, say_reply, too_long
 from swaa_local.chat.session import ChatError, Session, Settings
 from swaa_local.chat.terminal import Terminal
 from swaa_local.engine.options import EngineOptions
+from swaa_local.engine.threads import IdleCPUs
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import require_utf8
@@ -112,6 +113,7 @@ def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
 
 
 def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
+    idle = IdleCPUs()
     path = find_gguf(options.model)
     n_layer = read_model_info(path).n_layer
     swaa = options.schedule.config(n_layer, lambda: read_stored(path)) or None  # --no-swaa is `full` below
@@ -119,12 +121,13 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     advice = "pass -c"  # which is over in a conversation
 
     n_ctx = options.n_ctx
+    engine = _on_idle_cpus(options.engine, idle, terminal)
 
     def open_llm(full: bool) -> Llama:
         nonlocal advice
         with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
             warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
-            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=n_ctx, **options.engine.arguments())
+            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=n_ctx, **engine.arguments())
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", advice))
         advice = "/set ctx"
@@ -160,6 +163,20 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
         switch = "--think" if options.settings.think else "--no-think"
         terminal.note(f"this model's chat template has no switch for thinking, so {switch} changes nothing")
     return session
+
+
+def _on_idle_cpus(engine: EngineOptions, idle: IdleCPUs, terminal: Terminal) -> EngineOptions:
+    """The options with fewer threads, where other programs leave fewer CPUs and the user said nothing."""
+    if engine.n_threads is not None:
+        return engine
+    n_idle, n_cpus = idle.count()
+    if n_idle == n_cpus == (os.cpu_count() or 1):
+        return engine  # the engine's own defaults
+    if n_idle < n_cpus:
+        threads = "1 thread is" if n_idle == 1 else f"{n_idle} threads are"
+        terminal.note(f"other programs keep {n_cpus - n_idle} of {n_cpus} CPUs busy, so {threads} used; -t takes more")
+    to_read = engine.n_threads_batch or n_idle
+    return replace(engine, n_threads=min(n_idle, max(1, n_cpus // 2)), n_threads_batch=to_read)
 
 
 def _greet(session: Session, terminal: Terminal) -> None:

@@ -22,6 +22,7 @@ from swaa_local.cli.bench import bench_command
 from swaa_local.cli.cache import cache_command, cache_options
 from swaa_local.cli.calibrate import calibrate_command
 from swaa_local.cli.click_types import LORA, PATH, Number, tokens
+from swaa_local.cli.config import ENV_PREFIX, default_map
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
 from swaa_local.cli.schedule_options import schedule_options
@@ -36,6 +37,9 @@ from swaa_local.schedule.presets import PRESETS
 from swaa_local.text.printable import printable, printable_json, printable_lines
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+_OTHER_NAMES = {"run": "chat"}  # as other programs call it
 
 
 class _NobodyReads(Exception):
@@ -59,13 +63,19 @@ class _Program(click.Group):
             return run()
         streams.prepare()
         try:
-            code = _exit_code(run)
+            code = _exit_code(lambda: self._run_with_defaults(run))
         except (BrokenPipeError, _NobodyReads):
             # Nobody reads on, for instance `| head`.
             code = 141
         finally:
             streams.finish()
         sys.exit(code)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        return super().resolve_command(ctx, [_OTHER_NAMES.get(args[0], args[0]), *args[1:]])
+
+    def _run_with_defaults(self, run: Callable[..., Any]) -> Any:
+        return run(default_map=default_map(self), auto_envvar_prefix=ENV_PREFIX)
 
 
 @contextmanager
@@ -170,6 +180,30 @@ def inspect_command(
         click.echo(printable_json(as_dict(inspection), indent=2))
     else:
         click.echo(report(inspection))
+
+
+@main.command("list", short_help="List the models on this machine.")
+@click.argument("places", nargs=-1, metavar="[DIRECTORY]...")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def list_command(places: tuple[str, ...], as_json: bool) -> None:
+    """List the models in each DIRECTORY and below; without one, those here and in the hub's cache.
+
+    For each model: the name that chat takes, its size, what it is, and its schedule.
+
+    \b
+    swaa-local list
+    swaa-local list ~/models
+    """
+    from swaa_local.inspect.listing import list_models
+    from swaa_local.inspect.table import listed, listed_as_dict
+
+    models = list_models(places)
+    if as_json:
+        click.echo(printable_json([listed_as_dict(model) for model in models], indent=2))
+    elif models:
+        click.echo(listed(models))
+    else:
+        click.echo("no models here or in the hub's cache; name a directory, or chat org/name:Q4_K_M", err=True)
 
 
 @main.command("convert", short_help="Make a GGUF with a schedule from a GGUF, a checkpoint or a hub id.")
@@ -306,8 +340,8 @@ def chat_command(
 ) -> int:
     """Talk to MODEL about long texts.
 
-    MODEL is a GGUF file, or one on the hub: org/name or org/name:file.gguf, which is downloaded once. Without one it is
-    the bundled model, which only knows how to answer questions about facts in a text.
+    MODEL is a GGUF file, or one on the hub: org/name, org/name:Q4_K_M or org/name:file.gguf, which is downloaded once.
+    Without one it is the bundled model, which only knows how to answer questions about facts in a text.
 
     The schedule is the file's; the options below replace it for this chat. The answer goes to stdout, everything else
     to stderr. With -p, or with a question piped in, there is one answer; otherwise a conversation, where /help lists

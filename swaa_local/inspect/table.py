@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from swaa_local.inspect.listing import ListedModel
 from swaa_local.inspect.run import Cost, Inspection
 from swaa_local.model_file.model_info import ModelInfo, describe_model
 from swaa_local.schedule.cost import full_cells
-from swaa_local.schedule.text import layer_by_layer
+from swaa_local.schedule.text import in_words, layer_by_layer
 from swaa_local.text.printable import printable
 from swaa_local.text.units import format_bytes, format_count
 
@@ -141,4 +145,46 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
         "type_v": inspection.type_v,
         "full": cost(inspection.full),
         "scheduled": cost(inspection.scheduled),
+    }
+
+
+def listed(models: Sequence[ListedModel]) -> str:
+    """Models, one a line."""
+    rows = [("model", "size", "what", "schedule")]
+    for model in models:
+        info = model.info
+        if info is None:
+            rows.append(
+                (printable(model.name), format_bytes(model.n_bytes), "cannot be read", printable(model.problem))
+            )
+            continue
+        what = describe_model(printable(info.architecture), info.n_params, info.file_type)
+        rows.append((printable(model.name), format_bytes(model.n_bytes), what, _listed_schedule(model)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(n) for cell, n in zip(row, widths, strict=False)), row[3]]) for row in rows
+    )
+
+
+def _listed_schedule(model: ListedModel) -> str:
+    if model.schedule is not None:
+        return in_words(model.schedule) + (" (calibrated)" if model.is_calibrated else "")
+    assert model.info is not None
+    return "none can apply" if model.info.unsupported else "none"
+
+
+def listed_as_dict(model: ListedModel) -> dict[str, Any]:
+    """For JSON; what is not known is null."""
+    info = model.info
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "n_bytes": model.n_bytes,
+        "architecture": info.architecture if info else None,
+        "n_params": info.n_params if info else None,
+        "file_type": info.file_type if info else None,
+        "n_ctx_train": info.n_ctx_train if info else None,
+        "schedule": model.schedule.as_dict() if model.schedule else None,
+        "calibrated": model.is_calibrated,
+        "problem": model.problem,
     }

@@ -287,6 +287,18 @@ def cached_snapshot(hub_id: HubId) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
+def cached_repos() -> Iterator[tuple[str, Path]]:
+    """Repositories of models in the cache, each with its latest snapshot there."""
+    from huggingface_hub import constants
+
+    for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+        snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+        snapshot = cached_snapshot(HubId(repo)) or max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+        if snapshot is not None:
+            yield repo, snapshot
+
+
 class _Unreachable(HubError):
     """The hub could not be asked."""
 
