@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swaa_local.chat.document import DocumentError, read_document
+from swaa_local.chat.document import DocumentError
+from swaa_local.chat.document_files import read_documents
 from swaa_local.chat.kept import conversation_of, keep_cells, take_up
 from swaa_local.chat.session import SETTING_NAMES, ChatError, Session, Turn
 from swaa_local.chat.store import save_conversation
+from swaa_local.errors import PromptTooLong
 from swaa_local.files.user_input import pasted_path, require_utf8, user_path
 from swaa_local.generation.thinking import Piece
 from swaa_local.model_file.model_info import read_model_info
@@ -24,7 +26,7 @@ from swaa_local.text.printable import shortened
 from swaa_local.text.units import format_bytes
 
 HELP = """\
-/read PATH        add a text file to your next message
+/read PATH        add a text, or all texts of a directory or a pattern, to your next message
 /regen            answer the last message anew
 /edit [TEXT]      change your last message, and get another answer
 /undo             take your last message and its answer back
@@ -75,13 +77,15 @@ def _read(session: Session, argument: str, say: Say) -> None:
     path = _path("/read PATH", argument)
     if path == "-":
         raise DocumentError("/read needs a file; standard input is the keyboard")
-    document = read_document(path)
-    n_tokens = len(session.llm.tokenize(document.text.encode(), add_bos=False))
-    room = session.llm.n_ctx()
-    if n_tokens >= room:
-        raise ChatError(f"{document.name} is {n_tokens} tokens but the context is {room}; start with a larger -c")
-    session.pending.append(document)
-    say(f"{document.name}: {n_tokens:,} tokens, goes with your next message")
+    documents = read_documents(path, say)
+    counts = [len(session.llm.tokenize(document.text.encode(), add_bos=False)) for document in documents]
+    room, name = session.llm.n_ctx(), documents[0].name if len(documents) == 1 else f"{len(documents)} texts"
+    if sum(counts) >= room:
+        larger = f"/set ctx {PromptTooLong(sum(counts), room).n_ctx_needed} makes room"
+        raise ChatError(f"{name}: {sum(counts)} tokens, but the context is {room}; {larger}")
+    session.pending += documents
+    for document, n_tokens in zip(documents, counts, strict=True):
+        say(f"{document.name}: {n_tokens:,} tokens, goes with your next message")
 
 
 def _clear(session: Session, argument: str, say: Say) -> None:

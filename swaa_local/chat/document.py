@@ -54,7 +54,7 @@ def decode_document(name: str, data: bytes) -> Document:
     """The text of a file's bytes. Raises `DocumentError`."""
     encoding = next((encoding for bom, encoding in _BOMS if data.startswith(bom)), "utf-8")
     if data.startswith(b"%PDF-"):
-        raise DocumentError(f"{name} is a PDF; extract its text first, for instance with pdftotext")
+        raise DocumentError(f"{name} is a PDF; name the file, or extract its text first, for instance with pdftotext")
     if encoding in ("utf-8", "utf-8-sig") and (at := data.find(0)) >= 0:
         raise DocumentError(f"{name} is not a text file (byte {at} is zero); extract its text first")
     try:

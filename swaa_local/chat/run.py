@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swaa_local.chat.commands import NO_SYSTEM
-from swaa_local.chat.document import Document, decode_document, read_document
+from swaa_local.chat.document import Document, decode_document
+from swaa_local.chat.document_files import read_documents
 from swaa_local.chat.kept import LAST, Keeper, session_path, take_up
 from swaa_local.chat.repl import converse, say_reply, too_long
+from swaa_local.chat.results import reply_as_dict
 from swaa_local.chat.session import ChatError, Session, Settings
 from swaa_local.chat.terminal import Terminal
 from swaa_local.engine.options import EngineOptions
@@ -33,7 +35,7 @@ from swaa_local.prefix_cache.store import PrefixCache
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.text import in_one_line
 from swaa_local.sources.find import find_gguf
-from swaa_local.text.printable import shortened
+from swaa_local.text.printable import printable_json, shortened
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
 _STDIN_WAIT_S = 1.0
@@ -47,41 +49,46 @@ UNWATCHED_TOKENS = 4096
 class ChatOptions:
     """The command's options; None where the user said nothing.
 
-    message: one question, then the program ends. given: names of the settings that the user chose. session: where the
-    conversation is kept. cache_bytes: bound on what is kept of texts that were read; None: nothing is.
+    messages: one question after the other about the same texts, then the program ends. given: names of the settings
+    that the user chose. session: where the conversation is kept. as_json: answers as JSON, one a line. quiet: no notes.
+    cache_bytes: bound on what is kept of texts that were read; None: nothing is.
     """
 
     model: str
     schedule: ScheduleOptions
     settings: Settings
     given: tuple[str, ...] = ()
-    message: str | None = None
+    messages: tuple[str, ...] = ()
     files: Sequence[str] = ()
     n_ctx: int | None = None
     session: Path | None = None
     cache_bytes: int | None = None
+    as_json: bool = False
+    quiet: bool = False
     engine: EngineOptions = EngineOptions()  # noqa: RUF009 frozen
 
 
 def chat(options: ChatOptions) -> int:
     """Run a chat and return the exit code: 0, or 130 if Ctrl-C stopped the only answer. Raises `SWAAError`."""
-    terminal = Terminal(show_thinking=not options.settings.hide_thinking)
-    interactive = options.message is None and sys.stdin is not None and sys.stdin.isatty()
-    documents = [read_document(path) for path in options.files]
+    terminal = Terminal(show_thinking=not options.settings.hide_thinking, quiet=options.quiet or options.as_json)
+    interactive = not options.messages and sys.stdin is not None and sys.stdin.isatty()
+    if interactive and options.as_json:
+        raise ChatError("--json is for answers to -p, or to a question that is piped in")
+    documents = [document for path in options.files for document in read_documents(path, terminal.note)]
     require_utf8(options.settings.system, "the system message")
-    message = options.message
-    if message is not None:
+    messages = options.messages
+    for message in messages:
         require_utf8(message, "the message")
-    if not interactive and message is None:
+    if not interactive and not messages:
         if "-" in options.files:
             raise ChatError("standard input is the document, so the question must come with -p")
         data = b"" if sys.stdin is None else read_input(sys.stdin.buffer, "standard input")
         if not data.strip():
             raise ChatError("no question: standard input is empty; ask with -p TEXT")
-        message = decode_document("standard input", data).text.strip()
+        messages = (decode_document("standard input", data).text.strip(),)
     session = _open_session(options, terminal)
     try:
-        if not interactive and options.message is not None and "-" not in options.files:
+        if options.messages and "-" not in options.files:
             documents += _piped_document(terminal)
         kept = options.session
         if kept is None and interactive and options.cache_bytes is not None:
@@ -95,20 +102,30 @@ def chat(options: ChatOptions) -> int:
             converse(session, terminal, after_each=keeper.keep)
             keeper.end()
             return 0
-        assert message is not None
-        code = _answer_once(session, terminal, message)
-        keeper.keep()
+        code = 0
+        for number, message in enumerate(messages):
+            if number:
+                terminal.between_answers()
+            if kept is None:
+                session.turns, session.pending = [], list(documents)
+            code = _answer_once(session, terminal, message, as_json=options.as_json)
+            keeper.keep()
+            if code:
+                break
         keeper.end()
         return code
     finally:
         session.close()
 
 
-def _answer_once(session: Session, terminal: Terminal, message: str) -> int:
+def _answer_once(session: Session, terminal: Terminal, message: str, *, as_json: bool) -> int:
+    terminal.silent = as_json
     try:
         interrupted = say_reply(session, terminal, session.ask(message), conversing=False)
     except PromptTooLong as error:
         raise ChatError(too_long(error, session, conversing=False)) from None
+    if as_json:
+        terminal.result(printable_json(reply_as_dict(session, message)))
     return 130 if interrupted else 0
 
 

@@ -31,10 +31,14 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Terminal:
-    """Writes for one chat. show_thinking may change between replies."""
+    """Writes for one chat. show_thinking may change between replies, and silent: whether they are not printed at all.
 
-    def __init__(self, *, show_thinking: bool = True) -> None:
+    quiet: errors are written, and nothing else beside the answers.
+    """
+
+    def __init__(self, *, show_thinking: bool = True, quiet: bool = False) -> None:
         self.console = Console(soft_wrap=True)
+        self._quiet, self.silent = quiet, False
         self.show_thinking = show_thinking
         self._progress: ReadingProgress | None = None
         if hasattr(sys.stdout, "reconfigure"):
@@ -45,14 +49,31 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """A line beside the conversation."""
+        if self._quiet:
+            return
         self.console.print(Text(printable(text), style="dim"))
+
+    @property
+    def _shows(self) -> bool:
+        """Whether there is somebody who sees progress and thoughts."""
+        return self.console.is_terminal and not self._quiet
+
+    def result(self, line: str) -> None:
+        """A line for the program that reads the answers."""
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def between_answers(self) -> None:
+        """A line that tells two answers apart."""
+        if not self.silent:
+            sys.stdout.write("\n")
 
     def error(self, text: str) -> None:
         self.console.print(Text(printable(" ".join(text.split())), style="red"))
 
     def loading(self, name: str) -> AbstractContextManager[object]:
         """A spinner while a model loads."""
-        if not self.console.is_terminal:
+        if not self._shows:
             return nullcontext()
         return self.console.status(Text(printable(f"loading {name}"), style="dim"), spinner_style="dim")
 
@@ -63,6 +84,7 @@ class Terminal:
         self.end_progress()
         self._progress = ReadingProgress(
             self.console,
+            shows=self._shows,
             estimate=rates.estimate,
             took=rates.took,
             position=lambda: llm.n_tokens,
@@ -78,7 +100,11 @@ class Terminal:
 
     def reply(self, pieces: Iterable[Piece]) -> None:
         """Print a reply as it comes; the line is ended whatever happens."""
-        visible = self.show_thinking and self.console.is_terminal
+        if self.silent:
+            for _ in pieces:
+                self.end_progress()
+            return
+        visible = self.show_thinking and self._shows
         last = Piece("\n")
         spinner = self.console.status(Text("thinking", style="dim"), spinner_style="dim")
         try:
@@ -93,7 +119,7 @@ class Terminal:
                     sys.stdout.flush()
                 elif visible:
                     self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
-                elif self.console.is_terminal:
+                elif self._shows:
                     spinner.start()
         finally:
             self.end_progress()

@@ -296,9 +296,13 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
 @main.command("chat", short_help="Talk to a model about long texts.")
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
-@click.option("-p", "--prompt", "message", metavar="TEXT", help="Ask this one question and exit.")
 @click.option(
-    "-f", "--file", "files", metavar="PATH", multiple=True, help="A text to talk about; - is stdin. Repeatable."
+    "-p", "--prompt", "messages", metavar="TEXT", multiple=True, help="Ask this question and exit. Repeatable."
+)
+@click.option("--json", "as_json", is_flag=True, help="With -p: a line of JSON for each answer.")
+@click.option("-q", "--quiet", is_flag=True, help="Write nothing but answers and errors.")
+@click.option(
+    "-f", "--file", "files", metavar="PATH", multiple=True, help="A text, directory or pattern; - is stdin. Repeatable."
 )
 @click.option("-s", "--system", "-sys", metavar="TEXT", help="System message.")
 @click.option("--think/--no-think", default=None, help="Let a thinking model think, or not [its template decides].")
@@ -351,6 +355,7 @@ def chat_command(
     swaa-local chat model.gguf
     swaa-local chat model.gguf --file book.txt -p "Who is the narrator?"
     man bash | swaa-local chat model.gguf -p "How do I read a file line by line?"
+    swaa-local chat model.gguf --file "src/**/*.py" -p "What does it do?" -p "Where are its tests?" --json
     swaa-local chat --continue
     swaa-local chat model.gguf --file a.txt --file b.txt --window 2048 --sinks 100 --full-layers 1::2 --fa-decode
     """
@@ -374,7 +379,8 @@ def chat_command(
         given = {**CHAT_SETTINGS, **given}
     if model is None:
         model = str(bundled_model())
-        TerminalReporter().note(NOTE)
+        if not (options["quiet"] or options["as_json"]):
+            TerminalReporter().note(NOTE)
     settings = Settings(**given, think=think, hide_thinking=hide_thinking, loop_guard=loop_guard, system=system or "")
     return chat(
         ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)

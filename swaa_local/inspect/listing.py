@@ -45,7 +45,7 @@ def list_models(places: Sequence[str]) -> list[ListedModel]:
     Raises `NoSuchDirectory`.
     """
     if not places:
-        return [*_in_directory(Path(), deep=False), *_in_hub_cache()]
+        return [*_in_directory(Path(), deep=False), *list_cached()]
     found: list[ListedModel] = []
     for place in places:
         path = user_path(place)
@@ -75,7 +75,8 @@ def _models_of(names: Sequence[str]) -> list[str]:
     return sorted(first for first in whole_models(ggufs) if first in present)
 
 
-def _in_hub_cache() -> Iterator[ListedModel]:
+def list_cached() -> Iterator[ListedModel]:
+    """The models of the hub's cache; their names are `org/name:file.gguf`."""
     for repo, snapshot in hub.cached_repos():
         names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf")]
         for first in _models_of(names):

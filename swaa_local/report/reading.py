@@ -31,19 +31,21 @@ _BAR_WIDTH = 30
 class ReadingProgress:
     """Shows one prompt being read; it is gone when the prompt is. To be called as `Llama.on_prefill`.
 
-    estimate: of this machine. took: called with (position, tokens, seconds) of each part. position: of the first token
-    that is read. part: tokens of a part at most.
+    shows: False only measures. estimate: of this machine. took: called with (position, tokens, seconds) of each part.
+    position: of the first token that is read. part: tokens of a part at most.
     """
 
     def __init__(
         self,
         console: Console,
         *,
+        shows: bool = True,
         estimate: Estimate = lambda _start, _end: None,
         took: Callable[[int, int, float], None] = lambda _position, _tokens, _seconds: None,
         position: Callable[[], int] = lambda: 0,
         part: int = 512,
     ) -> None:
+        self._shows = shows and console.is_terminal
         self._console, self._estimate, self._took, self._position, self._part = console, estimate, took, position, part
         self._live: Live | None = None
         self._first = self._done = self._total = 0
@@ -56,7 +58,7 @@ class ReadingProgress:
             self._first, self._total = self._position(), total
             self._started_s = self._part_s = self._line_s = now_s
             self._done = 0
-            if total >= _LEAST_TOKENS and self._console.is_terminal:
+            if total >= _LEAST_TOKENS and self._shows:
                 self._begin()
             return
         self._took(self._first + self._done, done - self._done, now_s - self._part_s)
@@ -65,7 +67,7 @@ class ReadingProgress:
             self.end()
         elif self._live is not None:
             self._live.refresh()
-        elif total >= _LEAST_TOKENS and self._console.is_terminal and now_s - self._line_s >= _LINE_S:
+        elif total >= _LEAST_TOKENS and self._shows and now_s - self._line_s >= _LINE_S:
             self._line_s = now_s
             self._print(
                 f"{done:,} of {total:,} tokens read in {format_duration(self._elapsed_s)}{self._left_in_words()}"

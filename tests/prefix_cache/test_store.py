@@ -110,11 +110,11 @@ def test_a_longer_state_takes_the_place_of_its_beginning_where_that_is_said(cach
 
 def test_conversations_are_found_by_name_alone(cache):
     tokens = tokens_of(600)
-    cache.put(tokens, conversation="/home/me/talk.json")
+    cache.put(tokens, conversation="/somewhere/talk.json")
     assert cache.find(KEY, tokens) == []
-    assert np.array_equal(cache.load_conversation(KEY, "/home/me/talk.json")[1], tokens)
-    assert cache.load_conversation(KEY, "/home/me/other.json") is None
-    assert cache.load_conversation(OTHER_KEY, "/home/me/talk.json") is None
+    assert np.array_equal(cache.load_conversation(KEY, "/somewhere/talk.json")[1], tokens)
+    assert cache.load_conversation(KEY, "/somewhere/other.json") is None
+    assert cache.load_conversation(OTHER_KEY, "/somewhere/talk.json") is None
 
 
 def test_the_list_and_the_broom(cache):
