@@ -82,7 +82,7 @@ def _read(session: Session, argument: str, say: Say) -> None:
     room, name = session.llm.n_ctx(), documents[0].name if len(documents) == 1 else f"{len(documents)} texts"
     if sum(counts) >= room:
         larger = f"/set ctx {PromptTooLong(sum(counts), room).n_ctx_needed} makes room"
-        raise ChatError(f"{name}: {sum(counts)} tokens, but the context is {room}; {larger}")
+        raise ChatError(f"{name} is {sum(counts)} tokens but the context is {room}; {larger}")
     session.pending += documents
     for document, n_tokens in zip(documents, counts, strict=True):
         say(f"{document.name}: {n_tokens:,} tokens, goes with your next message")

@@ -519,7 +519,7 @@ def test_settings_are_set(session, line, name, value):
         ("/set top-k 9999999999", "top-k must be at most 2147483647"),
         ("/set system caf\udce9", "the system message is not UTF-8"),
         ("/set think maybe", "think is on or off or auto"),
-        ("/set temperature 1", "there is no setting 'temperature'; they are temp,"),
+        ("/set temperature 1", "there is no setting 'temperature'; they are ctx, temp,"),
         ("/sav x", "did you mean /save"),
         ("/xyzzy", "/help lists them"),
         ("/swaa", "/swaa on or /swaa off"),
@@ -536,7 +536,7 @@ def test_what_makes_no_sense_changes_nothing(session, line, reason):
 
 def test_every_setting_is_listed(session):
     _, said = command(session, "/set")
-    assert said.splitlines()[0] == "temp 0.8"
+    assert said.splitlines()[:2] == [f"ctx {session.llm.n_ctx()}", "temp 0.8"]
     assert "think auto (the model's template decides)" in said
 
 
