@@ -199,6 +199,9 @@ def _on_idle_cpus(engine: EngineOptions, idle: IdleCPUs, terminal: Terminal) -> 
 def _greet(session: Session, terminal: Terminal) -> None:
     llm = session.llm
     terminal.note(f"{Path(llm.model_path).name} · context {llm.n_ctx():,} tokens · {in_one_line(llm.schedule)}")
+    schedule = llm.schedule
+    if schedule is not None and llm.n_ctx() <= schedule.window + schedule.sinks:
+        terminal.note(f"the window of {schedule.window} tokens covers this context, so the schedule saves nothing here")
     if session.turns:
         said = [turn.text for turn in session.turns if turn.role == "user"]
         terminal.note(f"{len(session.turns)} messages so far; your last one: {shortened(said[-1]) if said else ''}")

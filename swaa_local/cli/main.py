@@ -284,10 +284,11 @@ def convert_command(
         click.echo(describe_plan(make_plan(request)))
         return
     reporter = TerminalReporter()
-    if schedule.preset is not None:
-        reporter.note(f"preset {schedule.preset.name}: {' '.join(schedule.preset.notes)}")
-    convert(request, reporter)
+    outcome = convert(request, reporter)
     reporter.note(f"wrote {output} ({format_bytes(output.stat().st_size)}); swaa-local inspect {output} shows it")
+    if outcome.schedule is not None:
+        known = f"; --list-presets says what is known of {schedule.preset.name}" if schedule.preset is not None else ""
+        reporter.note(f"a window costs accuracy: measure with swaa-local eval {output} before you rely on it{known}")
 
 
 convert_command.help = (convert_command.help or "").format(presets="\n    ".join(PRESETS))

@@ -62,17 +62,31 @@ def in_words(schedule: Schedule) -> str:
 
 
 def in_one_line(schedule: Schedule | None) -> str:
-    """One line about a schedule."""
+    """Few words about a schedule: `even layers full, others window 512 while reading, 32 sinks`."""
     if schedule is None:
         return "none: full attention"
-    parts = [f"window {schedule.window}, {schedule.sinks} sinks"]
-    for mode, what in (
-        (LayerMode.FULL, "full attention"),
-        (LayerMode.PREFILL, "window while reading"),
-        (LayerMode.ALWAYS, "window always"),
-    ):
-        if layers := schedule.layers(mode):
-            parts.append(f"{what} in layers {format_layers(layers)}")
+    groups = [
+        (schedule.layers(LayerMode.FULL), "full"),
+        (schedule.layers(LayerMode.ALWAYS), f"window {schedule.window} always"),
+        (schedule.layers(LayerMode.PREFILL), f"window {schedule.window} while reading"),
+    ]
+    groups = [(layers, what) for layers, what in groups if layers]
+    parts = [f"{_layers_in_words(layers, schedule.n_layer)} {what}" for layers, what in groups]
+    if len(groups) > 1:
+        parts[-1] = f"others {groups[-1][1]}"
+    if schedule.sinks:
+        parts.append(f"{schedule.sinks} sinks")
     if schedule.active_tail:
-        parts.append(f"the last {schedule.active_tail} tokens of a prompt read all of it")
-    return "; ".join(parts)
+        parts.append(f"tail {schedule.active_tail}")
+    return ", ".join(parts)
+
+
+def _layers_in_words(layers: Sequence[int], n_layer: int) -> str:
+    if len(layers) == n_layer:
+        return "all layers"
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    for first, word in ((0, "even"), (1, "odd")):
+        if list(layers) == list(range(first, n_layer, 2)):
+            return f"{word} layers"
+    return f"layers {compact_layers(layers, n_layer)}"

@@ -144,7 +144,7 @@ def test_the_schedule_is_switched_in_a_running_conversation(talk, model):
     t.say("Is it?", "Yes!", "KV")
     t.say("/swaa off", "none: full attention")
     t.say("/regen", "Yes!", "KV")
-    t.say("/swaa on", "window 24, 4 sinks")
+    t.say("/swaa on", "all layers window 24 always, 4 sinks")
 
 
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(talk, tiny_model_factory):

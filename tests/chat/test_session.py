@@ -543,7 +543,7 @@ def test_every_setting_is_listed(session):
 def test_info_tells_schedule_and_cache(session):
     list(session.ask("Is it?"))
     _, said = command(session, "/info")
-    assert "window 24, 4 sinks; window always in layers 0" in said
+    assert "all layers window 24 always, 4 sinks" in said
     assert "of 1,024 tokens" in said
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import LayerMode, Schedule
-from swaa_local.schedule.text import in_words
+from swaa_local.schedule.text import in_one_line, in_words
 from swaa_local.schedule.variants import AssumedDrafts, Variant, parse_variants, whole_in_window, without_schedule
 
 F, P, A = LayerMode
@@ -186,3 +186,17 @@ def test_a_schedule_has_words_that_mean_it(text):
 
 def test_a_schedule_without_words_still_has_a_name():
     assert in_words(Schedule(8, 1, (F, P, A, P))) == "w8 k1 fadec in 1,3 0"
+
+
+def test_a_schedule_in_few_words() -> None:
+    for modes, words in (
+        ((F, P, F, P), "even layers full, others window 8 while reading, 1 sinks"),
+        ((P, F, P, F), "odd layers full, others window 8 while reading, 1 sinks"),
+        ((P, P, P, F), "layer 3 full, others window 8 while reading, 1 sinks"),
+        ((F, F, P, P, F, P), "layers 0-1,4 full, others window 8 while reading, 1 sinks"),
+        ((A, A, A, A), "all layers window 8 always, 1 sinks"),
+        ((F, A, P, P), "layer 0 full, layer 1 window 8 always, others window 8 while reading, 1 sinks"),
+    ):
+        assert in_one_line(Schedule(8, 1, modes)) == words
+    assert in_one_line(Schedule(8, 0, (P, P), 5)) == "all layers window 8 while reading, tail 5"
+    assert in_one_line(None) == "none: full attention"

@@ -252,7 +252,7 @@ def test_clients_see_a_name_and_no_path(server: Running, client: openai.OpenAI) 
 def test_it_says_what_it_serves(server: Running) -> None:
     assert server.url.startswith("http://127.0.0.1:")
     assert "this is the bundled model" in server.log
-    assert "window 256, 16 sinks; full attention in layers 3" in server.log
+    assert "layer 3 full, others window 256" in server.log
     assert f"{server.url}/v1" in server.log
     assert "needs an API key" in server.log
     assert f"{N_CLIENTS} requests at once of up to 8,192 tokens" in server.log
@@ -305,8 +305,11 @@ def test_a_model_from_the_hub_has_its_id_for_a_name(tiny_model: Path, tmp_path: 
 
 def test_options_override_the_schedule(tiny_model: Path) -> None:
     for options, said in (
-        (["--window", "64", "--sinks", "4", "--full-layers", "0", "--fa-decode"], "window 64, 4 sinks; full attention"),
-        (["--window", "64", "--fa-decode", "--tail", "9"], "the last 9 tokens of a prompt read all of it"),
+        (
+            ["--window", "64", "--sinks", "4", "--full-layers", "0", "--fa-decode"],
+            "layer 0 full, others window 64 while reading, 4 sinks",
+        ),
+        (["--window", "64", "--fa-decode", "--tail", "9"], "all layers window 64 while reading, tail 9"),
         (["--no-swaa"], "none: full attention"),
     ):
         with serving(tiny_model, *options, "-c", "512", "-np", "1", "--alias", "mine") as running:
