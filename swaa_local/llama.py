@@ -451,9 +451,7 @@ class Llama(DraftingLlama):
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended."""
         with self._guard.look():
-            if self._ahead:
-                self._ahead = None
-                self._keep_cells(self.n_tokens)
+            self.drop_ahead()
             state = super().save_state()
         state.swaa_prompt_end = self._prompt_end
         return state

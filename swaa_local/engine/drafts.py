@@ -87,6 +87,12 @@ class DraftingLlama(LoadedLlama):
                 control.add_outcome(ahead.source, ahead.n_accepted, ahead.n_drafted)
         return right
 
+    def drop_ahead(self) -> None:
+        """Take drafted tokens out of the cells, so that these are what the context says it holds."""
+        if self._ahead:
+            self._ahead = None
+            self._keep_cells(self.n_tokens)
+
     def _decode_ahead(self, token: int, control: DraftControl, log: engine_log.EngineLog) -> None:
         """Decode this token, and behind it what may be said next: logits of all of these cost one pass."""
         n_past = self.n_tokens

@@ -22,7 +22,7 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine.context_length import gpu_layers
-from swaa_local.engine.upstream import LoadedLlama
+from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.errors import StateError
 from swaa_local.prefix_cache.identity import file_identity, model_identity
 from swaa_local.prefix_cache.state_file import Cells, Tokens
@@ -37,7 +37,7 @@ _SHAPING = (
 """Of `llama_context_params`: what changes cells, or how they are rounded."""
 
 
-def identity_of(llm: LoadedLlama) -> list[Any]:
+def identity_of(llm: DraftingLlama) -> list[Any]:
     """What engine and which weights make the cells. Raises `SWAAError` and OSError if the files are gone."""
     library = Path(_c._lib._name).stat()
     engine = [importlib.metadata.version("llama-cpp-python"), library.st_size, library.st_mtime_ns]
@@ -45,7 +45,7 @@ def identity_of(llm: LoadedLlama) -> list[Any]:
     return [engine, model_identity(llm.model_path), adapter]
 
 
-def cells_key(llm: LoadedLlama, identity: list[Any]) -> str:
+def cells_key(llm: DraftingLlama, identity: list[Any]) -> str:
     """A digest of everything but tokens that shapes what a context holds; the tail of the schedule does not."""
     params, schedule = llm.context_params, llm.schedule
     trained = int(llm.metadata.get(f"{llm.metadata.get('general.architecture')}.context_length", 0))
@@ -61,7 +61,7 @@ def cells_key(llm: LoadedLlama, identity: list[Any]) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def copy_cells(llm: LoadedLlama) -> Cells:
+def copy_cells(llm: DraftingLlama) -> Cells:
     """The cells of all tokens that the context holds."""
     size = _c.llama_state_seq_get_size(llm.ctx, 0)
     cells = np.empty(size, np.uint8)
@@ -70,7 +70,7 @@ def copy_cells(llm: LoadedLlama) -> Cells:
     return cells
 
 
-def set_cells(llm: LoadedLlama, cells: Cells) -> bool:
+def set_cells(llm: DraftingLlama, cells: Cells) -> bool:
     """Replace what the context holds; False if the engine refuses."""
     data = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     return bool(_c.llama_state_seq_set_data(llm.ctx, data, cells.nbytes, 0) == cells.nbytes)
@@ -79,7 +79,7 @@ def set_cells(llm: LoadedLlama, cells: Cells) -> bool:
 class HeldCells:
     """What a context holds, to be given to another context of the same model and schedule."""
 
-    def __init__(self, llm: LoadedLlama) -> None:
+    def __init__(self, llm: DraftingLlama) -> None:
         self._tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
         self._cells = copy_cells(llm) if len(self._tokens) else None
 
@@ -96,7 +96,7 @@ class CachedPrefixes:
     To be made when the model was just loaded: its file may be another one later. Raises as `identity_of`.
     """
 
-    def __init__(self, llm: LoadedLlama, cache: PrefixCache, restore: Callable[[Tokens, Cells, int], None]) -> None:
+    def __init__(self, llm: DraftingLlama, cache: PrefixCache, restore: Callable[[Tokens, Cells, int], None]) -> None:
         self._llm, self.cache, self._restore = llm, cache, restore
         self._identity = identity_of(llm)
         self._key: tuple[Schedule | None, str] | None = None
@@ -190,6 +190,7 @@ class CachedPrefixes:
     def save_conversation(self, name: str) -> bool:
         """Keep all that the context holds under a name; False if that is little, or cannot be done."""
         llm = self._llm
+        llm.drop_ahead()
         tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
         return len(tokens) >= LEAST_TOKENS and self.save(tokens, conversation=name)
 
