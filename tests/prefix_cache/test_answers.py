@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -67,6 +68,31 @@ def test_a_text_whose_end_was_edited_keeps_its_beginning(answer, name):
     assert answer(swaa, edited + FIRST, [1700]) == (cold[0], 1280)  # where a part of 256 tokens begins
     assert answer(swaa, edited + SECOND, [1700])[1] == 1700
     assert answer(swaa, DOCUMENT + SECOND, [1500])[1] == 1500  # both are kept
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_conversation_is_kept_without_the_tokens_that_were_read_ahead(tiny_model, tmp_path, name):
+    """A text that repeats itself is drafted from what it said before; the answer is left in the middle of a draft."""
+    options = {"swaa": SCHEDULES[name], "n_ctx": 4096, "n_ubatch": 256, "n_threads": 1, "n_threads_batch": 1}
+    llm = Llama(str(tiny_model), speculate=True, **options)
+    llm.set_cache(PrefixCache(tmp_path / "states"))
+    said: list[int] = []
+    for token in llm.generate(random_tokens(30) * 20, temp=0):
+        said.append(token)
+        if len(said) >= 3 and llm._ahead:
+            break
+    assert llm._ahead
+    held = llm.input_ids[: llm.n_tokens].tolist()
+    assert llm.prefixes is not None
+    assert llm.prefixes.save_conversation("talk")
+    llm.close()
+    other = Llama(str(tiny_model), speculate=False, **options)
+    other.set_cache(PrefixCache(tmp_path / "states"))
+    assert other.prefixes is not None
+    assert other.prefixes.load_conversation("talk") == len(held)
+    assert other.input_ids[: other.n_tokens].tolist() == held
+    assert int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(other.ctx), 0)) == len(held) - 1
+    other.close()
 
 
 @pytest.mark.parametrize("name", ["rings", "rings beside FA decode and full"])
