@@ -324,9 +324,11 @@ class Search:
         if quality is None:
             quality, error = self._quality(schedule, "short"), _SHORT_ERROR
         if quality is None:
-            n_full, windows = len(schedule.layers(LayerMode.FULL)), self._space.windows
+            full, windows = schedule.layers(LayerMode.FULL), self._space.windows
             wide = sum(window < schedule.window for window in windows) / len(windows)
-            chance = min(0.9, 0.15 + 0.4 * wide + 0.9 * n_full / self._space.n_layer)
+            brings = sum(max(0.0, gain.gain) for gain in self._gains.values())
+            kept = sum(max(0.0, self._gain(layer)) for layer in full) / brings if brings else 0.0
+            chance = min(0.9, 0.1 + 0.3 * wide + 0.4 * len(full) / self._space.n_layer + 0.4 * kept)
         else:
             spread = math.hypot((quality.high - quality.low) / (2 * _Z95), error)
             chance = 0.5 * (1 + math.erf((quality.value - self._limits.keep) / spread / math.sqrt(2)))
@@ -361,9 +363,7 @@ class Search:
         if affordable < min(n, _LEAST_SCREEN):
             self._notes.append("layers were not ranked: there was no time for it")
             return
-        size = 1
-        while size < n and -(-n // size) + (2 * size if size > 1 else 0) > affordable:
-            size += 1
+        size = _group_size(n, affordable)
         groups = [tuple(range(i, min(n, i + size))) for i in range(0, n, size)]
         self._gain_of_groups(groups, none, scale, 0, until_s)
         if size > 1:
@@ -568,6 +568,14 @@ class Search:
 def cautious(measured: Interval, sign: int = 1) -> float:
     """A measured value less `CAUTION` standard errors; sign -1: with so many added, to be cautious about a loss."""
     return measured.value - sign * CAUTION * (measured.high - measured.low) / (2 * _Z95)
+
+
+def _group_size(n_layer: int, affordable: int) -> int:
+    """Layers that are tried together, where so many trials can be afforded: as few as leave time for those of the best
+    group one by one, or at least for all groups."""
+    sizes = range(1, n_layer)
+    enough = [size for size in sizes if -(-n_layer // size) + (size if size > 1 else 0) <= affordable]
+    return next(iter(enough), next(size for size in (*sizes, n_layer) if -(-n_layer // size) <= affordable))
 
 
 def _others(ranked: Sequence[int], full: set[int]) -> list[int]:
