@@ -40,6 +40,8 @@ from swaa_local.schedule.text import in_words
 
 LEAST_RIGHT = 0.4
 """Share of a kind's questions that full attention must get right, or they are not asked."""
+_WELL_ANSWERED = 0.7
+"""If full attention gets fewer right, easier questions may be the better measure."""
 _PILOT, _LONG = "pilot", "long"
 """Where it was found out which kinds of questions are answered."""
 _LEAST_QUESTIONS = 6
@@ -213,18 +215,23 @@ class _Run:
         """By a short prompt: which kinds of questions full attention answers, and whether it begins answers itself."""
         scale: Scale = "short" if self._n_short() else "long"
         if _PILOT not in self.log.kinds:
-            for tried in (GENERATED, EASY):
-                found, shares = self._try_kinds(full, scale, tried)
-                if found is not None:
-                    self.log.add_kinds(_PILOT, found)
+            tried: list[tuple[float, Kinds, Trial]] = []
+            for kinds in (GENERATED, EASY):
+                found, trial = self._try_kinds(full, scale, kinds)
+                tried.append((fmean(found.shares[kind] for kind in found.kinds or kinds), found, trial))
+                if found.kinds and tried[-1][0] >= _WELL_ANSWERED:
                     break
-            else:
-                self._refuse(shares, self.length // SHORTER if scale == "short" else self.length)
+            _, found, trial = max(tried, key=lambda each: (bool(each[1].kinds), each[0]))
+            if not found.kinds:
+                self._refuse(found.shares, self.length // SHORTER if scale == "short" else self.length)
+            if scale == "long" and found.kinds == GENERATED and not found.bare:
+                self.log.add_trial(trial)  # on the very questions of the first text
+            self.log.add_kinds(_PILOT, found)
         self.material.set_kinds("short", self.log.kinds[_PILOT])
         self.material.set_kinds("long", self.log.kinds.get(_LONG, self.log.kinds[_PILOT]))
 
-    def _try_kinds(self, full: Schedule, scale: Scale, tried: tuple[str, ...]) -> tuple[Kinds | None, dict[str, float]]:
-        """Those that are answered, if any, and the shares of right answers."""
+    def _try_kinds(self, full: Schedule, scale: Scale, tried: tuple[str, ...]) -> tuple[Kinds, Trial]:
+        """Those that are answered, and the trial with the beginnings of answers."""
         begun, bare = self.material.pilot(scale, tried)
         trial = self.bench.trial(full, scale, 0, begun)
         shares = _shares(begun, trial)
@@ -232,12 +239,10 @@ class _Run:
             without = _shares(bare, self.bench.trial(full, scale, 0, bare, timed=False))
         else:
             without = {}
-            if scale == "long":  # these are the questions of the first text, and need not be asked again
-                self.log.add_trial(trial)
         best = {kind: max(share, without.get(kind, 0.0)) for kind, share in shares.items()}
         kinds = tuple(kind for kind in tried if best.get(kind, 0.0) >= LEAST_RIGHT)
         bare_kinds = tuple(kind for kind in kinds if without.get(kind, 0.0) > shares[kind])
-        return (Kinds(kinds, bare_kinds, best) if kinds else None), best
+        return Kinds(kinds, bare_kinds, best), trial
 
     def _drop_kinds(self, judge: _Judge, full: Schedule, first: Trial) -> Trial:
         """Kinds that it answers in short prompts but not in long ones."""

@@ -433,7 +433,8 @@ class Search:
             done: list[Schedule] = []
             for schedule in candidates:
                 # At least two are to be compared, however long that takes.
-                if self._measure(schedule, scale, text, until_s if len(done) < 2 else rung_end) is not None:
+                end = self._limits.until_s if number == 0 and len(done) < 2 else rung_end
+                if self._measure(schedule, scale, text, end) is not None:
                     done.append(schedule)
             if len(done) < len(candidates):
                 self._notes.append(
