@@ -11,9 +11,9 @@ from typing import Any
 import llm
 from pydantic import Field
 
-from swaa_local.chat.document import Document
 from swaa_local.chat.session import Session, Settings, Turn
 from swaa_local.errors import SWAAError
+from swaa_local.files.document import Document
 
 _BY_OPTION = "swaa-local"
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from swaa_local.calibrate.results import CalibrateError
-from swaa_local.files.input_file import read_input
+from swaa_local.files.document_files import read_documents
 from swaa_local.needle.documents import Filler
 
 Part = Literal["search", "check"]
@@ -19,7 +16,6 @@ Part = Literal["search", "check"]
 
 _UNIT = re.compile(r"""(?s).+?(?:[.!?]["')\]\u2019\u201d]*\s+|\n\s*|$)""")
 _LONGEST_UNIT = 2000  # characters: text without any sentence, such as a table, is cut there
-_HIDDEN = re.compile(r"(^|/)\.")
 
 
 @dataclass(frozen=True)
@@ -61,50 +57,8 @@ def split_units(text: str) -> tuple[str, ...]:
     return tuple(units)
 
 
-def read_haystack(paths: Sequence[Path]) -> Haystack:
-    """The documents of files, and of all text files in folders. Raises `CalibrateError`.
-
-    In a folder, what is no text in UTF-8 is left out, and so is what is hidden; a file that is named must be text.
-    """
-    texts = []
-    for path in paths:
-        if path.is_dir():
-            found = [text for file in _files_in(path) if (text := _text_of(file, must=False)) is not None]
-            if not found:
-                raise CalibrateError(f"{path} has no text files (in UTF-8); name a folder or a file with prose")
-            texts += found
-        else:
-            text = _text_of(path, must=True)
-            assert text is not None
-            texts.append(text)
+def read_haystack(paths: Sequence[str], say: Callable[[str], None] = lambda _text: None) -> Haystack:
+    """The documents that paths stand for, as in `chat`: files, folders, patterns. say: is told what was left out of a
+    folder. Raises `DocumentError`."""
+    texts = [document.text for path in paths for document in read_documents(path, say)]
     return Haystack(split_units("\n\n".join(texts)))
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        Path(root) / name
-        for root, _, names in os.walk(folder)
-        for name in names
-        if not _HIDDEN.search((Path(root) / name).relative_to(folder).as_posix())
-    )
-
-
-def _text_of(path: Path, *, must: bool) -> str | None:
-    try:
-        text = read_input(path, str(path)).decode("utf-8-sig")
-    except OSError as error:
-        if not must:
-            return None
-        raise CalibrateError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        if not must:
-            return None
-        raise CalibrateError(
-            f"{path} is not UTF-8 (byte {error.start + 1}); convert it, for instance with iconv"
-        ) from None
-    if "\0" in text or not text.strip():
-        if not must:
-            return None
-        what = "empty" if not text.strip() else "no text: it holds zero bytes"
-        raise CalibrateError(f"{path} is {what}; --data takes prose, in text files or folders of them")
-    return text

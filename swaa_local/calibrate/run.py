@@ -66,7 +66,7 @@ class CalibrateRequest:
 
     model: Path
     log: Path
-    data: Sequence[Path] = ()
+    data: Sequence[str] = ()
     questions: Path | None = None
     length: int | None = None
     budget_s: float = 900.0
@@ -89,7 +89,7 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
     info = read_model_info(request.model)
     if info.unsupported is not None:
         raise CalibrateError(f"no schedule can apply: {info.unsupported}")
-    haystack = read_haystack(request.data) if request.data else Haystack()
+    haystack = read_haystack(request.data, watch.note) if request.data else Haystack()
     length, windows, own = _plan(request, info, haystack, watch)
     for note in own.left_out if own else ():
         watch.note(note)
@@ -480,7 +480,7 @@ def _config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> d
         "model_sha256": fingerprint(request.model),
         "length": length,
         "windows": list(windows),
-        "data": [str(path) for path in request.data],
+        "data": list(request.data),
         "questions": None if request.questions is None else str(request.questions),
         "seed": request.seed,
         "n_threads": engine.n_threads,

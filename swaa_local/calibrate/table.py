@@ -9,7 +9,7 @@ from typing import Any
 from swaa_local.calibrate.results import Calibration, Candidate, Check
 from swaa_local.report.tables import markdown_table
 from swaa_local.schedule.config import LayerMode, Schedule
-from swaa_local.schedule.text import in_words
+from swaa_local.schedule.text import in_one_line, in_words
 from swaa_local.text.units import format_bytes, format_duration
 
 _MOST_ROWS = 16
@@ -39,7 +39,7 @@ def verdict(result: Calibration) -> str:
     chosen = next(each for each in result.candidates if each.schedule == result.searched)
     kept = f"keeps {chosen.quality.value:.1%} of full attention's quality"
     asked = f"(asked for: {result.keep:.0%})"
-    what = f"{in_words(result.chosen)}: {kept} {asked}"
+    what = f"`{in_words(result.chosen)}` ({in_one_line(result.chosen)}) {kept} {asked}"
     checked = result.checked
     if not result.keeps:
         where = "was checked" if checked is not None else "was tried"

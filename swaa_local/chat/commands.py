@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swaa_local.chat.document import DocumentError
-from swaa_local.chat.document_files import read_documents
 from swaa_local.chat.kept import conversation_of, keep_cells, take_up
 from swaa_local.chat.session import SETTING_NAMES, ChatError, Session, Turn
 from swaa_local.chat.store import save_conversation
 from swaa_local.errors import PromptTooLong
+from swaa_local.files.document import DocumentError
+from swaa_local.files.document_files import read_documents
 from swaa_local.files.user_input import pasted_path, require_utf8, user_path
 from swaa_local.generation.thinking import Piece
 from swaa_local.model_file.model_info import read_model_info

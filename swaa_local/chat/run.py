@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swaa_local.chat.commands import NO_SYSTEM
-from swaa_local.chat.document import Document, decode_document
-from swaa_local.chat.document_files import read_documents
 from swaa_local.chat.kept import LAST, Keeper, session_path, take_up
 from swaa_local.chat.repl import converse, say_reply, too_long
 from swaa_local.chat.results import reply_as_dict
@@ -25,6 +23,8 @@ from swaa_local.chat.terminal import Terminal
 from swaa_local.engine.options import EngineOptions
 from swaa_local.engine.threads import IdleCPUs
 from swaa_local.errors import PromptTooLong, SWAAError
+from swaa_local.files.document import Document, decode_document
+from swaa_local.files.document_files import read_documents
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama

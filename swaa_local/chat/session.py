@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from swaa_local.chat.document import Document, compose_message, marked
 from swaa_local.engine.prefixes import HeldCells
 from swaa_local.engine.run_stats import RunStats
 from swaa_local.errors import PromptTooLong, SWAAError
+from swaa_local.files.document import Document, compose_message, marked
 from swaa_local.generation.stream import Stream
 from swaa_local.generation.template import ChatTemplate
 from swaa_local.generation.thinking import Piece

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swaa_local.chat.document import Document
 from swaa_local.chat.session import Turn
 from swaa_local.errors import SWAAError
+from swaa_local.files.document import Document
 from swaa_local.files.input_file import read_input
 from swaa_local.files.output_file import OutputError, OutputExists, write_output
 from swaa_local.files.user_input import require_utf8, user_path

@@ -42,7 +42,7 @@ def _as_given() -> list[str]:
 @click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL.")
 @click.option("-o", "--output", type=PATH, help="The GGUF to write: MODEL with the schedule that is found.")
 @click.option(
-    "--data", type=PATH, multiple=True, metavar="PATH", help="Your documents: text files, or folders. Repeatable."
+    "--data", multiple=True, metavar="PATH", help="Your documents: texts, PDFs, folders, patterns. Repeatable."
 )
 @click.option(
     "--questions",
@@ -81,7 +81,7 @@ def calibrate_command(
     model: str | None,
     model_option: str | None,
     output: Path | None,
-    data: tuple[Path, ...],
+    data: tuple[str, ...],
     report: Path | None,
     as_json: bool,
     force: bool,

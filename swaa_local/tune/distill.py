@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from swaa_local.chat.document import Document, DocumentError, compose_message, read_document
+from swaa_local.files.document import Document, DocumentError, compose_message, read_document
 from swaa_local.report.progress import Reporter
 from swaa_local.schedule.config import Schedule
 from swaa_local.tasks.essay import split_sentences

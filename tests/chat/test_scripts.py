@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from swaa_local.chat import document_files
-from swaa_local.chat.document import DocumentError
-from swaa_local.chat.document_files import read_documents
+from swaa_local.files import document_files
+from swaa_local.files.document import DocumentError
+from swaa_local.files.document_files import read_documents
 from tests.support.program import environment, fails
 from tests.support.scripted import thinker
 from tests.support.tiny import PREFILL, ScheduleKeys

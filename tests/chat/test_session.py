@@ -13,10 +13,10 @@ from gguf.gguf_writer import GGUFValue
 
 from swaa_local import Llama, PromptTooLong, SWAAConfig, SWAAError
 from swaa_local.chat.commands import run_command
-from swaa_local.chat.document import Document, DocumentError, compose_message, read_document
 from swaa_local.chat.session import ChatError, Session, Settings, Turn
 from swaa_local.chat.store import Conversation, StoreError, load_conversation, save_conversation
 from swaa_local.errors import TemplateError
+from swaa_local.files.document import Document, DocumentError, compose_message, read_document
 from swaa_local.generation.template import ChatTemplate
 from swaa_local.generation.thinking import Piece, ThinkingSplitter, open_tag
 from tests.support.scripted import NEWLINE, THINKING_TEMPLATE, scripted_model, thinker

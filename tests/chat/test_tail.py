@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from swaa_local import Llama, SWAAConfig
-from swaa_local.chat.document import Document
 from swaa_local.chat.session import MAX_QUESTION_TAIL, Session, Settings
+from swaa_local.files.document import Document
 
 CONFIG = SWAAConfig(24, 4, force_fa_decode=True, prompt_tail=12)
 BOOK = Document("book.txt", "the quick brown fox jumps over the lazy dog. " * 20)

@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers", reason="tokenizers, which transformers needs, 
 from needle.docstrings import is_prose, read_docstrings
 from needle.rows import _CHAT_PROMPT, VALUE_WEIGHT, RowKind, RowMaker, tokenizer_texts
 from needle.tokenizer import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, SPECIALS, THINK, Encoder, train_tokenizer
-from swaa_local.chat.document import Document, compose_message
+from swaa_local.files.document import Document, compose_message
 from swaa_local.needle.documents import KINDS, Kind
 
 SENTENCES = [

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed, so nothing is tuned")
 pytest.importorskip("transformers", reason="transformers is not installed, so nothing is tuned")
 
-from swaa_local.chat.document import Document
+from swaa_local.files.document import Document
 from swaa_local.report.progress import Reporter
 from swaa_local.tune.distill import _parts, make_pieces, read_texts
 from swaa_local.tune.examples import Example, pack, split_off, within

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
-from swaa_local.chat.document import Document, DocumentError, decode_document, read_document
+from swaa_local.files.document import Document, DocumentError, decode_document, read_document
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import user_path
 from swaa_local.text.printable import printable
