@@ -29,7 +29,10 @@ _MATCH = 3  # tokens that a text must repeat before its continuation is looked u
 _LONGEST_MATCH = 24  # longer ones are compared no further
 _LOOKED_AT = 64  # of the places where it does, the last ones
 _MARGIN = 1.05  # drafts that promise less than this are not made
-_PROBING = 0.01  # of the time that `auto` may lose to drafts that do not pay
+_CREDIT = 2.0  # decoded tokens whose time drafts may lose at a depth that is new
+_INTEREST = 0.01  # so much more for each token that is decoded without
+_MOST_CREDIT = 5.0  # that drafts earn by what they save
+_PROBE_CREDIT = 1.0  # that a draft needs which is not known to pay
 _PROBE = 3  # tokens of the first draft
 _MEMORY = 30.0  # drafted tokens that the acceptance is averaged over
 _SAME_DEPTH = 1.3  # costs are measured anew where the cache has grown or shrunk by more
@@ -95,12 +98,12 @@ class Costs:
         self._passes: dict[int, deque[float]] = {}
         self._medians: list[tuple[int, float]] = []  # of passes, by their number of tokens
         self._drafted: deque[float] = deque(maxlen=5)
-        self.wait = 0  # passes before the next draft that is not known to pay
+        self.credit = _CREDIT  # decoded tokens whose time drafts may lose
 
     def at(self, depth: int) -> Costs:
         """This, emptied if it was measured at another depth."""
         if not self._depth / _SAME_DEPTH <= depth <= self._depth * _SAME_DEPTH:
-            self._depth, self.wait = depth, 0
+            self._depth, self.credit = depth, _CREDIT
             self._passes.clear()
             self._medians.clear()
             self._drafted.clear()
@@ -177,18 +180,19 @@ class DraftControl:
         if depth < MIN_TOKENS or not any(limits.values()):
             return none
         costs = self._measured.at(depth)
-        costs.wait -= 1
-        if not costs.know_decode:
-            return none
+        plan = self._plan_measured(costs, limits) if costs.know_decode and costs.credit >= 0 else none
+        if not plan.n:
+            costs.credit = min(_MOST_CREDIT, costs.credit + _INTEREST)
+        return plan
+
+    def _plan_measured(self, costs: Costs, limits: dict[Source, int]) -> Plan:
+        may_probe = costs.credit >= _PROBE_CREDIT
         if not costs.know_passes or (limits[Source.WINDOW] and not costs.know_drafts):
-            if costs.wait > 0:
-                return none
-            source = max(limits, key=lambda source: (min(limits[source], _PROBE), source is Source.LOOKUP))
-            return Plan(source, min(_PROBE, limits[source]))
+            source = max(limits, key=lambda source: (min(limits[source], _PROBE), source is Source.WINDOW))
+            return Plan(source, min(_PROBE, limits[source]) if may_probe else 0)
         speed, plan = self._best(costs, limits)
-        if speed * costs.pass_s(1) >= _MARGIN:
-            return plan
-        return plan if costs.wait <= 0 else none
+        pays = speed * costs.pass_s(1) >= _MARGIN
+        return plan if pays or may_probe else Plan(plan.source, 0)
 
     def _best(self, costs: Costs, limits: dict[Source, int]) -> tuple[float, Plan]:
         """The draft that promises the most tokens a second, and how many."""
@@ -226,5 +230,5 @@ class DraftControl:
         if costs is None or not n_drafted or not costs.know_decode:
             return
         each_s = costs.drafted_s() if source is Source.WINDOW else 0.0
-        lost = (n_drafted * each_s + costs.pass_s(n_drafted + 1)) / costs.pass_s(1) - (n_accepted + 1)
-        costs.wait = math.ceil(max(0.0, lost) / _PROBING)
+        spent = (n_drafted * each_s + costs.pass_s(n_drafted + 1)) / costs.pass_s(1)
+        costs.credit = min(_MOST_CREDIT, costs.credit + n_accepted + 1 - spent)

@@ -50,7 +50,7 @@ def test_what_pays_is_taken(draft_s, more_s, acceptance):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-@pytest.mark.parametrize("acceptance", [0.95, 0.5, 0.1, 0.0])
+@pytest.mark.parametrize("acceptance", [0.95, 0.5, 0.2, 0.1, 0.0])
 @pytest.mark.parametrize(("draft_s", "more_s"), [(0.6, 0.6), (0.9, 0.1), (1.0, 1.0), (0.2, 0.1)])
 def test_what_does_not_pay_costs_little(draft_s, more_s, acceptance, noise):
     without = simulate(draft_s=9e9, more_s=9e9, acceptance=1, n_tokens=3, noise=noise)  # of this noise alone
@@ -64,8 +64,8 @@ def test_what_is_known_is_not_tried_again():
     costs = Costs()
     for _ in range(3):
         simulate(draft_s=1.0, more_s=1.0, acceptance=0.9, n_tokens=200, costs=costs)
-    control = DraftControl(costs)
-    assert all(control.plan(DEPTH, BOTH).n == 0 for _ in range(20))
+    for _ in range(5):
+        assert simulate(draft_s=1.0, more_s=1.0, acceptance=0.9, n_tokens=100, costs=costs) > 0.97
 
 
 def test_another_depth_is_measured_anew():
