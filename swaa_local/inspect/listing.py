@@ -13,12 +13,11 @@ from pathlib import Path
 from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
-from swaa_local.model_file.schedule_keys import schedule_of
+from swaa_local.model_file.schedule_keys import KEY_CALIBRATION, schedule_of
 from swaa_local.model_file.split import open_gguf, whole_models
 from swaa_local.schedule.config import Schedule
 from swaa_local.sources import hub
 
-_KEY_CALIBRATION = "swaa.calibration"
 _MOST_DEPTH = 4  # folders below one that is named
 
 
@@ -88,7 +87,7 @@ def _look_at(path: Path, name: str) -> ListedModel:
         with open_gguf(path) as file:
             info = model_info_of(file)
             return ListedModel(
-                name, path, info.file_bytes, info, schedule_of(file), is_calibrated=_KEY_CALIBRATION in file.keys
+                name, path, info.file_bytes, info, schedule_of(file), is_calibrated=KEY_CALIBRATION in file.keys
             )
     except SWAAError as error:
         size = path.stat().st_size if path.exists() else 0

@@ -135,7 +135,9 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     if not keys and not is_local:
         reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
     env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}
-    env |= disk_cache_environment(path, schedule, extra, env, max_bytes=options.cache_bytes, note=reporter.note)
+    env |= disk_cache_environment(
+        path, schedule, [*_said_of(options.lora), *extra], env, max_bytes=options.cache_bytes, note=reporter.note
+    )
     with contextlib.ExitStack() as stack:
         pass_fds = [stack.enter_context(handed_over(keys))] if keys else []
         arguments += [word for fd in pass_fds for word in ("--api-key-file", f"/dev/fd/{fd}")]
@@ -219,6 +221,10 @@ def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | 
         f"swaa.tail=int:{schedule.tail}",
     )
     return None if schedule.is_full else schedule, ["--override-kv", ",".join(values)]
+
+
+def _said_of(adapters: Sequence[Adapter]) -> list[str]:
+    return [word for adapter in adapters for word in (str(adapter.path), repr(adapter.scale))]
 
 
 def lora_arguments(path: Path, adapters: Sequence[Adapter], schedule: Schedule | None, reporter: Reporter) -> list[str]:
