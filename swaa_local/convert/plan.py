@@ -29,7 +29,9 @@ from swaa_local.sources.checkpoint_files import WEIGHTS
 from swaa_local.text.printable import printable
 from swaa_local.text.units import format_bytes
 
-_NO_SCHEDULE = "no schedule: the file will run with full attention; --preset half adds one, or calibrate finds one"
+_NO_SCHEDULE = (
+    f"no schedule: the file will run with full attention; --preset {DEFAULT_PRESET} adds one, or calibrate finds one"
+)
 # What a checkpoint becomes is known once it is converted.
 _NO_SCHEDULE_YET = f"{_NO_SCHEDULE} if its architecture takes one"
 
