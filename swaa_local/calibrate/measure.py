@@ -15,7 +15,7 @@ from pathlib import Path
 from swaa_local.calibrate.prompts import ROOM_TO_ANSWER, Ask, Text
 from swaa_local.calibrate.results import Generated, Scale, Trial
 from swaa_local.engine.adapter import AdapterWarning
-from swaa_local.engine.context_length import TrainedLengthWarning
+from swaa_local.engine.context_length import TrainedLengthWarning, gpu_layers
 from swaa_local.engine.options import EngineOptions
 from swaa_local.generation.template import ChatTemplate
 from swaa_local.llama import Llama
@@ -24,7 +24,7 @@ from swaa_local.tasks.scoring import score
 
 TEMPERATURE = 0.3
 """Of the sampling that `Trial.chance` is about."""
-_WARM_UP_TOKENS = 64
+_WARM_UP_TOKENS, _GPU_WARM_UP_TOKENS = 64, 2048  # a GPU loads each kernel when it first needs it
 _TIMED_TOKENS = 6
 _OWN_ANSWER_TOKENS = 40
 
@@ -58,6 +58,7 @@ class Bench:
             else:
                 self.llm = Llama(str(model), n_ctx=n_ctx, swaa=False, on_prefill=on_prefill, **engine.arguments())
         self._on_prefill = on_prefill
+        self._n_warm_up = _GPU_WARM_UP_TOKENS if gpu_layers(engine.n_gpu_layers) > 0 else _WARM_UP_TOKENS
         self._template = ChatTemplate(self.llm)
         self.has_template = not self._template.is_fallback
 
@@ -180,7 +181,7 @@ class Bench:
         # A new context's first evaluation also reads weights and compiles kernels.
         llm.on_prefill = None
         llm.reset()
-        llm.eval(prompt.tokens[:_WARM_UP_TOKENS])
+        llm.eval(prompt.tokens[: self._n_warm_up])
         llm.synchronize()
         llm.reset()
         llm.on_prefill = self._on_prefill
