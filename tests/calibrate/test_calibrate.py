@@ -133,16 +133,16 @@ def test_auto_without_a_calibration_says_which_command_makes_one(tmp_path, tiny_
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_stopped_run_goes_on_from_its_log(tmp_path, number):
     log, output = tmp_path / "log.jsonl", tmp_path / "o.gguf"
-    arguments = ["calibrate", *QUICK, "--budget", "25s", "--log", log, "-o", output]
+    arguments = ["calibrate", *QUICK, "--keep", "0.5", "--log", log, "-o", output, "--budget"]
 
     def has_begun() -> bool:
         return log.exists() and log.read_bytes().count(b'"kind": "trial"') >= 4
 
-    code = interrupt(*arguments, when=has_begun, number=number)
+    code = interrupt(*arguments, "25s", when=has_begun, number=number)
     assert code == (130 if number == signal.SIGINT else -number)
     assert not output.exists()
     before = log.read_bytes()
-    done = run(*arguments)
+    done = run(*arguments, "45s")  # in which the time before counts
     assert done.returncode == 0, done.stderr
     whole = before[: before.rindex(b"\n") + 1]
     assert log.read_bytes().startswith(whole)
