@@ -71,7 +71,8 @@ class TerminalWatch(Watch):
         if self._progress is None:
             return
         left = max(0.0, self._budget_s - (time.perf_counter() - self._began))
-        text = f"{self._stage} · {self._tried} tried · {self._what}{share}{self._best} · {format_duration(left)} left"
+        # The end is cut off where the terminal is narrow.
+        text = f"{format_duration(left)} left · {self._stage} · {self._what}{share}{self._best} · {self._tried} tried"
         self._progress.update(self._progress.task_ids[0], description=printable(text))
 
 
