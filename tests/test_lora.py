@@ -24,8 +24,8 @@ from swaa_local import Llama, Schedule, SWAAConfig
 from swaa_local.bench.engine import BenchModel
 from swaa_local.bench.results import Setting
 from swaa_local.calibrate.measure import Bench as CalibrateBench
-from swaa_local.calibrate.run import CalibrateRequest
-from swaa_local.calibrate.run import _config as calibrate_config
+from swaa_local.calibrate.request import CalibrateRequest
+from swaa_local.calibrate.request import config as calibrate_config
 from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import GGUFError

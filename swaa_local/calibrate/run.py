@@ -5,35 +5,31 @@ The flow alone: `material` makes the questions, `measure` asks the model, `searc
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from swaa_local import __version__
+from swaa_local.calibrate.evidence import Limits, Space, cautious
 from swaa_local.calibrate.haystack import Haystack, read_haystack
 from swaa_local.calibrate.log import CalibrateLog, Kinds
 from swaa_local.calibrate.material import LEAST_CHECK, SHORTER, Material
 from swaa_local.calibrate.measure import Bench, Prompted
 from swaa_local.calibrate.prompts import EASY, GENERATED, ROOM_TO_ANSWER
-from swaa_local.calibrate.questions import OwnQuestions, divide, read_questions
+from swaa_local.calibrate.request import CalibrateRequest, check_memory, config, plan
 from swaa_local.calibrate.results import CalibrateError, Calibration, Check, Generated, Scale, Trial
-from swaa_local.calibrate.search import Found, Limits, Search, Space, cautious
+from swaa_local.calibrate.search import Found, Search
 from swaa_local.calibrate.table import front_of
 from swaa_local.calibrate.watch import SILENT, Watch
-from swaa_local.engine.context_length import beyond_training, gpu_layers
+from swaa_local.engine.context_length import gpu_layers
 from swaa_local.engine.machine import describe_machine
-from swaa_local.engine.memory import check_fits, header_cost
-from swaa_local.engine.options import EngineOptions
 from swaa_local.model_file.adapter import adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.report.intervals import Interval, paired
-from swaa_local.schedule.config import Schedule, default_n_ubatch
+from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.cost import pad_cells
 from swaa_local.schedule.presets import PRESETS
 from swaa_local.schedule.text import in_words
@@ -54,30 +50,6 @@ _SHORT_LENGTH = 1024
 """Tokens; shorter prompts have no room for the questions."""
 
 
-@dataclass(frozen=True)
-class CalibrateRequest:
-    """What to calibrate.
-
-    log: the file of all trials; it is continued if it exists. length: of prompts with their answers, in tokens; None:
-    16384, or the model's context if that is shorter, or what the questions need. windows: to choose from, in tokens;
-    None: a 16th, an eighth and a quarter of the length. keep: share of full attention's quality. memory: prefer the
-    smallest cache. budget_s: of time, all in all. command: how the user spelled all this, for the report.
-    """
-
-    model: Path
-    log: Path
-    data: Sequence[str] = ()
-    questions: Path | None = None
-    length: int | None = None
-    budget_s: float = 900.0
-    windows: Sequence[int] | None = None
-    keep: float = 0.98
-    memory: bool = False
-    seed: int = 0
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    command: str = ""
-
-
 def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
     """Search and check. Ctrl-C ends either, and what is known by then is returned, as `interrupted`.
 
@@ -90,16 +62,16 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
     if info.unsupported is not None:
         raise CalibrateError(f"no schedule can apply: {info.unsupported}")
     haystack = read_haystack(request.data, watch.note) if request.data else Haystack()
-    length, windows, own = _plan(request, info, haystack, watch)
+    length, windows, own = plan(request, info, haystack, watch)
     for note in own.left_out if own else ():
         watch.note(note)
-    _check_memory(request, info, length)
+    check_memory(request, info, length)
     if request.engine.lora is not None:
         for remark in adapter_remarks(read_adapter(request.engine.lora.path), request.model, []):
             watch.note(remark)
     with (
         warnings.catch_warnings(),
-        CalibrateLog(request.log, _config(request, length, windows)) as log,
+        CalibrateLog(request.log, config(request, length, windows)) as log,
         closing(Bench(request.model, pad_cells(length), request.engine, watch.on_prefill)) as bench,
     ):
         clock.before_s = log.took_before_s
@@ -419,92 +391,3 @@ def _presets(n_layer: int, length: int) -> tuple[Schedule, ...]:
     """Published schedules for models of this depth whose windows are shorter than the prompts."""
     schedules = [preset.config(n_layer).schedule(n_layer) for preset in PRESETS.values() if preset.n_layer == n_layer]
     return tuple(dict.fromkeys(schedule for schedule in schedules if schedule.window <= length // 2))
-
-
-def _plan(
-    request: CalibrateRequest, info: ModelInfo, haystack: Haystack, watch: Watch
-) -> tuple[int, tuple[int, ...], OwnQuestions | None]:
-    """Length, windows, and the user's questions divided. Raises `CalibrateError` for what does not go together."""
-    found = read_questions(request.questions) if request.questions is not None else None
-    with closing(Bench(request.model, None, request.engine)) as bench:
-        if found is None:
-            length = request.length or min(16384, info.n_ctx_train or 16384)
-        else:
-            needed = max(bench.count_prompt(text) for text, _ in found) + 2 * ROOM_TO_ANSWER
-            needed += max(bench.count(ask.question) for _, asks in found for ask in asks)
-            length = request.length or needed
-            if needed > length:
-                raise CalibrateError(
-                    f"a question of {request.questions} needs {needed} tokens but --length is {length}; pass --length "
-                    f"{needed} or shorten its text"
-                )
-        if said := beyond_training(length, info.n_ctx_train):
-            watch.note(said)
-        windows = tuple(sorted(set(request.windows or [max(1, length // part) for part in (16, 8, 4)])))
-        if windows[-1] > length // 2:
-            raise CalibrateError(
-                f"a window of {windows[-1]} tokens shows more than half of a prompt of {length}, so little lies beyond "
-                f"it; pass --length {4 * windows[-1]} or a smaller --window"
-            )
-        if haystack.units and (n := sum(bench.count(unit) for unit in haystack.units)) < length:
-            raise CalibrateError(
-                f"the documents have {n} tokens but a prompt takes {length}; give {length / n:.1f} times as much text, "
-                f"or pass --length {max(1, n // 256 * 256)}"
-            )
-        own = divide(found, request.seed, length, windows[-1], bench.count) if found is not None else None
-    return length, windows, own
-
-
-def _check_memory(request: CalibrateRequest, info: ModelInfo, length: int) -> None:
-    """Before anything is made. Raises `ContextTooLarge`."""
-    engine, full = request.engine, Schedule.full(info.n_layer)
-    cost = header_cost(
-        info,
-        full,
-        n_ubatch=engine.n_ubatch or default_n_ubatch(full, gpu=False),
-        type_k=engine.type_k or "f16",
-        type_v=engine.type_v or "f16",
-        n_gpu_layers=gpu_layers(engine.n_gpu_layers, verbose=engine.verbose),
-    )
-    check_fits(cost, length)
-
-
-def _config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> dict[str, Any]:
-    """What the trials depend on. The budget and what is to be kept only decide which are made."""
-    import llama_cpp
-
-    engine = request.engine
-    lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": fingerprint(engine.lora.path)}
-    return lora | {
-        "model": request.model.name,
-        "model_sha256": fingerprint(request.model),
-        "length": length,
-        "windows": list(windows),
-        "data": list(request.data),
-        "questions": None if request.questions is None else str(request.questions),
-        "seed": request.seed,
-        "n_threads": engine.n_threads,
-        "n_threads_batch": engine.n_threads_batch,
-        "n_batch": engine.n_batch,
-        "n_ubatch": engine.n_ubatch,
-        "n_gpu_layers": engine.n_gpu_layers,
-        "flash_attn": engine.flash_attn,
-        "type_k": engine.type_k,
-        "type_v": engine.type_v,
-        "engine": llama_cpp.__version__,
-    }
-
-
-def fingerprint(path: Path) -> str:
-    """Of the header and some weights, so that a large model is not read twice."""
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(16 << 20))
-        file.seek(-min(1 << 20, path.stat().st_size), 2)
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-def default_log(model: Path) -> Path:
-    """Where the trials go where the user does not say: in the current directory, named after the model."""
-    return Path(f"{model.stem}.calibrate.jsonl")

@@ -103,8 +103,9 @@ def calibrate_command(
     streams.need_stdout()
     from swaa_local import __version__
     from swaa_local.calibrate.report import check_report, write_report
+    from swaa_local.calibrate.request import CalibrateRequest, default_log
     from swaa_local.calibrate.results import CalibrateError
-    from swaa_local.calibrate.run import CalibrateRequest, calibrate, default_log
+    from swaa_local.calibrate.run import calibrate
     from swaa_local.calibrate.table import as_json as json_of
     from swaa_local.calibrate.table import markdown, stored_line
     from swaa_local.calibrate.terminal import TerminalWatch

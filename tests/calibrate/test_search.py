@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from swaa_local.calibrate.evidence import Limits, Space
 from swaa_local.calibrate.results import Candidate, Scale, Trial
-from swaa_local.calibrate.search import Found, Limits, Search, Space
+from swaa_local.calibrate.search import Found, Search
 from swaa_local.schedule.config import LayerMode, Schedule
 
 LENGTH = 16384
