@@ -86,9 +86,9 @@ class Llama(DraftingLlama):
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
         may raise to stop; what was evaluated stays in the cache. Not pickled.
     speculate: whether generated tokens are drafted and then checked several at once: "auto" where it is measured to
-        pay, True wherever there is something to draft, or False. A keyword of every generating method, too, and then
-        for that call. The text is the one that there is without, for every sampler and seed, as far as rounding that
-        differs with the size of a batch does not tip a close choice. See docs/speculate.md.
+        pay, True wherever there is something to draft, or False (the default). A keyword of every generating method,
+        too, and then for that call. The text is the one that there is without, for every sampler and seed, as far as
+        rounding that differs with the size of a batch does not tip a close choice. See docs/speculate.md.
     draft_window: tokens that drafts see, in every layer that keeps the whole text. Default 512 with a schedule that has
         layers windowed while prefilling, else 0: nothing is drafted but what the text repeats.
 
@@ -137,7 +137,7 @@ class Llama(DraftingLlama):
         is_ours = isinstance(cache, PrefixCache)
         super().set_cache(None if is_ours else cache)
         has_use = is_ours and not self.has_all_logits and not self.context_params.embeddings
-        self.prefixes = CachedPrefixes(self, cache, self.restore_prefix) if has_use else None
+        self.prefixes = CachedPrefixes(self, cache, self._restore_prefix) if has_use else None
 
     def reset(self) -> None:
         """Upstream's `reset`: start over, but reuse what the next prompt has in common with the cache."""
@@ -451,7 +451,7 @@ class Llama(DraftingLlama):
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended."""
         with self._guard.look():
-            self.drop_ahead()
+            self._drop_ahead()
             state = super().save_state()
         state.swaa_prompt_end = self._prompt_end
         return state
@@ -485,6 +485,10 @@ class Llama(DraftingLlama):
 
     def restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
         """Hold the first `n_tokens` of these tokens, whose cells `engine.prefixes` has copied. Raises `StateError`."""
+        with self._guard.step():
+            self._restore_prefix(tokens, cells, n_tokens)
+
+    def _restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
         self._restore(tokens, n_tokens, lambda: set_cells(self, cells))
         if not self._keep_cells(n_tokens):
             self._forget()

@@ -353,7 +353,6 @@ def test_grammars(load):
 
 
 def test_a_short_context_has_no_drafts_by_itself(load):
-    llm = load()
-    assert llm.speculate == "auto"
+    llm = load(speculate="auto")
     say(llm, "auto", temp=0.0)
     assert llm.last_run.drafted_tokens == 0

@@ -69,8 +69,8 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         "speculate": click.option(
             "--speculate",
             type=click.Choice(["on", "off", "auto"]),
-            default="auto",
-            help="Draft tokens and check several at once; auto is where it pays [auto].",
+            default="off",
+            help="Draft tokens and check several at once; auto is where it is measured to pay [off].",
         ),
         "verbose": click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     }

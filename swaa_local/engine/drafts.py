@@ -87,7 +87,7 @@ class DraftingLlama(LoadedLlama):
                 control.add_outcome(ahead.source, ahead.n_accepted, ahead.n_drafted)
         return right
 
-    def drop_ahead(self) -> None:
+    def _drop_ahead(self) -> None:
         """Take drafted tokens out of the cells, so that these are what the context says it holds."""
         if self._ahead:
             self._ahead = None

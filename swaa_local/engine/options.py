@@ -22,7 +22,7 @@ class EngineOptions:
     type_v: str | None = None
     lora: Adapter | None = None
     draft_window: int | None = None
-    speculate: bool | Literal["auto"] = "auto"
+    speculate: bool | Literal["auto"] = False
     verbose: bool = False
 
     def arguments(self) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class CachedPrefixes:
     def save_conversation(self, name: str) -> bool:
         """Keep all that the context holds under a name; False if that is little, or cannot be done."""
         llm = self._llm
-        llm.drop_ahead()
+        llm._drop_ahead()
         tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
         return len(tokens) >= LEAST_TOKENS and self.save(tokens, conversation=name)
 

@@ -99,7 +99,7 @@ class LoadedLlama(llama_cpp.Llama):
         flash_attn: bool | None = None,
         verbose: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
-        speculate: Speculate = "auto",
+        speculate: Speculate = False,
         draft_window: int | None = None,
         lora_path: str | None = None,
         **kwargs: Any,
