@@ -128,7 +128,7 @@ def test_presets_and_options_on_top(tmp_path, tiny_model):
     out = tmp_path / "out.gguf"
     done = run("convert", tiny_model, "-o", out, "--preset", "QUALITY", "--window", 64)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1].endswith("before you rely on it; --list-presets says what is known of half")
+    assert done.stderr.splitlines()[-1].endswith("before you rely on it; --list-presets says what is known of quality")
     assert read_schedule(out) == Schedule(64, 100, (F, P, F, P), 128)
     message = fails("convert", tiny_model, "-o", tmp_path / "b.gguf", "--preset", "qwen3-4b")
     assert "published for a model of 36 layers, and this one has 4" in message
