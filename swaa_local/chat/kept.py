@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
-
 from swaa_local.chat.session import ChatError, Session
 from swaa_local.chat.store import Conversation, StoreError, load_conversation, save_conversation
+from swaa_local.files.user_dirs import state_dir
 
 LAST = "last"
 """The session of a chat that was given no name."""
@@ -26,7 +25,7 @@ def session_path(name: str | None, *, continues: bool = False) -> Path | None:
     """
     if name is not None and not _NAME.fullmatch(name):
         raise ChatError(f"a session's name is made of letters, digits, dots, - and _, not {name!r}")
-    directory = Path(platformdirs.user_state_path("swaa-local")) / "sessions"
+    directory = state_dir() / "sessions"
     if name is not None:
         path = directory / f"{name}.json"
         if continues and not path.exists():

@@ -5,6 +5,7 @@ Puts session, terminal and loop together. Knows the command's options; each part
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
@@ -26,6 +27,7 @@ from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.files.document import Document, decode_document
 from swaa_local.files.document_files import read_documents
 from swaa_local.files.input_file import read_input
+from swaa_local.files.user_dirs import NoHome
 from swaa_local.files.user_input import require_utf8
 from swaa_local.llama import Llama
 from swaa_local.model_file.model_info import read_model_info
@@ -92,7 +94,8 @@ def chat(options: ChatOptions) -> int:
             documents += _piped_document(terminal)
         kept = options.session
         if kept is None and interactive and options.cache_bytes is not None:
-            kept = session_path(LAST)
+            with contextlib.suppress(NoHome):
+                kept = session_path(LAST)
         elif kept is not None and kept.exists():
             take_up(session, kept, system=options.settings.system)
         session.pending += documents
@@ -164,7 +167,10 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
             n_ctx = before
             raise
 
-    rates = rates_path() if options.cache_bytes is not None else None
+    rates = None
+    if options.cache_bytes is not None:
+        with contextlib.suppress(NoHome):
+            rates = rates_path()
     session = Session(
         open_llm, options.settings, full=options.schedule.no_swaa, open_sized=open_sized, rates_path=rates
     )

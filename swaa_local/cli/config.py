@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from swaa_local.errors import SWAAError
+from swaa_local.files.user_dirs import NoHome, config_dir
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,9 +31,7 @@ class ConfigError(SWAAError):
 
 def config_path() -> Path:
     """`$XDG_CONFIG_HOME/swaa-local/config.toml`, or what the system has for it."""
-    import platformdirs
-
-    return Path(platformdirs.user_config_path("swaa-local")) / "config.toml"
+    return config_dir() / "config.toml"
 
 
 def default_map(program: click.Group) -> dict[str, Any]:
@@ -41,8 +40,11 @@ def default_map(program: click.Group) -> dict[str, Any]:
     A table is a command, a key an option without its dashes; what stands above the tables is for every command that has
     such an option. Raises `ConfigError`.
     """
-    path = config_path()
     if f"_{ENV_PREFIX}_COMPLETE" in os.environ:  # the shell asks, and shows no errors
+        return {}
+    try:
+        path = config_path()
+    except NoHome:
         return {}
     try:
         text = path.read_text("utf-8")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
 from swaa_local.files.output_file import OutputError, publish, workplace
+from swaa_local.files.user_dirs import cache_dir
 from swaa_local.prefix_cache.state_file import (
     Cells,
     StateFileError,
@@ -47,7 +47,7 @@ class CacheWarning(UserWarning):
 
 def default_directory() -> Path:
     """Where states are kept: `$XDG_CACHE_HOME/swaa-local/states`, or what the system has for caches."""
-    return Path(platformdirs.user_cache_path("swaa-local")) / "states"
+    return cache_dir() / "states"
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def disk_cache_environment(
     """The variables that tell llama-server of its cache; none without one. What cannot be had is noted."""
     if max_bytes is None:
         return {}
-    cache = PrefixCache(max_bytes=max_bytes, note=note)
     try:
+        cache = PrefixCache(max_bytes=max_bytes, note=note)
         key = _key(path, schedule, extra, env)
     except (SWAAError, OSError) as error:
         note(f"what is read is not kept: {error}")

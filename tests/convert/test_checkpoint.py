@@ -214,7 +214,7 @@ def test_what_goes_without_saying_is_noted(tmp_path, checkpoints):
     done = run("convert", checkpoints / "qwen3", "-o", out, "--pre-tokenizer", "qwen2", "--verbose")
     assert done.returncode == 0, done.stderr
     assert "no schedule: the file will run with full attention; " in done.stderr
-    assert "--preset or --window adds one if its architecture takes one" in done.stderr
+    assert "--preset quality adds one, or calibrate finds one if its architecture takes one" in done.stderr
     assert "--pre-tokenizer qwen2 had no effect" in done.stderr
     assert "blk.0.attn_q.weight" in done.stderr  # the converter's log
     assert read_schedule(out) is None

@@ -35,7 +35,7 @@ TIE = 3e-3
 
 Measured alone against among others, with flash attention: each up to 1.1e-3 without a schedule, up to 7e-4 with one.
 """
-SIZES = ("-c", "8192", "-kvu", "-b", "64", "-ub", "32")
+SIZES = ("-c", "8192", "-kvu", "-b", "64", "-ub", "32", "--no-cache")  # nothing of another test's prompts
 
 Make = Callable[..., Path]
 
