@@ -387,7 +387,7 @@ class Llama(DraftingLlama):
                 try:
                     if self.prefixes and left is None and given.get("reset", True):
                         with self._guard.step():
-                            self.prefixes.begin(text, document_ends)
+                            self.prefixes.begin(text, document_ends, tail=self._tail_of_prompt())
                     token = next(upstream)
                 except StopIteration:
                     return

@@ -56,6 +56,8 @@ def cells_key(llm: DraftingLlama, identity: list[Any]) -> str:
         "gpu": gpu_layers(llm.model_params.n_gpu_layers) > 0,
         # some models have other RoPE factors for contexts that are longer than these
         "long": llm.n_ctx() > (trained or llm.n_ctx_train()),
+        # parts begin anew with each batch
+        "batch": llm.n_batch if llm.n_batch % params.n_ubatch else 0,
         **{name: getattr(params, name) for name in _SHAPING},
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -113,10 +115,11 @@ class CachedPrefixes:
 
     # A generation: `begin`, then for each evaluation `begin_read` and after each of its parts `has_read`.
 
-    def begin(self, tokens: Sequence[int], ends: Sequence[int]) -> None:
+    def begin(self, tokens: Sequence[int], ends: Sequence[int], *, tail: int = 0) -> None:
         """Take the beginning of a prompt from the cache, if that has more of it than the context.
 
-        ends: positions where documents end, in order.
+        ends: positions where documents end, in order. tail: tokens of this prompt that see all of it, and so must not
+        come from another prompt, of which they were no tail.
         """
         llm, prompt = self._llm, np.asarray(tokens, np.int32)
         self._ends = tuple(ends)
@@ -125,7 +128,7 @@ class CachedPrefixes:
         if ring and held < llm.n_tokens and not llm._keep_cells(held):
             held = 0
         for match in self.cache.find(self.key, prompt):
-            usable = self._usable(match.n_common, match.n_tokens, len(prompt), ring=ring)
+            usable = self._usable(match.n_common, match.n_tokens, len(prompt) - max(1, tail), ring=ring)
             if match.n_tokens > llm.n_ctx() or usable < held + LEAST_TOKENS:
                 continue
             state = self.cache.load(match.path)
@@ -140,13 +143,15 @@ class CachedPrefixes:
             self._n_pure = self._n_kept = usable
             return
 
-    def _usable(self, n_common: int, n_state: int, n_prompt: int, *, ring: bool) -> int:
-        """Tokens of a state that a prompt can begin with; its last token is always evaluated, for its logits."""
-        n_common = min(n_common, n_prompt - 1)
+    def _usable(self, n_common: int, n_state: int, most: int, *, ring: bool) -> int:
+        """Tokens of a state that a prompt can begin with. most: one less than the prompt has, which needs logits."""
+        n_common = min(n_common, most)
         if ring:
             return n_state if n_state <= n_common else 0
         base = max((end for end in self._ends if end <= n_common), default=0)
-        return base + (n_common - base) // self._llm.context_params.n_ubatch * self._llm.context_params.n_ubatch
+        n_batch, n_ubatch = self._llm.n_batch, self._llm.context_params.n_ubatch
+        batches, rest = divmod(n_common - base, n_batch)
+        return base + batches * n_batch + rest // n_ubatch * n_ubatch
 
     def begin_read(self, start: int) -> None:
         """The context is cut to `start` tokens, and others are about to be evaluated."""

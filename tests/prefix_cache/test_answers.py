@@ -115,6 +115,40 @@ def test_what_was_generated_or_read_as_a_tail_serves_nobody_else(answer, name):
     assert warm == (cold[0], 1500)
 
 
+def test_the_tail_of_a_prompt_is_read_even_where_a_longer_one_holds_its_tokens(answer):
+    """They were no tail there, and saw a window alone."""
+    swaa = SCHEDULES["FA decode with a tail"]
+    answer(swaa, DOCUMENT, [])
+    prompt = DOCUMENT[:1284]  # its tail of 8 begins before 1280, where a part of 256 tokens would
+    cold = answer(swaa, prompt, [], cache=False)
+    assert answer(swaa, prompt, []) == (cold[0], 1024)
+
+
+def test_a_prompt_is_taken_up_where_batches_begin_which_need_not_be_whole_ubatches(tiny_model, tmp_path):
+    def cached(n_batch: int) -> int:
+        options = {"n_ctx": 4096, "n_batch": n_batch, "n_ubatch": 256, "n_threads": 1, "n_threads_batch": 1}
+        llm = Llama(str(tiny_model), swaa=False, **options)
+        llm.set_cache(PrefixCache(tmp_path / "states"))
+        parts: list[int] = []
+        llm.on_prefill = lambda done, _total: parts.append(llm.n_tokens)
+        next(llm.generate(DOCUMENT[:1490] + FIRST, temp=0))
+        assert llm.last_run is not None
+        found = llm.last_run.cached_tokens
+        if not found:
+            llm.close()
+            llm = Llama(str(tiny_model), swaa=False, **options)
+            llm.set_cache(PrefixCache(tmp_path / "states"))
+            next(llm.generate(DOCUMENT[:1490] + SECOND, temp=0))
+            assert llm.last_run is not None
+            found = llm.last_run.cached_tokens
+            assert found in parts  # a part of the cold run began there
+        llm.close()
+        return found
+
+    assert cached(700) == 1400
+    assert cached(512) == 1280  # nothing of what was read in batches of 700
+
+
 def test_the_tail_of_the_schedule_is_no_part_of_the_key_and_all_else_is(answer):
     answer(SWAAConfig(32, 4, True, prompt_tail=8), DOCUMENT + FIRST, [1500])
     assert answer(SWAAConfig(32, 4, True, prompt_tail=3), DOCUMENT + FIRST, [1500])[1] == 1500
