@@ -99,11 +99,15 @@ def _value(path: Path, key: str, value: Any, _name: str, parameter: click.Parame
         return value if said else not value
     if isinstance(value, bool):
         raise ConfigError(f"{path}: {key} takes a value, not {str(value).lower()}")
-    if parameter.multiple:
-        return value if isinstance(value, list) else [value]
-    if isinstance(value, list):
+    takes_many = parameter.multiple or parameter.nargs == -1
+    if isinstance(value, list) and not takes_many:
         raise ConfigError(f"{path}: {key} takes one value, not a list")
-    return value if isinstance(value, (int, float)) else str(value)
+    values = value if isinstance(value, list) else [value]
+    for each in values:
+        if isinstance(each, (list, dict, bool)):
+            raise ConfigError(f"{path}: {key} takes texts or numbers, not {each!r}")
+    said_as_text = [str(each) for each in values]  # as on the command line, so that the same is allowed
+    return said_as_text if takes_many else said_as_text[0]
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -54,10 +54,34 @@ def test_switches_lists_and_the_negative_of_a_switch(model, tmp_path):
         ("[chat]\ntemp = true", "temp takes a value, not true"),
         ("[chat]\ntemp = [1]", "temp takes one value, not a list"),
         ("[chat", "config.toml: "),
+        ("[chat]\nfile = [['a']]", "file takes texts or numbers, not ['a']"),
+        ("[convert]\noutput = [5]", "output takes one value, not a list"),
+        ("[chat.system]\na = 1", "system takes texts or numbers, not {'a': 1}"),
     ],
 )
 def test_a_file_that_says_nonsense_is_one_line(tmp_path, text, error):
     assert error in fails("chat", "x.gguf", "-p", "x", **write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[chat]\nthreads = inf", "'inf' is not a number of threads"),
+        ("[chat]\nctx-size = 4096.5", "'4096.5' is not a number of tokens"),
+        ("[chat]\ncache-size = -5", "'-5' is not a size"),
+    ],
+)
+def test_what_the_command_line_refuses_the_file_may_not_say_either(tmp_path, text, error):
+    assert error in fails("chat", "x.gguf", "-p", "x", code=2, **write(tmp_path, text))
+
+
+def test_arguments_may_be_lists(model, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = thinker(tmp_path / "other" / "thinker.gguf")
+    env = write(tmp_path, f'[list]\nplaces = ["{model}", "{other.parent}"]\n')
+    assert len(json.loads(succeeds("list", "--json", **env))) == 2
+    env = write(tmp_path, f'[list]\nplaces = "{model}"\n')
+    assert len(json.loads(succeeds("list", "--json", **env))) == 1
 
 
 def test_a_value_that_no_option_takes_is_wrong_usage(tmp_path):
