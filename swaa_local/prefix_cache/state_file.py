@@ -73,8 +73,6 @@ def read_header(path: Path) -> tuple[StateHeader, Tokens]:
         tokens = _read(file, 4 * header.n_tokens).view("<i4").astype(np.int32)
         if zlib.crc32(tokens.astype("<i4").data) != header.tokens_crc:
             raise StateFileError("its tokens are damaged")
-        if os.fstat(file.fileno()).st_size != file.tell() + header.n_bytes:
-            raise StateFileError("it is not whole")
         return header, tokens
 
 
@@ -101,8 +99,18 @@ def _read_header(file: IO[bytes]) -> StateHeader:
     text = file.read(length) if length <= _MOST_HEADER_BYTES else b""
     if zlib.crc32(text) != crc:
         raise StateFileError("its header is damaged")
-    values: dict[str, Any] = json.loads(text)
-    return StateHeader(**{name: values[name] for name in StateHeader.__dataclass_fields__})
+    try:
+        values: dict[str, Any] = json.loads(text)
+        header = StateHeader(**{name: values[name] for name in StateHeader.__dataclass_fields__})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise StateFileError("its header is none of this version") from None
+    texts, numbers = (header.key, header.model, header.schedule), (header.n_tokens, header.n_bytes)
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise StateFileError("its header is none of this version")
+    # before there is memory for them
+    if os.fstat(file.fileno()).st_size != file.tell() + 4 * header.n_tokens + header.n_bytes:
+        raise StateFileError("it is not whole")
+    return header
 
 
 def _read(file: IO[bytes], n_bytes: int) -> Cells:

@@ -113,8 +113,11 @@ class PrefixCache:
             state = read_state(path)
         except FileNotFoundError:  # another process made room
             return None
-        except (StateFileError, OSError, ValueError, KeyError) as error:
+        except StateFileError as error:
             self.drop(path, str(error))
+            return None
+        except OSError as error:  # of the moment, such as too many open files: the state may be whole
+            self.note(f"a cached state is not used: {error.strerror or error} ({path.name})")
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -199,9 +202,10 @@ class PrefixCache:
         """Remove everything; the number of states and of bytes. Raises OSError."""
         n_states = n_bytes = 0
         for path in self._files("*"):
-            n_bytes += path.stat().st_size
-            path.unlink()
-            n_states += 1
+            with contextlib.suppress(FileNotFoundError):  # another program made room
+                size = path.stat().st_size
+                path.unlink()
+                n_states, n_bytes = n_states + 1, n_bytes + size
         for path in self.directory.glob(f"{_PART}*"):  # of a server; one that runs gives up this file
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -215,8 +219,11 @@ class PrefixCache:
             return read_header(path)
         except FileNotFoundError:
             return None
-        except (StateFileError, OSError, ValueError, KeyError) as error:
+        except StateFileError as error:
             self.drop(path, str(error))
+            return None
+        except OSError as error:  # of the moment, such as too many open files: the state may be whole
+            self.note(f"a cached state is not used: {error.strerror or error} ({path.name})")
             return None
 
     def _files(self, pattern: str) -> Iterator[Path]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import stat
 import sys
+import zlib
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -165,6 +168,48 @@ def test_a_state_of_another_version_is_a_miss_with_one_line(cache, stored):
     stored.write_bytes(data)
     assert cache.find(KEY, tokens_of(600)) == []
     assert "version 77" in cache.notes[0]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "3", "{}", '{"n_tokens": -1}', '{"n_tokens": "600"}', '{"n_tokens": 1000000000000000}', '{"key": 1}'],
+)
+def test_a_header_that_says_nonsense_is_a_miss_with_one_line(cache, stored, header):
+    """Its checksum is right, as of a program with a mistake."""
+    data = stored.read_bytes()
+    length = int.from_bytes(data[12:16], "little")
+    said, change = json.loads(data[20 : 20 + length]), json.loads(header)
+    if change and isinstance(change, dict):
+        change = said | change
+    text = json.dumps(change).encode()
+    new = data[:12] + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text
+    stored.write_bytes(new + data[20 + length :])
+    assert cache.find(KEY, tokens_of(600)) == []
+    assert len(cache.notes) == 1
+    assert "is not used" in cache.notes[0]
+
+
+def test_a_state_that_cannot_be_opened_now_is_a_miss_and_not_lost(cache, stored, monkeypatch):
+    def too_many(path: Path) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        for reader in ("read_header", "read_state"):
+            patch.setattr(f"swaa_local.prefix_cache.store.{reader}", too_many)
+        assert cache.find(KEY, tokens_of(600)) == []
+        assert cache.load(stored) is None
+    assert len(cache.notes) == 2
+    assert "Too many open files" in cache.notes[0]
+    assert len(cache.find(KEY, tokens_of(600))) == 1
+
+
+def test_the_broom_does_not_mind_who_else_sweeps(cache, stored, monkeypatch):
+    cache.put(tokens_of(700, seed=1))
+    listed = list(cache._files("*"))
+    listed[0].unlink()
+    monkeypatch.setattr(cache, "_files", lambda _pattern: iter(listed))
+    assert cache.clear()[0] == 1
+    assert files(cache) == []
 
 
 def test_a_state_that_another_process_removed_is_a_miss(cache, stored):
