@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 from swaa_local.files.output_file import OutputError, write_output
@@ -24,8 +25,9 @@ class ReadingRates:
         self._path, self._key = path, key
         self._rates: dict[int, float] = {}  # by the number of bits of the depth
         for bits, rate in self._read().get(key, {}).items():
-            with contextlib.suppress(ValueError, TypeError):
-                self._rates[int(bits)] = float(rate)
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
+                if 0 < float(rate) < math.inf:
+                    self._rates[int(bits)] = float(rate)
 
     def took(self, depth: int, n_tokens: int, seconds: float) -> None:
         """Tokens were read behind `depth` others."""

@@ -32,7 +32,13 @@ def test_a_new_measurement_counts_more_than_an_old_one(tmp_path):
     rates.save()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"model": {"x": "y"}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"model": 3}', '{"model": {"x": "y"}}', "\x00\xff"),
+        *(f'{{"model": {{"6": {rate}}}}}' for rate in ("NaN", "Infinity", "-1", "0", "1" + "0" * 400)),
+    ],
+)
 def test_a_damaged_file_is_no_knowledge(tmp_path, text):
     path = tmp_path / "rates.json"
     path.write_text(text)
