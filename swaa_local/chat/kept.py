@@ -5,6 +5,7 @@ Knows sessions and files; nothing of terminals.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def conversation_of(session: Session) -> Conversation:
         turns=tuple(session.turns),
         system=session.settings.system,
         pending=tuple(session.pending),
-        model=str(session.llm.model_path),
+        model=os.path.abspath(session.llm.model_path),  # it may go on in another directory
     )
 
 
@@ -78,7 +79,9 @@ class Keeper:
     def keep(self) -> None:
         """Write the conversation if it has changed. What cannot be written is noted once."""
         conversation = conversation_of(self._session)
-        if self._path is None or conversation == self._kept or not conversation.turns:
+        if self._path is None or conversation == self._kept:
+            return
+        if not conversation.turns and not self._kept.turns:  # nothing was said
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

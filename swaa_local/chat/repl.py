@@ -246,6 +246,9 @@ def _history() -> History:
     try:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "swaa-local"
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        history = state / "chat_history"
+        history.touch(mode=0o600)
+        history.chmod(0o600)  # whatever the folder is, and if an earlier version made it
     except (OSError, RuntimeError):  # no home
         return InMemoryHistory()
-    return _QuietFileHistory(str(state / "chat_history"))
+    return _QuietFileHistory(str(history))

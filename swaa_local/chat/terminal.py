@@ -7,10 +7,11 @@ and errors are written.
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -141,19 +142,32 @@ class Terminal:
         except (ImportError, OSError, ValueError, AttributeError, termios.error):  # no terminal
             yield
             return
+        if _in_background(keyboard):
+            yield
+            return
         quiet = [*before]
         quiet[3] = before[3] & ~(termios.ECHO | termios.ECHONL) | termios.NOFLSH  # Ctrl-C must not throw it away
         termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
         try:
             yield
         finally:
-            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+            with suppress(OSError, termios.error):  # the terminal is gone
+                if not _in_background(keyboard):
+                    termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
     def figures(self, stats: RunStats, kv_bytes: int) -> None:
         self.note(describe(stats, kv_bytes))
 
     def _clean(self, text: str) -> str:
         return _CONTROLS.sub("", text) if self._to_terminal else text
+
+
+def _in_background(keyboard: int) -> bool:
+    """Whether the keyboard is another job's: the system stops a job in the background that changes its terminal."""
+    try:
+        return os.tcgetpgrp(keyboard) != os.getpgrp()
+    except OSError:  # a terminal without jobs
+        return False
 
 
 def describe(stats: RunStats, kv_bytes: int) -> str:

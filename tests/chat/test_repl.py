@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -137,6 +138,39 @@ def test_the_last_conversation_is_kept_without_being_asked(talk, model, tmp_path
     again = talk(model, "--continue", "-c", "1024")
     again.say("/regen", "Yes!", "KV")
     again.say(f"/save {tmp_path / 'c.json'}", "saved 2 messages")
+
+
+def test_a_conversation_that_was_cleared_does_not_come_back(talk, model, tmp_path):
+    t = talk(model, "--session", "thesis")
+    t.say("Is it?", "Yes!", "KV")
+    t.say("/clear", "cleared")
+    t.type("/exit")
+    t.leave()
+    again = talk(model, "--session", "thesis")
+    again.say("/undo", "there is no question yet")
+
+
+def test_a_conversation_goes_on_in_another_directory(talk, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    t = talk(Path(model.name), "--session", "thesis")
+    t.say("Is it?", "Yes!", "KV")
+    t.type("/exit")
+    t.leave()
+    monkeypatch.chdir("/")
+    kept = tmp_path / "state" / "swaa-local" / "sessions" / "thesis.json"
+    assert Path(json.loads(kept.read_text())["model"]) == model
+
+
+def test_an_answer_in_the_background_is_not_stopped_by_the_terminal(model, tmp_path):
+    """As `swaa-local chat ... > answer &` in a shell: the keyboard is the shell's."""
+    env = environment(XDG_STATE_HOME=str(tmp_path / "state"))
+    shell = pexpect.spawn("/bin/bash", ["--norc", "-i"], env=env, encoding="utf-8", timeout=60, dimensions=(50, 200))
+    command = f"{sys.executable} -m swaa_local chat {model} -t 1 -c 1024 -p 'Is it?' -q"
+    shell.sendline(f"cd {Path.cwd()}; {command} > {tmp_path / 'answer'} & wait $!; echo ended $?")
+    shell.expect(r"ended (\d+)")
+    assert shell.match[1] == "0"
+    assert (tmp_path / "answer").read_text() == "Yes!\n"
+    shell.close(force=True)
 
 
 def test_the_schedule_is_switched_in_a_running_conversation(talk, model):
@@ -365,6 +399,7 @@ def test_history_is_kept_and_its_loss_is_harmless(talk, model, tmp_path):
     t.leave()
     history = tmp_path / "state" / "swaa-local" / "chat_history"
     assert "Is it history?" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
     again = talk(model)
     again.child.send("\x1b[A\x1b[A")  # up twice: past /exit
     again.child.expect("Is it history")
