@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -126,7 +127,13 @@ def test_the_tail_of_a_prompt_is_read_even_where_a_longer_one_holds_its_tokens(a
 
 def test_a_prompt_is_taken_up_where_batches_begin_which_need_not_be_whole_ubatches(tiny_model, tmp_path):
     def cached(n_batch: int) -> int:
-        options = {"n_ctx": 4096, "n_batch": n_batch, "n_ubatch": 256, "n_threads": 1, "n_threads_batch": 1}
+        options: dict[str, Any] = {
+            "n_ctx": 4096,
+            "n_batch": n_batch,
+            "n_ubatch": 256,
+            "n_threads": 1,
+            "n_threads_batch": 1,
+        }
         llm = Llama(str(tiny_model), swaa=False, **options)
         llm.set_cache(PrefixCache(tmp_path / "states"))
         parts: list[int] = []
