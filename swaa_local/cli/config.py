@@ -77,6 +77,26 @@ def default_map(program: click.Group) -> dict[str, Any]:
     return defaults
 
 
+class _Lines(click.types.StringParamType):
+    """Texts, of which a variable has one a line: a question and a path may have blanks."""
+
+    envvar_list_splitter = "\n"
+
+
+def name_variables(program: click.Group) -> None:
+    """Let each option be set by the variable that is called as the option is, whatever the parameter's name."""
+    for command_name, command in program.commands.items():
+        for parameter in command.params:
+            if not isinstance(parameter, click.Option) or not parameter.expose_value:
+                continue
+            long = [name[2:] for name in parameter.opts if name.startswith("--")]
+            names = [f"{ENV_PREFIX}_{command_name}_{name}".upper().replace("-", "_") for name in long]
+            if names:
+                parameter.envvar = names
+            if parameter.multiple and parameter.type is click.STRING:
+                parameter.type = _Lines()
+
+
 def _options(command: click.Command) -> dict[str, tuple[str, click.Parameter, bool]]:
     """By their names without dashes: the parameter's name, the parameter, and what a switch says."""
     found: dict[str, tuple[str, click.Parameter, bool]] = {}

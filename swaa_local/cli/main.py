@@ -22,7 +22,7 @@ from swaa_local.cli.bench import bench_command
 from swaa_local.cli.cache import cache_command, cache_options
 from swaa_local.cli.calibrate import calibrate_command
 from swaa_local.cli.click_types import LORA, PATH, Number, tokens
-from swaa_local.cli.config import ENV_PREFIX, default_map
+from swaa_local.cli.config import ENV_PREFIX, default_map, name_variables
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
 from swaa_local.cli.schedule_options import schedule_options
@@ -75,6 +75,7 @@ class _Program(click.Group):
         return super().resolve_command(ctx, [_OTHER_NAMES.get(args[0], args[0]), *args[1:]])
 
     def _run_with_defaults(self, run: Callable[..., Any]) -> Any:
+        name_variables(self)
         return run(default_map=default_map(self), auto_envvar_prefix=ENV_PREFIX)
 
 
@@ -203,7 +204,8 @@ def list_command(places: tuple[str, ...], as_json: bool) -> None:
     elif models:
         click.echo(listed(models))
     else:
-        click.echo("no models here or in the hub's cache; name a directory, or chat org/name:Q4_K_M", err=True)
+        where = f"in {', '.join(map(printable, places))}" if places else "here or in the hub's cache; name a directory"
+        click.echo(f"no models {where}, or chat org/name:Q4_K_M", err=True)
 
 
 @main.command("convert", short_help="Make a GGUF with a schedule from a GGUF, a checkpoint or a hub id.")

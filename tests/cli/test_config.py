@@ -133,3 +133,19 @@ def test_the_hub_cache_is_listed_by_names_that_chat_takes(tiny_model, tmp_path):
     name = "org/name-GGUF:Q4_K_M"
     options = ["-p", "x", "-n", "1", "-t", "1", "-c", "256"]
     assert run("chat", name, *options, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_a_variable_is_called_as_its_option_and_has_one_value_a_line(model, tmp_path):
+    (tmp_path / "a text.txt").write_text("x" * 100)
+    env = {"SWAA_LOCAL_CHAT_THREADS": "1", "SWAA_LOCAL_CHAT_CTX_SIZE": "1024"}
+    env |= {"SWAA_LOCAL_CHAT_FILE": str(tmp_path / "a text.txt"), "SWAA_LOCAL_CHAT_PROMPT": "Is it?\nAnd is that?"}
+    answers = [json.loads(line) for line in succeeds("chat", model, "--json", **env).splitlines() if line]
+    assert [answer["question"] for answer in answers] == ["Is it?", "And is that?"]
+    assert answers[0]["tokens"]["prompt"] > 100
+    assert "'many' is not a number of threads" in fails("chat", model, code=2, SWAA_LOCAL_CHAT_THREADS="many")
+
+
+def test_a_list_of_nothing_says_where_it_looked(tmp_path):
+    done = run("list", tmp_path)
+    assert done.returncode == 0
+    assert f"no models in {tmp_path}" in done.stderr
