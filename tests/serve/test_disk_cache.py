@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.adapters import write_adapter
 from tests.support.program import succeeds
 from tests.support.serving import Running, serving, wait_until
-from tests.support.tiny import random_tokens
+from tests.support.tiny import TinyShape, random_tokens, tiny_weights
 
 DOCUMENT = "".join(chr(97 + token % 26) if token % 7 else " " for token in random_tokens(1500))
 SCHEDULES = {
@@ -80,6 +81,23 @@ def test_a_server_that_is_killed_leaves_whole_states_or_none(tiny_model, tmp_pat
         answer, _ = ask(server, "Who?")
         assert answer == cold
         assert "not used" not in server.log
+
+
+def test_states_are_of_the_scales_that_adapters_had_at_the_start(tiny_model, tmp_path):
+    """/lora-adapters changes them for all requests; then a slot may hold cells of either."""
+    adapter = write_adapter(tmp_path / "a.gguf", tiny_weights(TinyShape()), seed=1)
+    options, prompt = ["-c", "4096", "-np", "1", "--lora", adapter], random_tokens(700)
+    with serving(tiny_model, *options, "--no-cache", XDG_CACHE_HOME=str(tmp_path)) as server:
+        expected = server.complete(prompt)["tokens"]
+    with serving(tiny_model, *options, XDG_CACHE_HOME=str(tmp_path)) as server:
+        assert server.post("/lora-adapters", [{"id": 0, "scale": 0.0}])[0] == 200
+        assert server.complete(prompt)["tokens"] != expected
+        assert server.post("/lora-adapters", [{"id": 0, "scale": 1.0}])[0] == 200
+        server.complete(prompt + random_tokens(400, seed=2))
+        assert server.log.count("are not kept on disk") == 1
+    assert states(tmp_path) == []
+    with serving(tiny_model, *options, XDG_CACHE_HOME=str(tmp_path)) as server:
+        assert server.complete(prompt)["tokens"] == expected
 
 
 def test_a_directory_that_cannot_be_written_is_noted(tiny_model, tmp_path):
