@@ -91,8 +91,10 @@ def name_variables(program: click.Group) -> None:
                 continue
             long = [name[2:] for name in parameter.opts if name.startswith("--")]
             names = [f"{ENV_PREFIX}_{command_name}_{name}".upper().replace("-", "_") for name in long]
+            # What the option has of its own, such as llama-server's, stays.
+            own = [parameter.envvar] if isinstance(parameter.envvar, str) else list(parameter.envvar or ())
             if names:
-                parameter.envvar = names
+                parameter.envvar = list(dict.fromkeys([*names, *own]))
             if parameter.multiple and parameter.type is click.STRING:
                 parameter.type = _Lines()
 
