@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from swaa_local.calibrate.watch import Watch
 from swaa_local.engine.context_length import beyond_training, gpu_layers
 from swaa_local.engine.memory import check_fits, header_cost
 from swaa_local.engine.options import EngineOptions
+from swaa_local.files.fingerprint import fingerprint
 from swaa_local.model_file.model_info import ModelInfo
 from swaa_local.schedule.config import Schedule, default_n_ubatch
 
@@ -118,16 +118,6 @@ def config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> di
         "type_v": engine.type_v,
         "engine": llama_cpp.__version__,
     }
-
-
-def fingerprint(path: Path) -> str:
-    """Of the header and some weights, so that a large model is not read twice."""
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(16 << 20))
-        file.seek(-min(1 << 20, path.stat().st_size), 2)
-        digest.update(file.read())
-    return digest.hexdigest()
 
 
 def default_log(model: Path) -> Path:

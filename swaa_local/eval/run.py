@@ -6,7 +6,6 @@ plots are made of what it returns (`table`, `plot`).
 
 from __future__ import annotations
 
-import hashlib
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from swaa_local.errors import SWAAError
 from swaa_local.eval.log import EvalLog
 from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
 from swaa_local.eval.watch import SILENT, Watch
+from swaa_local.files.fingerprint import fingerprint
 from swaa_local.model_file.adapter import adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.model_file.schedule_keys import read_schedule
@@ -178,10 +178,10 @@ class _Source:
 
         request, engine = self._request, self._request.engine
         # Files from before there were adapters go on.
-        lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": _fingerprint(engine.lora.path)}
+        lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": fingerprint(engine.lora.path)}
         return lora | {
             "model": request.model.name,
-            "model_sha256": _fingerprint(request.model),
+            "model_sha256": fingerprint(request.model),
             "seed": request.seed,
             "think": {None: "auto", True: "on", False: "off"}[request.think],
             "think_tokens": request.think_tokens,
@@ -359,16 +359,6 @@ def _warm_up(answerer: Any, question: QuestionRecord) -> None:
     answerer.llm.reset()  # where only the tail has changed, the context is the old one
     answerer.llm.eval(answerer.prompt(question.prompt).tokens[:_WARM_UP_TOKENS])
     answerer.llm.reset()
-
-
-def _fingerprint(path: Path) -> str:
-    """Of the header, the schedule in it and some weights, so that a large model is not read twice."""
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(16 << 20))
-        file.seek(-min(1 << 20, path.stat().st_size), 2)
-        digest.update(file.read())
-    return digest.hexdigest()
 
 
 def default_results(model: Path) -> Path:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ from swaa_local.prefix_cache.state_file import (
     write_state,
 )
 from swaa_local.text.units import format_bytes
+
+_T = TypeVar("_T")
 
 DEFAULT_BYTES = 10 << 30
 """Bound on the directory where the user says nothing."""
@@ -109,15 +112,8 @@ class PrefixCache:
 
     def load(self, path: Path) -> tuple[StateHeader, Tokens, Cells] | None:
         """A state, and it counts as used now; None, with a note, if it is of no use any more."""
-        try:
-            state = read_state(path)
-        except FileNotFoundError:  # another process made room
-            return None
-        except StateFileError as error:
-            self.drop(path, str(error))
-            return None
-        except OSError as error:  # of the moment, such as too many open files: the state may be whole
-            self.note(f"a cached state is not used: {error.strerror or error} ({path.name})")
+        state = self._read(path, read_state)
+        if state is None:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -215,9 +211,13 @@ class PrefixCache:
         return n_states, n_bytes
 
     def _header(self, path: Path) -> tuple[StateHeader, Tokens] | None:
+        return self._read(path, read_header)
+
+    def _read(self, path: Path, read: Callable[[Path], _T]) -> _T | None:
+        """What `read` makes of a file; None if it is gone, and with a note if it is of no use or cannot be read now."""
         try:
-            return read_header(path)
-        except FileNotFoundError:
+            return read(path)
+        except FileNotFoundError:  # another process made room
             return None
         except StateFileError as error:
             self.drop(path, str(error))
