@@ -181,6 +181,24 @@ print("done")
     assert done.stderr.count("compute buffer size is") == 3 * n_buffers, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("n_ubatch", [64, 600])
+@pytest.mark.parametrize("modes", [(PREFILL, FULL, PREFILL, FULL), (PREFILL, FULL, ALWAYS, PREFILL)])
+def test_a_graph_that_grows_is_planned_once(load_model, modes, n_ubatch):
+    """Planning waits for the device. What is planned anew for a longer cache has its outputs elsewhere."""
+    n_ubatches = 24
+    with load_model(Sched(WINDOW, SINKS, modes)).context(
+        n_ctx=n_ubatches * n_ubatch, n_batch=n_ubatch, n_ubatch=n_ubatch, record=True
+    ) as ctx:
+        ctx.set_prompt_end(0, n_ubatches * n_ubatch)
+        places = []
+        for tokens in np.split(np.array(random_tokens(n_ubatches * n_ubatch)), n_ubatches):
+            ctx.attention.clear()
+            ctx.feed(tokens.tolist())
+            places.append([op.out for op in ctx.attention])
+    # the first ones have other graphs: no window yet, a short mask that is made on the host
+    assert len({tuple(p) for p in places[16:]}) == 1
+
+
 @pytest.mark.skipif(GPU_LAYERS > 0, reason="the digests are of nodes that all run on the CPU")
 @pytest.mark.parametrize("arch", ARCHES)
 def test_without_a_schedule_the_graph_is_upstream_s(tiny_model_factory, arch):

@@ -156,6 +156,7 @@ class AttentionOp(NamedTuple):
     """One attention operation of a graph: its layer, the keys that a query reads, the queries, and their blocks.
 
     mask: tells one mask of a graph from another, with flash attention.
+    out: the address of what it computed.
     """
 
     layer: int
@@ -163,6 +164,7 @@ class AttentionOp(NamedTuple):
     n_tokens: int
     n_block: int
     mask: int = 0
+    out: int = 0
 
 
 class EngineContext:
@@ -326,10 +328,10 @@ class EngineContext:
             k, q = t.src[1].contents, t.src[0].contents
             self._flash.append((k.ne[1], q.ne[1] * q.ne[3], q.ne[3], ctypes.addressof(t.src[3].contents)))
         elif name == b"kqv_out" and self._flash:
-            self.attention += [AttentionOp(int(layer), *op) for op in self._flash]
+            self.attention += [AttentionOp(int(layer), *op, out=t.data) for op in self._flash]
             self._flash.clear()
         elif op == b"SOFT_MAX" and name == b"kq_soft_max":
-            self.attention.append(AttentionOp(int(layer), t.ne[0], t.ne[1] * t.ne[3], t.ne[3]))
+            self.attention.append(AttentionOp(int(layer), t.ne[0], t.ne[1] * t.ne[3], t.ne[3], out=t.data))
         return False
 
     def close(self) -> None:
