@@ -221,6 +221,10 @@ class Evidence:
     def gain(self, layer: int) -> float:
         return self.gains[layer].gain if layer in self.gains else 0.0
 
+    def ranking(self) -> list[int]:
+        """Layers, the one that brings most first."""
+        return sorted(self.gains, key=lambda layer: (-self.gain(layer), layer))
+
     def is_worse(self, schedule: Schedule, base: Schedule) -> bool:
         """Whether the answers are shown to be worse."""
         pairs = self.pairs(schedule, base, "long")
