@@ -46,7 +46,7 @@ class Asking:
             _, found, trial = max(tried, key=lambda each: (bool(each[1].kinds), each[0]))
             if not found.kinds:
                 self._refuse(found.shares, self._length // SHORTER if scale == "short" else self._length)
-            if scale == "long" and found.kinds == GENERATED and not found.bare:
+            if found.kinds == GENERATED and not found.bare:
                 self._log.add_trial(trial)  # on the very questions of the first text
             self._log.add_kinds(_PILOT, found)
         self._material.set_kinds("short", self._log.kinds[_PILOT])
@@ -66,9 +66,9 @@ class Asking:
         bare_kinds = tuple(kind for kind in kinds if without.get(kind, 0.0) > shares[kind])
         return Kinds(kinds, bare_kinds, best), trial
 
-    def drop(self, first: Trial) -> bool:
-        """Ask no more what is answered in short prompts but not in long ones; whether there is such a kind. first: full
-        attention on the first long prompt. Raises `CalibrateError` if too little is left."""
+    def drop(self, first: Trial) -> None:
+        """Ask no more what is answered in short prompts but not in long ones. first: full attention on the first long
+        prompt. Raises `CalibrateError` if too little is left."""
         known = self._log.kinds.get(_LONG)
         if known is None:
             prompts = self._material.prompts("search", "long", 0)
@@ -84,10 +84,7 @@ class Asking:
             self._say(
                 f"not asked: {', '.join(dropped)}; full attention gives fewer than {LEAST_RIGHT:.0%} of the answers"
             )
-        if known.kinds == self._material.kinds("long").kinds:
-            return False
         self._material.set_kinds("long", known)
-        return True
 
     def _refuse(self, shares: dict[str, float], length: int) -> NoReturn:
         said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())

@@ -6,7 +6,7 @@ Pure: knows trials; what is tried, `search` decides. Everything is compared on t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -45,14 +45,16 @@ class Space:
 
 @dataclass(frozen=True)
 class Limits:
-    """keep: of full attention's quality. until_s: when the search must be over. n_long, n_short: texts that there are.
-    memory: take the smallest cache instead of the fastest reading."""
+    """keep: of full attention's quality. until_s: when the search and the check must be over. n_long, n_short: texts
+    that there are; no long ones if there is no time for them. memory: take the smallest cache instead of the fastest
+    reading. check_s: seconds to be kept for the check, given those of a trial at full length."""
 
     keep: float
     until_s: float
     n_long: int
     n_short: int
     memory: bool = False
+    check_s: Callable[[float], float] = lambda _trial_s: 0.0
 
 
 class Evidence:
@@ -66,7 +68,7 @@ class Evidence:
         self.gains: dict[int, LayerGain] = {}
         self.varied: dict[Schedule, Schedule] = {}
         self._qualities: dict[tuple[Schedule, Scale, int], Interval] = {}  # by the number of texts
-        self._candidates_known: dict[tuple[Schedule, int], Candidate] = {}
+        self._candidates_known: dict[tuple[Schedule, Scale, int], Candidate] = {}
         self._shares: dict[Schedule, float] = {}
         self._slope_known = (-1, 0.5)  # by so many trials
 
@@ -105,19 +107,23 @@ class Evidence:
         interval = paired(differences)
         return Interval(1 + interval.value, 1 + interval.low, 1 + interval.high)
 
-    def candidate(self, schedule: Schedule) -> Candidate | None:
-        quality, pairs = self.quality(schedule), self.pairs(schedule, self.full_attention, "long")
+    def candidate(self, schedule: Schedule, scale: Scale = "long") -> Candidate | None:
+        quality, pairs = self.quality(schedule, scale), self.pairs(schedule, self.full_attention, scale)
         if quality is None:
             return None
-        key = (schedule, len(pairs))
+        key = (schedule, scale, len(pairs))
         if key not in self._candidates_known:
-            self._candidates_known[key] = self._candidate_of(schedule, quality, pairs)
+            self._candidates_known[key] = self._candidate_of(schedule, quality, pairs, scale)
         return self._candidates_known[key]
 
     @staticmethod
-    def _candidate_of(schedule: Schedule, quality: Interval, pairs: list[tuple[Trial, Trial]]) -> Candidate:
+    def _candidate_of(
+        schedule: Schedule, quality: Interval, pairs: list[tuple[Trial, Trial]], scale: Scale
+    ) -> Candidate:
         trials = [trial for trial, _ in pairs]
         timed = [(a, b) for a, b in pairs if a.prefill_s is not None and b.prefill_s is not None]
+        if scale == "short":  # these times tell nothing of long prompts
+            timed = []
         return Candidate(
             schedule=schedule,
             name=in_words(schedule),
@@ -131,11 +137,17 @@ class Evidence:
             decode_token_s=median(a.decode_token_s for a, _ in timed) if timed else None,  # type: ignore[type-var]
             kv_bytes=trials[-1].kv_bytes,
             n_texts=len(trials),
+            scale=scale,
         )
 
-    def tried(self) -> list[Candidate]:
-        known = {schedule for schedule, scale, _ in self.trials if scale == "long" and schedule != self.full_attention}
-        return [candidate for schedule in known if (candidate := self.candidate(schedule)) is not None]
+    def tried(self, scale: Scale = "long") -> list[Candidate]:
+        known = {schedule for schedule, at, _ in self.trials if at == scale and schedule != self.full_attention}
+        return [candidate for schedule in known if (candidate := self.candidate(schedule, scale)) is not None]
+
+    @property
+    def scale(self) -> Scale:
+        """Of the prompts that schedules are judged by: short ones only if none was tried on a long one."""
+        return "long" if self.tried() else "short"
 
     def is_kept(self, candidate: Candidate) -> bool:
         return cautious(candidate.quality) >= self._limits.keep
@@ -143,8 +155,8 @@ class Evidence:
     def best(self) -> Candidate | None:
         """The fastest that keeps what is asked for, and of those as fast the one with the smallest cache and the best
         answers; the one with the best answers if none does. Other sinks or another tail if they are shown to be better.
-        """
-        tried = [each for each in self.tried() if each.schedule not in self.varied]
+        By short prompts if none was tried on a long one."""
+        tried = [each for each in self.tried(self.scale) if each.schedule not in self.varied]
         if not tried:
             return None
         best = self._fittest(tried)
@@ -200,19 +212,32 @@ class Evidence:
 
     def promise(self, schedule: Schedule) -> float:
         """The time that this may be expected to save: what it saves, times the chance that it keeps enough."""
-        quality, error = self.quality(schedule), 0.0
-        if quality is None:
-            quality, error = self.quality(schedule, "short"), _SHORT_ERROR
-        if quality is None:
+        return self._chance(schedule) * max(0.01, 1 - self.time(schedule))
+
+    def _chance(self, schedule: Schedule) -> float:
+        """That it keeps enough: by its own trials; by those of others that see more, or less, if it has none."""
+        if (quality := self.quality(schedule)) is not None:
+            return self._chance_by(quality, 0.0)
+        if (quality := self.quality(schedule, "short")) is not None:
+            chance = self._chance_by(quality, _SHORT_ERROR)
+        else:
             full, windows = schedule.layers(LayerMode.FULL), self._space.windows
             wide = sum(window < schedule.window for window in windows) / len(windows)
             brings = sum(max(0.0, gain.gain) for gain in self.gains.values())
             kept = sum(max(0.0, self.gain(layer)) for layer in full) / brings if brings else 0.0
             chance = min(0.9, 0.1 + 0.3 * wide + 0.4 * len(full) / self._space.n_layer + 0.4 * kept)
-        else:
-            spread = math.hypot((quality.high - quality.low) / (2 * _Z95), error)
-            chance = 0.5 * (1 + math.erf((quality.value - self._limits.keep) / spread / math.sqrt(2)))
-        return chance * max(0.01, 1 - self.time(schedule))
+        for other in {tried for tried, scale, _ in self.trials if scale == "long"} - {self.full_attention}:
+            if (quality := self.quality(other)) is None:
+                continue
+            if _sees_all_of(other, schedule):
+                chance = min(chance, self._chance_by(quality, 0.0))
+            elif _sees_all_of(schedule, other):
+                chance = max(chance, self._chance_by(quality, 0.0))
+        return chance
+
+    def _chance_by(self, quality: Interval, error: float) -> float:
+        spread = math.hypot((quality.high - quality.low) / (2 * _Z95), error)
+        return 0.5 * (1 + math.erf((quality.value - self._limits.keep) / spread / math.sqrt(2)))
 
     def is_hopeless(self, schedule: Schedule) -> bool:
         quality = self.quality(schedule)
@@ -229,6 +254,14 @@ class Evidence:
         """Whether the answers are shown to be worse."""
         pairs = self.pairs(schedule, base, "long")
         return paired([a - b for one, two in pairs for a, b in zip(one.chance, two.chance, strict=True)]).high < 0
+
+
+def _sees_all_of(one: Schedule, other: Schedule) -> bool:
+    """Whether every token sees under `one` at least what it sees under `other`."""
+    if one.window < other.window or one.sinks < other.sinks or one.tail < other.tail:
+        return False
+    # Full attention's mode has the smallest number, and a window at all times the greatest.
+    return all(a <= b for a, b in zip(one.layer_modes, other.layer_modes, strict=True))
 
 
 def cautious(measured: Interval, sign: int = 1) -> float:

@@ -11,6 +11,8 @@ from swaa_local.calibrate.trials import Trials
 from swaa_local.schedule.config import Schedule
 
 _LEAST_TRIALS = 5
+_MISSING = 0.97
+"""Of quality: where windows alone keep more, a smaller window shows better what layers bring."""
 
 
 def screen(trials: Trials, space: Space, limits: Limits, until_s: float) -> str:
@@ -25,16 +27,21 @@ class _Screen:
 
     def run(self) -> str:
         n, trials = self._space.n_layer, self._trials
-        window = self._space.windows[len(self._space.windows) // 2]
-        none = self._space.schedule((), window)
-        alone = [none, *(self._space.schedule((layer,), window) for layer in range(n))]
+        windows = self._space.windows[: len(self._space.windows) // 2 + 1]
+        none = self._space.schedule((), windows[-1])
+        alone = [none, *(self._space.schedule((layer,), none.window) for layer in range(n))]
         new = sum((each, "long", 0) not in self._known.trials for each in alone)
         fits = new * trials.cost("long") <= max(0.0, trials.left(self._until_s))
-        scale: Scale = "long" if fits or not self._limits.n_short else "short"
+        scale: Scale = "long" if (fits and self._limits.n_long) or not self._limits.n_short else "short"
         trials.stage(f"what each layer brings, on {scale} prompts")
-        if trials.measure(none, scale, 0, self._until_s) is None:
-            trials.notes.append("layers were not ranked: there was no time for it")
-            return ""
+        for window in reversed(windows):
+            none = self._space.schedule((), window)
+            if trials.measure(none, scale, 0, self._until_s) is None:
+                trials.notes.append("layers were not ranked: there was no time for it")
+                return ""
+            quality = self._known.quality(none, scale)
+            if quality is None or quality.value < _MISSING:  # or no layer has anything to bring
+                break
         measured_at = f"{scale} prompts, window {window if scale == 'long' else window // 4}"
         known = sum((each, scale, 0) in self._known.trials for each in alone[1:])
         affordable = known + int(max(0.0, trials.left(self._until_s)) / trials.cost(scale))

@@ -17,8 +17,9 @@ from swaa_local.calibrate.questions import OwnQuestions
 from swaa_local.calibrate.results import CalibrateError, Scale
 
 N_LONG, N_SHORT, N_CHECK = 6, 2, 8
-"""Texts that there are for the search, and for the check. One of them has 16 questions, if there is room for them."""
-LEAST_CHECK = 3
+"""Texts that there are for the search, and for the check."""
+_N_QUESTIONS, _MORE_QUESTIONS, _LONG_TEXT = 16, 32, 8192
+"""Of a text if it has room: more of one of so many tokens, because reading it takes far longer than they do."""
 SHORTER = 4
 """Short prompts are shorter by this, and so are their windows."""
 
@@ -44,6 +45,11 @@ class Material:
         self._kinds: dict[Scale, Kinds] = {}
         self._texts: dict[tuple[Part, Scale, int], Text] = {}
         self._prompts: dict[tuple[Part, Scale, int], list[Prompted]] = {}
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the questions of full length are the user's."""
+        return self._own is not None
 
     @property
     def n_long(self) -> int:
@@ -84,8 +90,11 @@ class Material:
                 shorter = SHORTER if scale == "short" else 1
                 # By the first long text it is found out which kinds are answered at full length.
                 is_first = (part, scale, number) == ("search", "long", 0)
-                maker = replace(self._maker, kinds=self.kinds("short" if is_first else scale).kinds)
-                text = maker.text(part, self._length // shorter, max(1, self._window // shorter), number)
+                length = self._length // shorter
+                n_questions = _MORE_QUESTIONS if length >= _LONG_TEXT else _N_QUESTIONS
+                kinds = self.kinds("short" if is_first else scale).kinds
+                maker = replace(self._maker, kinds=kinds, n_questions=n_questions)
+                text = maker.text(part, length, max(1, self._window // shorter), number)
             self._log.add_text(text.id, text.digest, len(text.asks))
             self._texts[key] = text
         return self._texts[key]
@@ -109,9 +118,18 @@ class Material:
             self._prompts[key] = prompts
         return self._prompts[key]
 
+    def kept(self, scale: Scale, number: int, n_asked: int) -> list[int] | None:
+        """Which questions of a trial of the search are still asked, where so many were; None if it had others."""
+        if self._own is not None and scale == "long":
+            return list(range(n_asked))
+        asks, kinds = self.text("search", scale, number).asks, self.kinds(scale).kinds
+        kept = [i for i, ask in enumerate(asks) if ask.kind in kinds]
+        return {len(kept): list(range(n_asked)), len(asks): kept}.get(n_asked)
+
     def pilot(self, scale: Scale, kinds: tuple[str, ...]) -> tuple[Sequence[Prompted], Sequence[Prompted]]:
         """Questions of these kinds, with the beginning of an answer and without."""
         shorter = SHORTER if scale == "short" else 1
         length, window = self._length // shorter, max(1, self._window // shorter)
-        text = replace(self._maker, kinds=kinds).text("search", length, window, 0)
+        n_questions = _MORE_QUESTIONS if length >= _LONG_TEXT else _N_QUESTIONS
+        text = replace(self._maker, kinds=kinds, n_questions=n_questions).text("search", length, window, 0)
         return self._bench.prompted(text), self._bench.prompted(text, bare=frozenset(kinds))

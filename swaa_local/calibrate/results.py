@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from swaa_local.errors import SWAAError
@@ -12,6 +13,9 @@ from swaa_local.schedule.config import Schedule
 
 Scale = Literal["short", "long"]
 """Prompts of a quarter of the length, with windows of a quarter; and those of the full length."""
+
+Evidence = Literal["check", "search", "short prompts"]
+"""Answers to questions that the search has not seen; what the search saw at full length; short prompts alone."""
 
 
 class CalibrateError(SWAAError, ValueError):
@@ -38,6 +42,15 @@ class Trial:
     kv_bytes: int
     took_s: float
 
+    def only(self, questions: Sequence[int]) -> Trial:
+        """The same, with these of its questions."""
+        return replace(
+            self,
+            nll=tuple(self.nll[i] for i in questions),
+            chance=tuple(self.chance[i] for i in questions),
+            right=tuple(self.right[i] for i in questions),
+        )
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -55,10 +68,11 @@ class Generated:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule that was tried on prompts of full length, and what is known of it.
+    """A schedule that was tried, and what is known of it.
 
-    quality: share of full attention's quality, with its interval. prefill, decode: times as shares of full attention's
-    on the same texts; None where they were not measured. nll: mean over questions.
+    scale: of the prompts; short ones count only where there was no time for any of full length. quality: share of full
+    attention's quality, with its interval. prefill, decode: times as shares of full attention's on the same texts; None
+    where they were not measured. nll: mean over questions.
     """
 
     schedule: Schedule
@@ -73,6 +87,7 @@ class Candidate:
     decode_token_s: float | None
     kv_bytes: int
     n_texts: int
+    scale: Scale = "long"
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,9 @@ class Calibration:
     """All of a calibration.
 
     chosen: as it is stored; None where nothing was tried. searched: the same with the tail that it had in the search.
-    checks: full attention first, then in the order in which they were made. command: as the user gave it.
+    full, candidates: by short prompts where no schedule was tried on a long one. long_s: seconds that a schedule takes
+    on a prompt of full length, as far as that is known. checks: full attention first, then in the order in which they
+    were made. command: as the user gave it.
     """
 
     model: str
@@ -132,6 +149,7 @@ class Calibration:
     keeps: bool
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    long_s: float | None = None
     interrupted: bool = False
     machine: Machine | None = None
     on_gpu: bool = False
@@ -141,3 +159,10 @@ class Calibration:
     def checked(self) -> Check | None:
         """The check of the chosen schedule."""
         return next((check for check in self.checks[1:] if check.schedule == self.chosen), None)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the chosen schedule rests on."""
+        if self.checked is not None:
+            return "check"
+        return "search" if self.full.scale == "long" else "short prompts"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +35,8 @@ _SINKS = 100
 _TAILS = 64, 128
 """In the search, whose questions are short, and as it is checked and stored. A longer one only lets more tokens see the
 whole text, but every question of the search would take longer by it."""
+_LONGER_READING, _LONGER_ASKING = 6.0, 2.5
+"""Times that a prompt of full length takes what a short one does: to read, and to answer its questions; about."""
 _SHORT_LENGTH = 1024
 """Tokens; shorter prompts have no room for the questions."""
 
@@ -95,14 +98,26 @@ class _Judge:
         return self._clock.elapsed_s()
 
     def trial(self, schedule: Schedule, scale: Scale, text: int) -> Trial:
-        prompts = self._material.prompts("search", scale, text)
-        known = self._log.trials.get((schedule, scale, text))
-        if known is not None and len(known.nll) == len(prompts):
+        if (known := self.known(schedule, scale, text)) is not None:
             return known
         self._watch.trying(schedule, f"{scale} prompt {text + 1}")
-        trial = replace(self._bench.trial(_at_scale(schedule, scale), scale, text, prompts), schedule=schedule)
+        started_s = self._clock.elapsed_s()
+        prompts = self._material.prompts("search", scale, text)
+        trial = self._bench.trial(_at_scale(schedule, scale), scale, text, prompts)
+        trial = replace(trial, schedule=schedule, took_s=self._clock.elapsed_s() - started_s)
         self._log.add_trial(trial)
         return trial
+
+    def known(self, schedule: Schedule, scale: Scale, text: int) -> Trial | None:
+        """A trial of the log, with the questions that are still asked."""
+        trial = self._log.trials.get((schedule, scale, text))
+        kept = None if trial is None else self._material.kept(scale, text, len(trial.nll))
+        return None if trial is None or kept is None else trial.only(kept)
+
+    def all_known(self, scales: Sequence[Scale]) -> list[Trial]:
+        """All of the log's that can be compared."""
+        known = [self.known(*each) for each in self._log.trials if each[1] in scales]
+        return [trial for trial in known if trial is not None]
 
 
 @dataclass
@@ -119,29 +134,34 @@ class _Run:
     watch: Watch
     clock: _Clock
     notes: list[str] = field(default_factory=list)
+    _long_s: float | None = None
 
     def all(self) -> Calibration:
         judge = _Judge(self.material, self.bench, self.log, self.watch, self.clock)
         full = Schedule.full(self.info.n_layer)
         self.watch.stage("which questions full attention answers")
+        n_short = 2 if self.length // SHORTER >= _SHORT_LENGTH else 0
         asking = Asking(self.material, self.bench, self.log, self.length, self._say)
-        if not self._has_own:
-            asking.choose(full, "short" if self._n_short() else "long")
-        first = judge.trial(full, "long", 0)
-        if not self._has_own and asking.drop(first):
+        if not self.material.has_own:
+            asking.choose(full, "short" if n_short else "long")
+        n_long = self.material.n_long if self._has_time_for_long(judge, full, n_short) else 0
+        if n_long:
             first = judge.trial(full, "long", 0)
+            if not self.material.has_own:
+                asking.drop(first)
+        asked = judge.trial(full, "long" if n_long else "short", 0).nll
         checks = Checks(
             self.material,
             self.bench,
             self.log,
             self.watch,
+            n_asked=len(asked),
             keep=self.request.keep,
             budget_s=self.request.budget_s,
             elapsed_s=self.clock.elapsed_s,
             final=self._final,
             say=self._say,
         )
-        n_check, check_s = checks.plan(first)
         space = Space(
             self.info.n_layer,
             self.length,
@@ -150,35 +170,46 @@ class _Run:
             self._tails()[0],
             _presets(self.info.n_layer, self.length),
         )
-        until_s = self.request.budget_s - check_s
-        limits = Limits(self.request.keep, until_s, self.material.n_long, self._n_short(), self.request.memory)
-        search = Search(judge, space, limits, self.watch, tuple(self.log.trials.values()))
+        limits = Limits(
+            self.request.keep,
+            self.request.budget_s,
+            n_long,
+            n_short,
+            self.request.memory,
+            checks.kept_s if n_long else lambda _trial_s: 0.0,
+        )
+        scales: tuple[Scale, ...] = ("short", "long") if n_long else ("short",)
+        search = Search(judge, space, limits, self.watch, judge.all_known(scales))
         interrupted = False
         try:
             search.run()
             found = search.found()
-            if found.chosen is not None:
-                checks.make(full, found, n_check)
+            if found.chosen is not None and found.chosen.scale == "long":
+                periodic = [space.schedule(range(i, self.info.n_layer, 2), self.windows[-1]) for i in (0, 1)]
+                checks.make(full, found, periodic, search.long_s or 0.0)
         except KeyboardInterrupt:
             interrupted = True
         return self._result(search, checks, interrupted)
 
-    @property
-    def _has_own(self) -> bool:
-        return self.request.questions is not None
+    def _has_time_for_long(self, judge: _Judge, full: Schedule, n_short: int) -> bool:
+        """Whether full attention and one schedule can be tried at full length, as a short prompt lets one expect."""
+        if (full, "long", 0) in self.log.trials or not n_short:
+            return True
+        short = judge.trial(full, "short", 0)
+        reading_s = short.prefill_s or short.took_s
+        self._long_s = _LONGER_READING * reading_s + _LONGER_ASKING * (short.took_s - reading_s)
+        left_s = self.request.budget_s - self.clock.elapsed_s()
+        return 2 * self._long_s <= left_s
 
     def _tails(self) -> tuple[int, int]:
         """Tokens of the tail in the search, and as it is stored. The user's questions may be long."""
-        longest = self.material.longest_question if self._has_own else 0
+        longest = self.material.longest_question if self.material.has_own else 0
         most = max(1, self.windows[0] // 2)
         return min(most, max(_TAILS[0], longest)), min(most, max(_TAILS[1], longest))
 
     def _final(self, schedule: Schedule) -> Schedule:
         """As it is checked and stored."""
         return replace(schedule, tail=max(schedule.tail, self._tails()[1])) if schedule.active_tail else schedule
-
-    def _n_short(self) -> int:
-        return 2 if self.length // SHORTER >= _SHORT_LENGTH else 0
 
     # What came of it
 
@@ -195,13 +226,18 @@ class _Run:
         checked = set(checks.checked)
         keeps = True if checked else found.keeps
         failed = {schedule for schedule in checked if checks.fails(schedule)}
+        if full.scale == "short":
+            self._say(
+                f"no schedule was tried on a prompt of {self.length} tokens, for lack of time: all this is by prompts"
+                f" of {self.length // SHORTER} with windows of a quarter, and layers may matter that do not there"
+            )
         if chosen is not None and self._final(chosen.schedule) in failed:
             passed = [each for each in found.candidates if self._final(each.schedule) in checked - failed]
             if passed:
                 self._say(f"{chosen.name} kept enough in the search, but not in the check, so it is not taken")
                 chosen = min(passed, key=lambda each: each.prefill or 1.0)
             else:
-                self._say("nothing that was checked kept enough of the answers there")
+                self._say("nothing of what the search tried kept enough of the answers in the check")
                 lost = [each for each in found.candidates if self._final(each.schedule) in failed]
                 chosen = max(lost, key=lambda each: checks.difference(self._final(each.schedule)).value)
                 keeps = False
@@ -212,7 +248,7 @@ class _Run:
             seed=self.request.seed,
             budget_s=self.request.budget_s,
             spent_s=self.clock.elapsed_s(),
-            kinds=("own",) if self._has_own else self.material.kinds("long").kinds,
+            kinds=("own",) if self.material.has_own and full.scale == "long" else self.material.kinds(full.scale).kinds,
             digest=self.material.digest,
             full=full,
             candidates=found.candidates,
@@ -223,6 +259,7 @@ class _Run:
             keeps=keeps,
             checks=checks.results(),
             notes=(*self.notes, *found.notes),
+            long_s=search.long_s or self._long_s,
             interrupted=interrupted,
             machine=describe_machine(__version__),
             on_gpu=gpu_layers(self.request.engine.n_gpu_layers) > 0,

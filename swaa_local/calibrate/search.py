@@ -24,6 +24,10 @@ from swaa_local.schedule.config import LayerMode, Schedule
 
 _SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.72, "confirm": 0.8, "slide": 0.94}
 """Of the search's time, when each stage must be done; sliding has the rest."""
+_LEAST_LONG = 3
+"""Trials at full length that are kept when layers are ranked and schedules compared on short prompts."""
+_FIRST_SHARE = 0.35  # of the race's time, for whole schedules on short prompts
+_LEAST_VARIED = 6  # trials; with less time the best on more texts is worth more than other sinks
 _SPARE = 40  # trials; with time for so many, one may show something
 
 
@@ -58,22 +62,25 @@ class Search:
 
     def run(self) -> Found:
         """Search until the time is over or nothing is left to be tried."""
-        if self._trials.measure(self._known.full_attention, "long", 0) is None:
-            self._trials.notes.append("there was no time to measure anything")
-            return self.found()
-        self._gains_at = screen(self._trials, self._space, self._limits, self._trials.at(_SHARES["screen"]))
-        self._race(whole(self._space, self._known.ranking()), self._trials.at(_SHARES["race"]))
-        self._refine(self._trials.at(_SHARES["refine"]))
-        self._confirm(self._trials.at(_SHARES["confirm"]))
-        self._slide(self._trials.at(_SHARES["slide"]))
-        self._vary(self._limits.until_s)
-        self._confirm(self._limits.until_s)
+        if self._limits.n_long:
+            self._trials.measure(self._known.full_attention, "long", 0)
+        until = self._trials.at
+        until_s = until(_SHARES["screen"], spare=_LEAST_LONG)
+        self._gains_at = screen(self._trials, self._space, self._limits, until_s)
+        self._race(whole(self._space, self._known.ranking()), until(_SHARES["race"]))
+        if self._known.scale == "long":
+            self._refine(until(_SHARES["refine"]))
+            self._confirm(until(_SHARES["confirm"]))
+            self._slide(until(_SHARES["slide"]))
+            self._vary(self._trials.until_s)
+            self._confirm(self._trials.until_s)
         return self.found()
 
     # What was measured
 
     def found(self) -> Found:
-        candidates = sorted(self._known.tried(), key=lambda each: (each.prefill or math.inf, -each.quality.value))
+        tried = self._known.tried(self._known.scale)
+        candidates = sorted(tried, key=lambda each: (each.prefill or math.inf, -each.quality.value))
         best = self._known.best()
         return Found(
             best,
@@ -86,40 +93,58 @@ class Search:
 
     def full(self) -> Candidate | None:
         """Full attention, measured against itself."""
-        return self._known.candidate(self._known.full_attention)
+        return self._known.candidate(self._known.full_attention, self._known.scale)
+
+    @property
+    def long_s(self) -> float | None:
+        """Seconds of a trial at full length; None if none was made."""
+        return self._trials.cost("long") or None
 
     # Stages
 
     def _race(self, candidates: list[Schedule], until_s: float) -> None:
         """After each text, those that promise most go on to the next: half of them, and none that is hopeless."""
-        rungs: list[tuple[Scale, int]] = [("long", i) for i in range(self._limits.n_long)]
-        needed_s = len(candidates) * self._trials.cost("long")
-        if needed_s > 0.6 * self._trials.left(until_s) and self._limits.n_short:
-            rungs.insert(0, ("short", 0))
+        trials, long_fits = self._trials, self._trials.long_fits
+        rungs: list[tuple[Scale, int]] = [("long", i) for i in range(self._limits.n_long if long_fits else 0)]
+        if self._limits.n_short and len(candidates) * trials.cost("long") > 0.6 * trials.left(until_s):
+            rungs = [("short", 0), *rungs]
+        if not long_fits:
+            rungs = [("short", i) for i in range(self._limits.n_short)]
         naive = Schedule(self._space.windows[-1], 0, (LayerMode.ALWAYS,) * self._space.n_layer)
-        if self._trials.left(until_s) > _SPARE * self._trials.cost("long"):
-            self._trials.measure(naive, "long", 0)  # to show what the rest of a schedule is for
+        if long_fits and trials.left(until_s) > _SPARE * trials.cost("long"):
+            trials.measure(naive, "long", 0)  # to show what the rest of a schedule is for
         for number, (scale, text) in enumerate(rungs):
-            candidates.sort(key=lambda each: -self._known.promise(each))
-            self._trials.stage(f"{len(candidates)} schedules on {scale} prompt {text + 1}")
-            last = number == len(rungs) - 1
-            rung_end = self._trials.now_s() + self._trials.left(until_s) * (1.0 if last else 0.55)
-            done: list[Schedule] = []
-            for schedule in candidates:
-                # At least two are to be compared, however long that takes.
-                end = self._limits.until_s if number == 0 and len(done) < 2 else rung_end
-                if self._trials.measure(schedule, scale, text, end) is not None:
-                    done.append(schedule)
+            trials.stage(f"{len(candidates)} schedules on {scale} prompt {text + 1}")
+            share = 1.0 if number == len(rungs) - 1 else _FIRST_SHARE if (scale, number) == ("short", 0) else 0.55
+            rung_end = trials.now_s() + trials.left(until_s) * share
+            if scale == "short" and long_fits:
+                rung_end = min(rung_end, trials.at(1.0, spare=_LEAST_LONG))
+            done = self._rung(candidates, scale, text, rung_end)
             if len(done) < len(candidates):
-                self._trials.notes.append(
+                trials.notes.append(
                     f"{len(candidates) - len(done)} of {len(candidates)} schedules were not tried on {scale} prompt "
                     f"{text + 1}, for lack of time"
                 )
-            candidates = [each for each in done if not self._known.is_hopeless(each)]
+            if scale == "long" or not long_fits:
+                candidates = done
+            candidates = [each for each in candidates if not self._known.is_hopeless(each)]
             candidates.sort(key=lambda each: -self._known.promise(each))
-            candidates = candidates[: max(3, -(-len(candidates) // 2))]
-            if not candidates or self._trials.left(until_s) < self._trials.cost("long"):
+            if scale == "long" or len(done) > 1:
+                candidates = candidates[: max(3, -(-len(candidates) // 2))]
+            if not candidates or (scale == "long" and trials.left(until_s) < trials.cost("long")):
                 break
+
+    def _rung(self, candidates: Iterable[Schedule], scale: Scale, text: int, until_s: float) -> list[Schedule]:
+        """Those for which there was time on this text; what promises most is tried first, after all that is known."""
+        trials, left, done = self._trials, list(candidates), list[Schedule]()
+        while left:
+            schedule = max(left, key=self._known.promise)
+            left.remove(schedule)
+            # At least two are to be compared, however long that takes.
+            is_first = scale == "long" and len(self._known.tried()) < 2
+            if trials.measure(schedule, scale, text, max(until_s, trials.until_s) if is_first else until_s) is not None:
+                done.append(schedule)
+        return done
 
     def _refine(self, until_s: float) -> None:
         """What lies beside the best, until nothing there is better."""
@@ -182,7 +207,10 @@ class Search:
         """Other sinks and tails for the best; they cost and save little, so they are taken only if answers are shown to
         be better."""
         best = self._known.best()
-        if best is None or self._trials.left(until_s) < self._trials.cost("long"):
+        if best is None:
+            return
+        if self._trials.left(until_s) < _LEAST_VARIED * self._trials.cost("long"):
+            self._trials.notes.append("other sinks and tails were not tried, for lack of time")
             return
         base = best.schedule
         self._trials.stage("other sinks and tails")

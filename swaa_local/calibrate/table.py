@@ -35,7 +35,8 @@ def verdict(result: Calibration) -> str:
     """The result in a sentence or two."""
     took = f"{format_duration(result.spent_s)} of {format_duration(result.budget_s)}"
     if result.chosen is None:
-        return f"No schedule was tried in {took}; give a larger --budget."
+        needs = "" if result.long_s is None else f" One prompt takes about {format_duration(result.long_s)} here."
+        return f"No schedule was tried in {took}; give a larger --budget.{needs}"
     chosen = next(each for each in result.candidates if each.schedule == result.searched)
     kept = f"keeps {chosen.quality.value:.1%} of full attention's quality"
     asked = f"(asked for: {result.keep:.0%})"
@@ -56,6 +57,10 @@ def verdict(result: Calibration) -> str:
         )
     elif result.interrupted:
         seen = " It was stopped before the check."
+    elif result.evidence == "short prompts":
+        seen = f" This is by short prompts alone: there was no time to try one of {result.length} tokens."
+    else:
+        seen = " It was not checked on questions that the search has not seen, for lack of time."
     return f"{what}{speed}.{seen} It took {took}."
 
 
@@ -212,6 +217,7 @@ def as_dict(result: Calibration) -> dict[str, Any]:
         "prompts": result.digest,
         "chosen": None if result.chosen is None else result.chosen.as_dict(),
         "keeps": result.keeps,
+        "evidence": result.evidence,
         "interrupted": result.interrupted,
         "full": candidate(result.full),
         "checks": [check(each) for each in result.checks],
@@ -235,6 +241,8 @@ def stored_line(result: Calibration, version: str) -> str:
         "length": result.length,
         "keep": result.keep,
         "quality": round(chosen.quality.value, 4),
+        "keeps": result.keeps,
+        "evidence": result.evidence,
         "questions": list(result.kinds),
         "prompts": result.digest,
         "seed": result.seed,

@@ -55,9 +55,26 @@ class Trials:
     def now_s(self) -> float:
         return self._judge.elapsed_s()
 
-    def at(self, share: float) -> float:
-        """When this share of the search's time is over."""
-        return self._began + share * (self._limits.until_s - self._began)
+    @property
+    def until_s(self) -> float:
+        """When the search must be over, so that there is time for the check. Something to be checked comes first."""
+        cost_s = self.cost("long")
+        kept_s = self._limits.check_s(cost_s)
+        if not self.evidence.tried() and self.now_s() + cost_s > self._limits.until_s - kept_s:
+            kept_s = 0.0
+        return self._limits.until_s - kept_s
+
+    @property
+    def long_fits(self) -> bool:
+        """Whether there was or is time for one schedule on a prompt of full length."""
+        fits = self.now_s() + self.cost("long") <= self._limits.until_s
+        return bool(self._limits.n_long) and (fits or bool(self.evidence.tried()))
+
+    def at(self, share: float, *, spare: int = 0) -> float:
+        """When this share of the search's time is over; sooner, so that `spare` long trials can follow if any can."""
+        until_s = self.until_s
+        kept_s = spare * self.cost("long") if self.long_fits else 0.0
+        return min(self._began + share * (until_s - self._began), until_s - kept_s)
 
     def left(self, until_s: float) -> float:
         """Seconds until then."""
@@ -71,16 +88,24 @@ class Trials:
             return fmean(trial.took_s for trial in known)
         return 0.3 * self.cost("long") if scale == "short" else 0.0
 
+    def _cost_of_full(self, scale: Scale) -> float:
+        full = self.evidence.full_attention
+        known = [
+            trial.took_s for (schedule, at, _), trial in self.evidence.trials.items() if (schedule, at) == (full, scale)
+        ]
+        return max(self.cost(scale), fmean(known)) if known else self.cost(scale)
+
     def measure(self, schedule: Schedule, scale: Scale, text: int, until_s: float | None = None) -> Trial | None:
         """A trial, full attention's on this text before it; None if there is no time for it."""
         known, full = self.evidence.trials, self.evidence.full_attention
         key = (schedule, scale, text)
         if key in known:
             return known[key]
-        needs = 1 + (schedule != full and (full, scale, text) not in known)
-        if self.left(self._limits.until_s if until_s is None else until_s) < needs * self.cost(scale):
+        needs_full = schedule != full and (full, scale, text) not in known
+        needed_s = self.cost(scale) + (self._cost_of_full(scale) if needs_full else 0.0)
+        if self.left(self.until_s if until_s is None else until_s) < needed_s:
             return None
-        if needs == 2:
+        if needs_full:
             self._try(full, scale, text)
         return self._try(schedule, scale, text)
 
@@ -88,5 +113,5 @@ class Trials:
         trial = self._judge.trial(schedule, scale, text)
         self.evidence.trials[schedule, scale, text] = trial
         if self._listener:
-            self._listener.tried(schedule, scale, self.evidence.best(), self.left(self._limits.until_s))
+            self._listener.tried(schedule, scale, self.evidence.best(), self.left(self.until_s))
         return trial

@@ -107,7 +107,7 @@ def calibrate_command(
     from swaa_local.calibrate.results import CalibrateError
     from swaa_local.calibrate.run import calibrate
     from swaa_local.calibrate.table import as_json as json_of
-    from swaa_local.calibrate.table import markdown, stored_line
+    from swaa_local.calibrate.table import markdown, stored_line, verdict
     from swaa_local.calibrate.terminal import TerminalWatch
     from swaa_local.convert.plan import make_plan
     from swaa_local.convert.request import Request
@@ -143,20 +143,22 @@ def calibrate_command(
     if report is not None:
         for written in write_report(result, report, force=force):
             reporter.note(f"wrote {written}")
-    if result.interrupted:
-        reporter.note("stopped; the same command goes on from the log")
-        if result.checked is None or not result.keeps:
-            return 130
-    if not result.keeps:
-        raise CalibrateError(
-            f"no schedule keeps {result.keep:.0%} of full attention's answers, as far as the time went"
-            + (f", so {output} is not written" if output is not None else "")
-            + "; the same command with a larger --budget, or a lower --keep, goes on from the log"
-        )
-    if output is not None and result.chosen is not None:
+    if result.chosen is None:
+        raise CalibrateError(verdict(result))
+    if output is not None:
         stored = Request(
             str(path), output, result.chosen.config(), force=force, calibration=stored_line(result, __version__)
         )
         convert(stored, reporter)
         reporter.note(f"wrote {output} ({format_bytes(output.stat().st_size)}); swaa-local chat {output} uses it")
-    return 130 if result.interrupted else 0
+    again = "the same command" + (" with --force" if output is not None and not force else "")
+    if result.interrupted:
+        reporter.note(f"stopped; {again} goes on from the log")
+        return 130
+    if not result.keeps:
+        raise CalibrateError(
+            f"no schedule keeps {result.keep:.0%} of full attention's answers, as far as the time went"
+            + (f"; {output} has the best that was found" if output is not None else "")
+            + f". A lower --keep accepts it; {again} and a larger --budget goes on from the log"
+        )
+    return 0
