@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from swaa_local.calibrate.prompts import ROOM_TO_ANSWER, Ask, Text
@@ -145,7 +146,7 @@ class Bench:
         )
 
     def generate(self, schedule: Schedule, number: int, prompts: Sequence[Prompted]) -> Generated:
-        """Generate the answers of one text."""
+        """Generate the answers of one text, each up to where it is known to be right."""
         started = time.perf_counter()
         self._apply(schedule, prompts[0], anew=True)
         prefill_s, decode_token_s = self._time(prompts[0])
@@ -153,9 +154,10 @@ class Bench:
         for prompt in prompts:
             # Brings the cache to where a cold reading would be.
             self.llm.score(prompt.tokens, prompt.answer[:1], reuse=True)
-            said = self._text(self._generate(prompt.tokens, min(ROOM_TO_ANSWER, len(prompt.answer) + 8)))
+            limit = min(ROOM_TO_ANSWER, len(prompt.answer) + 8)
+            said = self._text(self._generate(prompt.tokens, limit, partial(_is_right, prompt)))
             answers.append(said)
-            right.append(any(score(said, [reference], "all").correct for reference in prompt.references))
+            right.append(_is_right(prompt, said))
         return Generated(
             schedule,
             number,
@@ -203,15 +205,21 @@ class Bench:
             llm.synchronize()
         return prefill_s, (time.perf_counter() - started) / _TIMED_TOKENS
 
-    def _generate(self, tokens: Sequence[int], limit: int) -> list[int]:
+    def _generate(
+        self, tokens: Sequence[int], limit: int, is_enough: Callable[[str], bool] = lambda _said: False
+    ) -> list[int]:
         answer: list[int] = []
         for token in self.llm.generate(list(tokens), temp=0.0, speculate=False):  # whatever the clock says
             if self.llm.is_end(token):
                 break
             answer.append(token)
-            if len(answer) == limit:
+            if len(answer) == limit or is_enough(self._text(answer)):
                 break
         return answer
 
     def _text(self, tokens: Sequence[int]) -> str:
         return b"".join(self.llm.token_bytes(token) for token in tokens).decode(errors="replace").strip()
+
+
+def _is_right(prompt: Prompted, said: str) -> bool:
+    return any(score(said, [reference], "all").correct for reference in prompt.references)

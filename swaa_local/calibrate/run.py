@@ -226,7 +226,7 @@ class _Run:
         checked = set(checks.checked)
         keeps = True if checked else found.keeps
         failed = {schedule for schedule in checked if checks.fails(schedule)}
-        if full.scale == "short":
+        if chosen is not None and full.scale == "short":
             self._say(
                 f"no schedule was tried on a prompt of {self.length} tokens, for lack of time: all this is by prompts"
                 f" of {self.length // SHORTER} with windows of a quarter, and layers may matter that do not there"

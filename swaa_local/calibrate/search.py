@@ -67,8 +67,11 @@ class Search:
         until = self._trials.at
         until_s = until(_SHARES["screen"], spare=_LEAST_LONG)
         self._gains_at = screen(self._trials, self._space, self._limits, until_s)
-        self._race(whole(self._space, self._known.ranking()), until(_SHARES["race"]))
-        if self._known.scale == "long":
+        candidates = whole(self._space, self._known.ranking())
+        if not self._trials.long_fits:
+            self._race(candidates, self._limits.until_s)
+        else:
+            self._race(candidates, until(_SHARES["race"]))
             self._refine(until(_SHARES["refine"]))
             self._confirm(until(_SHARES["confirm"]))
             self._slide(until(_SHARES["slide"]))
@@ -92,8 +95,9 @@ class Search:
         )
 
     def full(self) -> Candidate | None:
-        """Full attention, measured against itself."""
-        return self._known.candidate(self._known.full_attention, self._known.scale)
+        """Full attention, measured against itself, on the prompts that schedules are judged by; None if on none."""
+        full = self._known.full_attention
+        return self._known.candidate(full, self._known.scale) or self._known.candidate(full)
 
     @property
     def long_s(self) -> float | None:
@@ -115,7 +119,7 @@ class Search:
             trials.measure(naive, "long", 0)  # to show what the rest of a schedule is for
         for number, (scale, text) in enumerate(rungs):
             trials.stage(f"{len(candidates)} schedules on {scale} prompt {text + 1}")
-            share = 1.0 if number == len(rungs) - 1 else _FIRST_SHARE if (scale, number) == ("short", 0) else 0.55
+            share = 1.0 if number == len(rungs) - 1 else _FIRST_SHARE if scale == "short" and long_fits else 0.55
             rung_end = trials.now_s() + trials.left(until_s) * share
             if scale == "short" and long_fits:
                 rung_end = min(rung_end, trials.at(1.0, spare=_LEAST_LONG))
@@ -141,8 +145,9 @@ class Search:
             schedule = max(left, key=self._known.promise)
             left.remove(schedule)
             # At least two are to be compared, however long that takes.
-            is_first = scale == "long" and len(self._known.tried()) < 2
-            if trials.measure(schedule, scale, text, max(until_s, trials.until_s) if is_first else until_s) is not None:
+            is_first = len(self._known.tried(scale)) < 2 and (scale == "long" or not trials.long_fits)
+            end_s = max(until_s, trials.until_s) if is_first else until_s
+            if trials.measure(schedule, scale, text, end_s) is not None:
                 done.append(schedule)
         return done
 

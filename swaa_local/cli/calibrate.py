@@ -144,7 +144,8 @@ def calibrate_command(
         for written in write_report(result, report, force=force):
             reporter.note(f"wrote {written}")
     if result.chosen is None:
-        raise CalibrateError(verdict(result))
+        said = verdict(result)
+        raise CalibrateError(said[0].lower() + said[1:].rstrip("."))
     if output is not None:
         stored = Request(
             str(path), output, result.chosen.config(), force=force, calibration=stored_line(result, __version__)

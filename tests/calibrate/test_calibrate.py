@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from swaa_local.engine.options import EngineOptions
 from swaa_local.model_file.schedule_keys import read_schedule, read_stored
 from swaa_local.needle.documents import make_document
 from swaa_local.needle.model import bundled_model
@@ -140,9 +141,11 @@ def test_a_stopped_run_goes_on_from_its_log(tmp_path, number):
 
     code = interrupt(*arguments, "25s", when=has_begun, number=number)
     assert code == (130 if number == signal.SIGINT else -number)
-    assert not output.exists()
+    # Ctrl-C gives the best so far; what is killed writes nothing.
+    assert output.exists() == (number == signal.SIGINT)
+    assert not list(tmp_path.glob("*.part*"))
     before = log.read_bytes()
-    done = run(*arguments, "45s")  # in which the time before counts
+    done = run(*arguments, "45s", "--force")  # in which the time before counts
     assert done.returncode == 0, done.stderr
     whole = before[: before.rindex(b"\n") + 1]
     assert log.read_bytes().startswith(whole)
@@ -160,7 +163,9 @@ def test_ctrl_c_gives_the_best_so_far(tmp_path):
     from tests.support.program import environment
 
     log = tmp_path / "log.jsonl"
+    output = tmp_path / "o.gguf"
     command = [sys.executable, "-m", "swaa_local", "calibrate", *QUICK, "--budget", "100s", "--log", str(log)]
+    command += ["-o", str(output)]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -174,6 +179,49 @@ def test_ctrl_c_gives_the_best_so_far(tmp_path):
     assert process.returncode == 130, error
     assert "(chosen)" in out
     assert "It was stopped before the check." in out
+    assert json.loads(read_stored(output).calibration or "")["evidence"] == "search"
+    assert "the same command with --force goes on from the log" in error
+
+
+def test_without_time_for_the_full_length_short_prompts_decide_and_it_says_so(tmp_path, monkeypatch):
+    """In this process, to let the first short prompt expect that a long one takes forever."""
+    from swaa_local.calibrate import run as calibrate_run
+    from swaa_local.calibrate.request import CalibrateRequest
+    from swaa_local.calibrate.table import markdown, stored_line
+
+    monkeypatch.setattr(calibrate_run, "_LONGER_READING", 1e9)
+    request = CalibrateRequest(
+        bundled_model(), tmp_path / "log.jsonl", length=4096, windows=[256], budget_s=30.0, keep=0.5,
+        engine=EngineOptions(n_threads=1),
+    )  # fmt: skip
+    result = calibrate_run.calibrate(request)
+    assert result.evidence == "short prompts"
+    assert result.chosen is not None
+    assert result.keeps
+    assert result.checks == ()
+    assert {row["scale"] for row in rows(tmp_path / "log.jsonl", "trial")} == {"short"}
+    page = markdown(result)
+    assert "This is by short prompts alone: there was no time to try one of 4096 tokens." in page
+    assert "all this is by prompts of 1024 with windows of a quarter" in page
+    assert json.loads(stored_line(result, "1"))["evidence"] == "short prompts"
+
+
+def test_without_time_for_anything_it_says_how_long_a_prompt_takes(tmp_path):
+    done = run("calibrate", *QUICK, *split("--budget 0.1s -o o.gguf"), cwd=tmp_path)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("swaa-local: error: no schedule was tried in")
+    assert "give a larger --budget. One prompt takes about" in said
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_what_keeps_too_little_is_written_with_what_is_known_of_it_and_is_an_error(tmp_path):
+    """A window of 32 without any time for more than a few trials loses sections, which no keeping of 100 % allows."""
+    arguments = split("-t 1 --length 2048 --window 16 --keep 1 --budget 6s -o o.gguf")
+    done = run("calibrate", *arguments, cwd=tmp_path)
+    stored = json.loads(read_stored(tmp_path / "o.gguf").calibration or "")
+    assert stored["keep"] == 1
+    assert (done.returncode, "no schedule keeps 100%" in done.stderr) == ((0, False) if stored["keeps"] else (1, True))
 
 
 def test_another_configuration_does_not_go_on_from_it(calibrated):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from swaa_local.calibrate.evidence import Limits, Space
+from swaa_local.calibrate.evidence import Evidence, Limits, Space
 from swaa_local.calibrate.results import Candidate, Scale, Trial
 from swaa_local.calibrate.search import Found, Search
 from swaa_local.schedule.config import LayerMode, Schedule
@@ -211,6 +211,67 @@ def test_without_time_for_anything_nothing_is_chosen():
     found = search(model, 40)
     assert found.chosen is None
     assert found.notes
+
+
+@pytest.mark.parametrize("trials", [5, 9, 14])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_trials_at_full_length_are_enough_for_a_schedule_that_keeps_most(trials, seed):
+    """As on a slow machine: what was tried on long prompts decides, and the time is kept."""
+    model = Model(24, {5: 0.4, 15: 0.4}, missing=0.8, trial_s=100, seed=seed)
+    found = search(model, 100 * trials)
+    assert chosen(found).scale == "long"
+    assert model.true_quality(chosen(found).schedule) > 0.85
+    assert model.clock <= 1.1 * 100 * trials
+
+
+def test_where_one_trial_at_full_length_fits_it_is_made_whatever_the_check_would_take():
+    model = Model(24, THREE_OF_28, trial_s=100)
+    found = search(model, 300, check_s=lambda trial_s: 4 * trial_s)
+    assert chosen(found).scale == "long"
+    assert any("lack of time" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("trial_s", [10, 60])
+def test_time_for_the_check_is_left(trial_s):
+    model = Model(24, THREE_OF_28, trial_s=trial_s)
+    found = search(model, 900, check_s=lambda trial_s: 4 * trial_s)
+    assert found.candidates
+    last = [1.25 * each.prefill * trial_s for each in found.candidates if each.prefill is not None]
+    assert model.clock <= 900 - 4 * 0.9 * min(last)
+
+
+def test_without_time_for_full_length_short_prompts_decide():
+    """Full attention was read at full length, and no schedule can be; or not even that."""
+    for n_long, budget_s in ((3, 220), (0, 220)):
+        model = Model(24, {5: 0.5, 15: 0.5}, trial_s=100)
+        found = search(model, budget_s, n_long=n_long)
+        assert {scale for schedule, scale, _ in model.made if not schedule.is_full} == {"short"}
+        assert model.clock <= 1.1 * budget_s
+        assert chosen(found).scale == "short"
+        assert chosen(found).prefill is None  # times of short prompts say nothing of long ones
+        assert model.true_quality(chosen(found).schedule) > 0.85
+        assert all(each.scale == "short" for each in found.candidates)
+
+
+def test_a_schedule_that_sees_less_than_one_that_fails_promises_little_and_one_that_sees_more_than_a_good_one_much():
+    model = Model(16, {4: 1.0}, noise=0.004)
+    space = Space(16, LENGTH, WINDOWS, 100, 64)
+    known = Evidence(space, Limits(0.98, 100, 3, 2))
+    for tried in (space.schedule((3, 5), 2048), space.schedule((4,), 1024)):  # the first loses much, the second nothing
+        for schedule in (Schedule.full(16), tried):
+            known.trials[schedule, "long", 0] = model.trial(schedule, "long", 0)
+    before = Evidence(space, Limits(0.98, 100, 3, 2))
+    less, more, other = space.schedule((3,), 1024), space.schedule((4, 9), 1024), space.schedule((7,), 4096)
+    assert known.promise(less) < before.promise(less) / 3
+    assert known.promise(more) > before.promise(more) * 2
+    assert known.promise(other) / (1 - known.time(other)) == before.promise(other) / (1 - before.time(other))
+
+
+def test_layers_are_ranked_with_a_smaller_window_where_the_middle_one_loses_nothing():
+    model = Model(16, {4: 1.0, 9: 0.5}, missing=0.1, noise=0.002)  # of 0.1 a window of 2048 brings 0.075
+    found = search(model, 600)
+    assert "window 1024" in found.gains_at
+    assert max(found.gains, key=lambda gain: gain.gain).layer in {4, 9}
 
 
 @dataclass
