@@ -23,7 +23,8 @@ from swaa_local.calibrate.trials import Judge, Listener, Trials
 from swaa_local.schedule.config import LayerMode, Schedule
 
 _SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.72, "confirm": 0.8, "slide": 0.94}
-"""Of the search's time, when each stage must be done; sliding has the rest."""
+_MEMORY_SHARES = {"screen": 0.25, "race": 0.45, "refine": 0.5, "confirm": 0.55, "slide": 0.94}
+"""Of the search's time, when each stage must be done. For the smallest cache it is sliding that counts."""
 _LEAST_LONG = 3
 """Trials at full length that are kept when layers are ranked and schedules compared on short prompts."""
 _FIRST_SHARE = 0.35  # of the race's time, for whole schedules on short prompts
@@ -64,17 +65,17 @@ class Search:
         """Search until the time is over or nothing is left to be tried."""
         if self._limits.n_long:
             self._trials.measure(self._known.full_attention, "long", 0)
-        until = self._trials.at
-        until_s = until(_SHARES["screen"], spare=_LEAST_LONG)
+        until, shares = self._trials.at, _MEMORY_SHARES if self._limits.memory else _SHARES
+        until_s = until(shares["screen"], spare=_LEAST_LONG)
         self._gains_at = screen(self._trials, self._space, self._limits, until_s)
         candidates = whole(self._space, self._known.ranking())
         if not self._trials.long_fits:
             self._race(candidates, self._limits.until_s)
         else:
-            self._race(candidates, until(_SHARES["race"]))
-            self._refine(until(_SHARES["refine"]))
-            self._confirm(until(_SHARES["confirm"]))
-            self._slide(until(_SHARES["slide"]))
+            self._race(candidates, until(shares["race"]))
+            self._refine(until(shares["refine"]))
+            self._confirm(until(shares["confirm"]))
+            self._slide(until(shares["slide"]))
             self._vary(self._trials.until_s)
             self._confirm(self._trials.until_s)
         return self.found()

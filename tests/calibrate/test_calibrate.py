@@ -186,6 +186,7 @@ def test_ctrl_c_gives_the_best_so_far(tmp_path):
 def test_without_time_for_the_full_length_short_prompts_decide_and_it_says_so(tmp_path, monkeypatch):
     """In this process, to let the first short prompt expect that a long one takes forever."""
     from swaa_local.calibrate import run as calibrate_run
+    from swaa_local.calibrate.report import write_report
     from swaa_local.calibrate.request import CalibrateRequest
     from swaa_local.calibrate.table import markdown, stored_line
 
@@ -204,6 +205,9 @@ def test_without_time_for_the_full_length_short_prompts_decide_and_it_says_so(tm
     assert "This is by short prompts alone: there was no time to try one of 4096 tokens." in page
     assert "all this is by prompts of 1024 with windows of a quarter" in page
     assert json.loads(stored_line(result, "1"))["evidence"] == "short prompts"
+    pytest.importorskip("matplotlib")
+    write_report(result, tmp_path / "report", force=False)
+    assert "short prompts alone" in (tmp_path / "report" / "README.md").read_text()
 
 
 def test_without_time_for_anything_it_says_how_long_a_prompt_takes(tmp_path):
