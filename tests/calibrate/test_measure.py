@@ -10,6 +10,8 @@ import pytest
 
 from swaa_local import Llama
 from swaa_local.calibrate.haystack import Haystack
+from swaa_local.calibrate.log import CalibrateLog, Kinds
+from swaa_local.calibrate.material import Material
 from swaa_local.calibrate.measure import TEMPERATURE, Bench, Prompted
 from swaa_local.calibrate.prompts import Maker
 from swaa_local.engine.options import EngineOptions
@@ -74,6 +76,25 @@ def test_an_answer_is_right_in_a_trial_if_it_is_generated(bench, prompts):
         for prompt, said, right in zip(prompts, generated.answers, generated.right, strict=True):
             assert (prompt.references[0] in said) == right
     assert sum(trial.right) < len(prompts)  # the naive window does not see the answers
+
+
+def test_a_kind_that_is_asked_no_more_leaves_the_scores_of_the_others_as_they_are(bench, tmp_path):
+    """So that a text need not be read again when full attention turns out not to answer some of its questions."""
+    with CalibrateLog(tmp_path / "log.jsonl", {"model": "needle"}) as log:
+        material = Material(bench, log, Haystack(), None, LENGTH, 64, 0)
+        for scale in ("short", "long"):
+            material.set_kinds(scale, Kinds(("statements", "sections"), (), {}))
+        all_of_them = bench.trial(WINDOWED, "long", 0, material.prompts("search", "long", 0))
+        n = len(all_of_them.nll)
+        assert material.kept("long", 0, n) == list(range(n))
+        material.set_kinds("long", Kinds(("sections",), (), {}))
+        fewer = material.prompts("search", "long", 0)
+        kept = material.kept("long", 0, n)
+        assert kept is not None
+        assert 0 < len(fewer) == len(kept) < n
+        assert all_of_them.only(kept).nll == pytest.approx(bench.trial(WINDOWED, "long", 0, fewer).nll, abs=0.02)
+        assert material.kept("long", 0, len(kept)) == list(range(len(kept)))
+        assert material.kept("long", 0, n + 1) is None  # of other questions
 
 
 def test_all_of_an_answer_is_scored_and_nothing_of_the_prompt(bench, prompts):
