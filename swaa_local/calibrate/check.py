@@ -23,7 +23,7 @@ from swaa_local.schedule.text import in_words
 
 LEAST_QUESTIONS, MOST_QUESTIONS = 40, 128
 """Of the check, where the time allows it."""
-_SHARE, _MOST_SHARE = 0.33, 0.4
+_SHARE, _MOST_SHARE = 0.38, 0.42
 """Of the budget that may be kept for the check: with schedules to compare, and of the chosen one alone."""
 _GENERATING = 1.3  # times a trial's time: answers are generated token by token
 _SLACK = 0.04  # of the budget; rather a little late than without a check

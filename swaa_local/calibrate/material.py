@@ -20,6 +20,8 @@ N_LONG, N_SHORT, N_CHECK = 6, 2, 8
 """Texts that there are for the search, and for the check."""
 _N_QUESTIONS, _MORE_QUESTIONS, _LONG_TEXT = 16, 32, 8192
 """Of a text if it has room: more of one of so many tokens, because reading it takes far longer than they do."""
+_SHORT_LENGTH = 1024
+"""Tokens; shorter prompts have no room for the questions."""
 SHORTER = 4
 """Short prompts are shorter by this, and so are their windows."""
 
@@ -54,6 +56,13 @@ class Material:
     @property
     def n_long(self) -> int:
         return N_LONG if self._own is None else len(self._own.search)
+
+    @property
+    def n_short(self) -> int:
+        """0 where a quarter of the length has no room for questions."""
+        length, window = self._length // SHORTER, max(1, self._window // SHORTER)
+        fit = length >= _SHORT_LENGTH and self._maker.n_that_fit(length, window) >= 2 * len(GENERATED)
+        return N_SHORT if fit else 0
 
     @property
     def n_check(self) -> int:

@@ -81,15 +81,22 @@ class Maker:
     n_questions: int = 16
     seed: int = 0
 
+    def n_that_fit(self, length: int, window: int) -> int:
+        """Questions of a text, as many as are wanted or as its length has room for beyond the window."""
+        return min(self.n_questions, (self._room(length) - _after(window)) // _LEAST_TOKENS_PER_FACT)
+
+    def _room(self, length: int) -> int:
+        """Tokens for the text in a prompt."""
+        question = _QUOTING.format(begin="Bartholomew Featherstonehaugh telephoned, notwithstanding his grandmother's")
+        return length - ROOM_TO_ANSWER - self.count_prompt(PROMPT.format(text="", question=question))
+
     def text(self, part: Part, length: int, window: int, index: int) -> Text:
         """A text whose prompts and answers take `length` tokens at most, and hardly less; all that is asked lies more
         than `window` tokens before the end. Raises `CalibrateError` if that is too short."""
         id = f"{part}/{length}/{index}"
         rng = random.Random(f"{self.seed}/{id}")
-        question = _QUOTING.format(begin="Bartholomew Featherstonehaugh telephoned, notwithstanding his grandmother's")
-        room = length - ROOM_TO_ANSWER - self.count_prompt(PROMPT.format(text="", question=question))
-        after = round(1.05 * window) + _MARGIN  # as pieces count, which have more tokens than they have together
-        n = min(self.n_questions, (room - after) // _LEAST_TOKENS_PER_FACT)
+        room, after = self._room(length), _after(window)
+        n = self.n_that_fit(length, window)
         if n < 2 * len(self.kinds):
             raise CalibrateError(
                 f"in {length} tokens there is no room for questions whose answers lie more than {window} tokens before "
@@ -123,6 +130,11 @@ class Maker:
         if counts.get("quotes"):
             asks += _ask_quotes(rng, units, placed, counts["quotes"], after, self.count)
         return Text(id, text, tuple(sample(rng, asks, len(asks))))
+
+
+def _after(window: int) -> int:
+    """Tokens that must stand behind what is asked, as pieces count, which have more tokens than they have together."""
+    return round(1.05 * window) + _MARGIN
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,6 @@ _TAILS = 64, 128
 whole text, but every question of the search would take longer by it."""
 _LONGER_READING, _LONGER_ASKING = 6.0, 2.5
 """Times that a prompt of full length takes what a short one does: to read, and to answer its questions; about."""
-_SHORT_LENGTH = 1024
-"""Tokens; shorter prompts have no room for the questions."""
 
 
 def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
@@ -140,7 +138,7 @@ class _Run:
         judge = _Judge(self.material, self.bench, self.log, self.watch, self.clock)
         full = Schedule.full(self.info.n_layer)
         self.watch.stage("which questions full attention answers")
-        n_short = 2 if self.length // SHORTER >= _SHORT_LENGTH else 0
+        n_short = self.material.n_short
         asking = Asking(self.material, self.bench, self.log, self.length, self._say)
         if not self.material.has_own:
             asking.choose(full, "short" if n_short else "long")
