@@ -43,8 +43,8 @@ def verdict(result: Calibration) -> str:
     what = f"`{in_words(result.chosen)}` ({in_one_line(result.chosen)}) {kept} {asked}"
     checked = result.checked
     if not result.keeps:
-        where = "was checked" if checked is not None else "was tried"
-        what = f"No schedule that {where} keeps {result.keep:.0%} of full attention's answers. The best is {what}"
+        why = shortfall(result)
+        what = f"{why[0].upper()}{why[1:]}. The best: {what}"
     if checked is not None:
         what = what.replace(kept, f"{kept} in the search")
     speed = "" if chosen.prefill is None else f", reads {1 / chosen.prefill:.2f} times as fast"
@@ -62,6 +62,15 @@ def verdict(result: Calibration) -> str:
     else:
         seen = " It was not checked on questions that the search has not seen, for lack of time."
     return f"{what}{speed}.{seen} It took {took}."
+
+
+def shortfall(result: Calibration) -> str:
+    """Why what was chosen does not count as keeping enough."""
+    chosen, checked = next(each for each in result.candidates if each.schedule == result.searched), result.checked
+    if checked is None and chosen.quality.value >= result.keep:
+        return f"too few questions were asked to tell what keeps {result.keep:.0%} of full attention's answers"
+    where = "was checked" if checked is not None else "was tried"
+    return f"no schedule that {where} keeps {result.keep:.0%} of full attention's answers"
 
 
 def _points(check: Check) -> str:

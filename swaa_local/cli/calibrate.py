@@ -107,7 +107,7 @@ def calibrate_command(
     from swaa_local.calibrate.results import CalibrateError
     from swaa_local.calibrate.run import calibrate
     from swaa_local.calibrate.table import as_json as json_of
-    from swaa_local.calibrate.table import markdown, stored_line, verdict
+    from swaa_local.calibrate.table import markdown, shortfall, stored_line, verdict
     from swaa_local.calibrate.terminal import TerminalWatch
     from swaa_local.convert.plan import make_plan
     from swaa_local.convert.request import Request
@@ -158,7 +158,7 @@ def calibrate_command(
         return 130
     if not result.keeps:
         raise CalibrateError(
-            f"no schedule keeps {result.keep:.0%} of full attention's answers, as far as the time went"
+            shortfall(result)
             + (f"; {output} has the best that was found" if output is not None else "")
             + f". A lower --keep accepts it; {again} and a larger --budget goes on from the log"
         )
