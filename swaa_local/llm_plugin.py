@@ -11,7 +11,8 @@ from typing import Any
 import llm
 from pydantic import Field
 
-from swaa_local.chat.session import Session, Settings, Turn
+from swaa_local.chat.session import Session, Turn
+from swaa_local.chat.settings import Settings
 from swaa_local.errors import SWAAError
 from swaa_local.files.document import Document
 

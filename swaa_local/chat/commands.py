@@ -9,16 +9,19 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from swaa_local.chat.kept import conversation_of, keep_cells, take_up
-from swaa_local.chat.session import SETTING_NAMES, ChatError, Session, Turn
-from swaa_local.chat.store import save_conversation
+from swaa_local.chat.session import Session, Turn
+from swaa_local.chat.settings import SETTING_NAMES, ChatError
+from swaa_local.chat.store import load_conversation, save_conversation
 from swaa_local.errors import PromptTooLong
 from swaa_local.files.document import DocumentError
 from swaa_local.files.document_files import read_documents
 from swaa_local.files.user_input import pasted_path, require_utf8, user_path
 from swaa_local.generation.thinking import Piece
+from swaa_local.model_file.adapter import Adapter
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.schedule.config import MAX_TOKENS
 from swaa_local.schedule.text import in_one_line
@@ -216,6 +219,8 @@ def _info(session: Session, argument: str, say: Say) -> None:
     _no_argument("/info", argument)
     llm = session.llm
     say(f"model      {llm.model_path} ({llm.description()})")
+    if llm.lora_path:
+        say(f"adapter    {Adapter(Path(llm.lora_path), llm.lora_scale)}")
     say(f"schedule   {in_one_line(llm.schedule)}")
     say(f"context    {llm.n_tokens:,} of {llm.n_ctx():,} tokens, KV {format_bytes(llm.kv_bytes)}")
     say(f"batches    n_batch {llm.n_batch}, n_ubatch {llm.context_params.n_ubatch}, flash attention {_flash(llm)}")
@@ -253,9 +258,11 @@ def _save(session: Session, argument: str, say: Say) -> None:
 
 def _load(session: Session, argument: str, say: Say) -> None:
     path = _path("/load PATH", argument)
-    take_up(session, user_path(path))
+    differences = take_up(session, load_conversation(path), user_path(path))
     _note_lost_system(session, say)
     say(f"loaded {len(session.turns)} messages from {path}")
+    if differences:
+        say(f"unlike there: {'; '.join(differences)}")
 
 
 def _help(_session: Session, _argument: str, say: Say) -> None:

@@ -10,33 +10,26 @@ import os
 import select
 import stat
 import sys
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from swaa_local.chat.commands import NO_SYSTEM
-from swaa_local.chat.kept import LAST, Keeper, session_path, take_up
+from swaa_local.chat.kept import Keeper, open_last, take_up
+from swaa_local.chat.opening import ModelOpener
 from swaa_local.chat.repl import converse, say_reply, too_long
+from swaa_local.chat.request import ChatOptions
 from swaa_local.chat.results import reply_as_dict
-from swaa_local.chat.session import ChatError, Session, Settings
+from swaa_local.chat.session import Session
+from swaa_local.chat.settings import ChatError
 from swaa_local.chat.terminal import Terminal
-from swaa_local.engine.options import EngineOptions
-from swaa_local.engine.threads import IdleCPUs
-from swaa_local.errors import PromptTooLong, SWAAError
+from swaa_local.errors import PromptTooLong
 from swaa_local.files.document import Document, decode_document
 from swaa_local.files.document_files import read_documents
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_dirs import NoHome
 from swaa_local.files.user_input import require_utf8
-from swaa_local.llama import Llama
-from swaa_local.model_file.model_info import read_model_info
-from swaa_local.model_file.schedule_keys import read_stored
 from swaa_local.prefix_cache.rates import rates_path
-from swaa_local.prefix_cache.store import PrefixCache
-from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.text import in_one_line
-from swaa_local.sources.find import find_gguf
 from swaa_local.text.printable import printable_json, shortened
 
 # How long to wait for a program that may or may not write to our standard input, when there is a message anyway.
@@ -45,29 +38,6 @@ _STDIN_WAIT_S = 1.0
 
 UNWATCHED_TOKENS = 4096
 """Of an answer that nobody watches, into a pipe or a file, where the user sets no limit."""
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """The command's options; None where the user said nothing.
-
-    messages: one question after the other about the same texts, then the program ends. given: names of the settings
-    that the user chose. session: where the conversation is kept. as_json: answers as JSON, one a line. quiet: no notes.
-    cache_bytes: bound on what is kept of texts that were read; None: nothing is.
-    """
-
-    model: str
-    schedule: ScheduleOptions
-    settings: Settings
-    given: tuple[str, ...] = ()
-    messages: tuple[str, ...] = ()
-    files: Sequence[str] = ()
-    n_ctx: int | None = None
-    session: Path | None = None
-    cache_bytes: int | None = None
-    as_json: bool = False
-    quiet: bool = False
-    engine: EngineOptions = EngineOptions()  # noqa: RUF009 frozen
 
 
 def chat(options: ChatOptions) -> int:
@@ -88,18 +58,21 @@ def chat(options: ChatOptions) -> int:
         if not data.strip():
             raise ChatError("no question: standard input is empty; ask with -p TEXT")
         messages = (decode_document("standard input", data).text.strip(),)
-    session = _open_session(options, terminal)
+    session, file = _open_session(options, terminal), options.session
     try:
         if options.messages and "-" not in options.files:
             documents += _piped_document(terminal)
-        kept = options.session
-        if kept is None and interactive and options.cache_bytes is not None:
+        if file is None and interactive and options.cache_bytes is not None:
             with contextlib.suppress(NoHome):
-                kept = session_path(LAST)
-        elif kept is not None and kept.exists():
-            take_up(session, kept, system=options.settings.system)
+                file, note = open_last()
+                if note:
+                    terminal.note(note)
+        if file is not None and options.kept is not None:
+            differences = take_up(session, options.kept, file.path, system=options.settings.system)
+            if differences:
+                terminal.note(f"unlike before: {'; '.join(differences)}")
+        keeper = Keeper(session, file, terminal.note)
         session.pending += documents
-        keeper = Keeper(session, kept, terminal.note)
         if interactive:
             _greet(session, terminal)
             converse(session, terminal, after_each=keeper.keep)
@@ -109,7 +82,7 @@ def chat(options: ChatOptions) -> int:
         for number, message in enumerate(messages):
             if number:
                 terminal.between_answers()
-            if kept is None:
+            if file is None:
                 session.turns, session.pending = [], list(documents)
             code = _answer_once(session, terminal, message, as_json=options.as_json)
             keeper.keep()
@@ -119,6 +92,8 @@ def chat(options: ChatOptions) -> int:
         return code
     finally:
         session.close()
+        if file is not None:
+            file.close()
 
 
 def _answer_once(session: Session, terminal: Terminal, message: str, *, as_json: bool) -> int:
@@ -133,47 +108,21 @@ def _answer_once(session: Session, terminal: Terminal, message: str, *, as_json:
 
 
 def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
-    idle = IdleCPUs()
-    path = find_gguf(options.model)
-    n_layer = read_model_info(path).n_layer
-    swaa = options.schedule.config(n_layer, lambda: read_stored(path)) or None  # --no-swaa is `full` below
-
-    advice = "pass -c"  # which is over in a conversation
-
-    n_ctx = options.n_ctx
-    engine = _on_idle_cpus(options.engine, idle, terminal)
-
-    def open_llm(full: bool) -> Llama:
-        nonlocal advice
-        with warnings.catch_warnings(record=True) as caught, terminal.loading(path.name):
-            warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
-            llm = Llama(str(path), swaa=False if full else swaa, n_ctx=n_ctx, **engine.arguments())
-        for warning in caught:
-            terminal.note(str(warning.message).replace("pass n_ctx", advice))
-        advice = "/set ctx"
-        if options.cache_bytes is not None:
-            try:
-                llm.set_cache(PrefixCache(max_bytes=options.cache_bytes, note=terminal.note))
-            except (SWAAError, OSError) as error:
-                terminal.note(f"texts that were read before are read again: {error}")
-        return llm
-
-    def open_sized(full: bool, wanted: int) -> Llama:
-        nonlocal n_ctx
-        before, n_ctx = n_ctx, wanted
-        try:
-            return open_llm(full)
-        except BaseException:
-            n_ctx = before
-            raise
-
+    opener = ModelOpener(options, terminal)
+    options = opener.options
     rates = None
     if options.cache_bytes is not None:
         with contextlib.suppress(NoHome):
             rates = rates_path()
     session = Session(
-        open_llm, options.settings, full=options.schedule.no_swaa, open_sized=open_sized, rates_path=rates
+        opener.open,
+        options.settings,
+        full=opener.full,
+        open_sized=opener.open_sized,
+        rates_path=rates,
+        setup=opener.setup,
     )
+    session.chosen = set(options.given)
     settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
     if "max_tokens" not in options.given and not sys.stdout.isatty():
         settings = replace(settings, max_tokens=UNWATCHED_TOKENS)
@@ -188,24 +137,12 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     return session
 
 
-def _on_idle_cpus(engine: EngineOptions, idle: IdleCPUs, terminal: Terminal) -> EngineOptions:
-    """The options with fewer threads, where other programs leave fewer CPUs and the user said nothing."""
-    if engine.n_threads is not None:
-        return engine
-    n_idle, n_cpus = idle.count()
-    if n_idle == n_cpus == (os.cpu_count() or 1):
-        return engine  # the engine's own defaults
-    if n_idle < n_cpus:
-        threads = "1 thread is" if n_idle == 1 else f"{n_idle} threads are"
-        terminal.note(f"other programs keep {n_cpus - n_idle} of {n_cpus} CPUs busy, so {threads} used; -t takes more")
-    to_read = engine.n_threads_batch or n_idle
-    return replace(engine, n_threads=min(n_idle, max(1, n_cpus // 2)), n_threads_batch=to_read)
-
-
 def _greet(session: Session, terminal: Terminal) -> None:
     llm = session.llm
-    terminal.note(f"{Path(llm.model_path).name} · context {llm.n_ctx():,} tokens · {in_one_line(llm.schedule)}")
+    adapter = f" · with {Path(llm.lora_path).name}" if llm.lora_path else ""
     schedule = llm.schedule
+    words = in_one_line(schedule)
+    terminal.note(f"{Path(llm.model_path).name}{adapter} · context {llm.n_ctx():,} tokens · {words}")
     if schedule is not None and llm.n_ctx() <= schedule.window + schedule.sinks:
         terminal.note(f"the window of {schedule.window} tokens covers this context, so the schedule saves nothing here")
     if session.turns:

@@ -6,12 +6,14 @@ Knows models and templates; nothing of terminals or files.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from swaa_local.engine.prefixes import HeldCells
+from swaa_local.chat.settings import ChatError, Settings
+from swaa_local.chat.setup import Setup
+from swaa_local.engine.prefixes import HeldCells, Identity, identity_of
 from swaa_local.engine.run_stats import RunStats
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.files.document import Document, compose_message, marked
@@ -23,14 +25,8 @@ from swaa_local.prefix_cache.rates import ReadingRates
 from swaa_local.schedule.config import LayerMode
 from swaa_local.schedule.text import in_words
 
-_INT_MAX = (1 << 31) - 1
-
 MAX_QUESTION_TAIL = 512
 """Tokens of a question that are its prompt's tail, where the schedule's own is shorter; more would be a pasted book."""
-
-
-class ChatError(SWAAError):
-    """Something that the conversation does not allow now; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -50,52 +46,6 @@ class Turn:
         return {"role": "assistant", "content": self.text} | thinking
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How replies are made. Sampling defaults are llama.cpp's; a GGUF may bring its own (`with_defaults_of`).
-
-    max_tokens: of a reply, thinking included; 0 or less: until the context is full. seed: -1 is a new one each time.
-    think: None leaves it to the model's template. loop_guard: end a reply that repeats itself word for word.
-    """
-
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    max_tokens: int = -1
-    seed: int = -1
-    think: bool | None = None
-    hide_thinking: bool = False
-    loop_guard: bool = True
-    system: str = ""
-
-    def __post_init__(self) -> None:
-        if self.top_k > _INT_MAX:  # ctypes would take a part of it
-            raise ChatError(f"top-k must be at most {_INT_MAX}, not {self.top_k}")
-
-    def with_defaults_of(self, metadata: Mapping[str, str], given: Sequence[str] = ()) -> Settings:
-        """The sampling that the model's makers recommend in the GGUF, but for the fields `given` by the user.
-
-        Raises `ChatError` for a recommendation that is no number.
-        """
-        keys = {"temp": float, "top_k": int, "top_p": float, "min_p": float, "penalty_repeat": float}
-        found: dict[str, Any] = {}
-        for key, kind in keys.items():
-            field = "repeat_penalty" if key == "penalty_repeat" else key
-            if field not in given and (value := metadata.get(f"general.sampling.{key}")) is not None:
-                try:
-                    found[field] = kind(float(value))
-                except (ValueError, OverflowError):
-                    option = "--" + field.replace("_", "-")
-                    raise ChatError(
-                        f"the model's general.sampling.{key} is {value!r}, which is no number; pass {option}"
-                    ) from None
-        return replace(self, **found)
-
-
-SETTING_NAMES = tuple(field.name for field in fields(Settings))
-
 Finish = Literal["stop", "length", "context", "loop", "interrupted"]
 
 
@@ -103,7 +53,8 @@ class Session:
     """A conversation. `open_llm(full)` loads the model: with its schedule, or with full attention.
 
     turns: the conversation so far; replace it to start over or to load one. pending: documents that the next message
-    will carry. finish: how the last reply ended, and replied: whether there is one at all.
+    will carry. identity: fingerprints of the model's files, None if they could not be read. finish: how the last reply
+    ended, and replied: whether there is one at all.
     """
 
     def __init__(
@@ -114,15 +65,19 @@ class Session:
         full: bool = False,
         open_sized: Callable[[bool, int], Llama] | None = None,
         rates_path: Path | None = None,
+        setup: Callable[[Session], Setup] | None = None,
     ) -> None:
         """open_sized(full, n_ctx): loads the model with another context. rates_path: where it is kept how long reading
-        takes; None: nowhere."""
+        takes; None: nowhere. setup: what is kept with the conversation of how the model runs."""
         self._open_llm, self._open_sized, self._rates_path = open_llm, open_sized, rates_path
+        self._setup = setup
         self.full = full
         self.llm = open_llm(full)
+        self.identity = _identity(self.llm)
         self.rates = self._rates()
         self.template = ChatTemplate(self.llm)
         self.settings = settings
+        self.chosen: set[str] = set()  # names of the settings that somebody chose
         self.turns: list[Turn] = []
         self.pending: list[Document] = []
         self.finish: Finish = "stop"
@@ -134,8 +89,14 @@ class Session:
     def set(self, **changes: Any) -> None:
         """Change settings from the next reply on."""
         self.settings = replace(self.settings, **changes)
+        self.chosen |= changes.keys()
         if "seed" in changes:
             self._dice = random.Random(self.settings.seed if self.settings.seed >= 0 else None)
+
+    @property
+    def setup(self) -> Setup | None:
+        """What the model runs with, as far as anybody asked for it; None where nobody keeps that."""
+        return self._setup(self) if self._setup else None
 
     def messages(self) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
@@ -270,6 +231,7 @@ class Session:
         self.rates = self._rates()
 
     def _replace(self, open_new: Callable[[], Llama]) -> None:
+        self._check_files()
         self.llm.close()
         try:
             self.llm = open_new()
@@ -277,6 +239,18 @@ class Session:
             self.llm = self._open_llm(self.full)
             raise
         self.template = ChatTemplate(self.llm)
+        before, self.identity = self.identity, _identity(self.llm)
+        if self.identity != before:  # within the last second
+            raise ChatError(f"{self.llm.model_path} was replaced while it was loaded, and this is the new one")
+
+    def _check_files(self) -> None:
+        """Raise `ChatError` if the files are not those that the conversation began with, or nobody can tell."""
+        if self.identity is None or _identity(self.llm) != self.identity:
+            files = f"{self.llm.model_path} or its LoRA adapter" if self.llm.lora_path else self.llm.model_path
+            raise ChatError(
+                f"{files} was replaced or removed since this chat began, so it cannot be loaded again here; leave, and "
+                "swaa-local chat --continue goes on with what is there now"
+            )
 
     def _rates(self) -> ReadingRates:
         llm = self.llm
@@ -286,3 +260,11 @@ class Session:
 
     def close(self) -> None:
         self.llm.close()
+
+
+def _identity(llm: Llama) -> Identity | None:
+    """What the files are now; None if they cannot be read."""
+    try:
+        return identity_of(llm)
+    except (SWAAError, OSError):
+        return None

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from swaa_local.chat.session import Turn
+from swaa_local.chat.setup import Setup
 from swaa_local.errors import SWAAError
 from swaa_local.files.document import Document
 from swaa_local.files.input_file import read_input
@@ -26,12 +27,14 @@ class StoreError(SWAAError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is saved: turns with their documents, the system message and documents not yet sent."""
+    """What is saved: turns with their documents, the system message, documents not yet sent, and what the model ran
+    with; a setup of None: an earlier version saved it."""
 
     turns: tuple[Turn, ...]
     system: str = ""
     pending: tuple[Document, ...] = ()
     model: str = ""
+    setup: Setup | None = None
 
 
 def save_conversation(path: str, conversation: Conversation, *, overwrite: bool = False, private: bool = False) -> None:
@@ -39,7 +42,8 @@ def save_conversation(path: str, conversation: Conversation, *, overwrite: bool 
     target = user_path(path)
     if target.is_dir():
         raise StoreError(f"{path} is a directory; name a file in it")
-    data = {"format": _FORMAT, "version": _VERSION, **asdict(conversation)}
+    data = {"format": _FORMAT, "version": _VERSION, **asdict(replace(conversation, setup=None))}
+    data["setup"] = conversation.setup.as_dict() if conversation.setup else None
     try:
         text = json.dumps(data, ensure_ascii=False, indent=1)
         write_output(target, text.encode(errors="backslashreplace"), force=overwrite, private=private)
@@ -69,8 +73,9 @@ def load_conversation(path: str) -> Conversation:
             system=_text(data["system"]),
             pending=_documents(data["pending"]),
             model=str(data["model"]),
+            setup=Setup.from_dict(data["setup"]) if data.get("setup") else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} is damaged: {error!r}") from None
 
 

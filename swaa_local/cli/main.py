@@ -366,27 +366,48 @@ def chat_command(
         raise click.UsageError("MODEL is given twice, by itself and with -m")
     model = model or model_option
     streams.need_stdout()
-    from swaa_local.chat.kept import session_path
-    from swaa_local.chat.run import ChatOptions, chat
-    from swaa_local.chat.session import Settings
-    from swaa_local.chat.store import load_conversation
+    from swaa_local.chat.kept import open_session
+    from swaa_local.chat.request import ChatOptions
+    from swaa_local.chat.run import chat
+    from swaa_local.chat.settings import Settings
     from swaa_local.needle.model import CHAT_SETTINGS, NOTE, bundled_model, is_bundled
     from swaa_local.report.terminal import TerminalReporter
 
     sampling = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed")
     given = {name: value for name in sampling if (value := options.pop(name)) is not None}
-    options["session"] = session = session_path(options.pop("session"), continues=options.pop("continues"))
-    if model is None and session is not None and session.exists():
-        model = load_conversation(str(session)).model
+    session = open_session(options.pop("session"), continues=options.pop("continues"))
+    kept = session.read() if session is not None else None
+    if model is None and kept is not None:
+        model = kept.model
     if model is None or is_bundled(Path(model)):
         given = {**CHAT_SETTINGS, **given}
     if model is None:
         model = str(bundled_model())
         if not (options["quiet"] or options["as_json"]):
             TerminalReporter().note(NOTE)
-    settings = Settings(**given, think=think, hide_thinking=hide_thinking, loop_guard=loop_guard, system=system or "")
+    switches: dict[str, Any] = {"think": think, "hide_thinking": hide_thinking, "loop_guard": loop_guard}
+    settings = Settings(**given, **switches, system=system or "")
+    given |= {name: value for name, value in switches.items() if value != getattr(Settings(), name)}
     return chat(
-        ChatOptions(model=model, schedule=schedule, settings=settings, given=tuple(given), engine=engine, **options)
+        ChatOptions(
+            model=model,
+            schedule=schedule,
+            settings=settings,
+            given=tuple(given),
+            said=_said(),
+            engine=engine,
+            session=session,
+            kept=kept,
+            **options,
+        )
+    )
+
+
+def _said() -> frozenset[str]:
+    """Names of the parameters that stand on the command line, not in a file or a variable."""
+    context = click.get_current_context()
+    return frozenset(
+        name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     )
 
 

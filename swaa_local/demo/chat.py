@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swaa_local.chat.run import ChatOptions, chat
-from swaa_local.chat.session import Settings
+from swaa_local.chat.settings import Settings
 from swaa_local.demo.run import Asked
 from swaa_local.engine.options import EngineOptions
 from swaa_local.needle.model import CHAT_SETTINGS

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,33 @@ _SHAPING = (
 """Of `llama_context_params`: what changes cells, or how they are rounded."""
 
 
-def identity_of(llm: DraftingLlama) -> list[Any]:
-    """What engine and which weights make the cells. Raises `SWAAError` and OSError if the files are gone."""
+@dataclass(frozen=True)
+class Identity:
+    """What engine and which weights make the cells: fingerprints. adapter: "" without one."""
+
+    engine: str
+    model: str
+    adapter: str
+    adapter_scale: float
+
+
+def identity_of(llm: DraftingLlama) -> Identity:
+    """Of the files as they are now. Raises `SWAAError` and OSError if they are gone."""
     library = Path(_c._lib._name).stat()
-    engine = [importlib.metadata.version("llama-cpp-python"), library.st_size, library.st_mtime_ns]
-    adapter = [file_identity(llm.lora_path), llm.lora_scale] if llm.lora_path else None
-    return [engine, model_identity(llm.model_path), adapter]
+    return Identity(
+        engine=f"{importlib.metadata.version('llama-cpp-python')} {library.st_size} {library.st_mtime_ns}",
+        model=model_identity(llm.model_path),
+        adapter=file_identity(llm.lora_path) if llm.lora_path else "",
+        adapter_scale=llm.lora_scale,
+    )
 
 
-def cells_key(llm: DraftingLlama, identity: list[Any]) -> str:
+def cells_key(llm: DraftingLlama, identity: Identity) -> str:
     """A digest of everything but tokens that shapes what a context holds; the tail of the schedule does not."""
     params, schedule = llm.context_params, llm.schedule
     trained = int(llm.metadata.get(f"{llm.metadata.get('general.architecture')}.context_length", 0))
     parts = {
-        "identity": identity,
+        "identity": asdict(identity),
         "schedule": schedule.as_dict() | {"tail": 0} if schedule else None,
         "overrides": repr(llm.kv_overrides),
         "gpu": gpu_layers(llm.model_params.n_gpu_layers) > 0,
@@ -100,7 +114,7 @@ class CachedPrefixes:
 
     def __init__(self, llm: DraftingLlama, cache: PrefixCache, restore: Callable[[Tokens, Cells, int], None]) -> None:
         self._llm, self.cache, self._restore = llm, cache, restore
-        self._identity = identity_of(llm)
+        self.identity = identity_of(llm)
         self._key: tuple[Schedule | None, str] | None = None
         self._n_pure = 0  # first tokens of the context that were all read as a prompt
         self._n_kept = 0  # first tokens of the context that were offered to the cache, or came from it
@@ -110,7 +124,7 @@ class CachedPrefixes:
     def key(self) -> str:
         schedule = self._llm.schedule
         if self._key is None or self._key[0] != schedule:
-            self._key = schedule, cells_key(self._llm, self._identity)
+            self._key = schedule, cells_key(self._llm, self.identity)
         return self._key[1]
 
     # A generation: `begin`, then for each evaluation `begin_read` and after each of its parts `has_read`.

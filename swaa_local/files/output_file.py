@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from swaa_local.errors import SWAAError
+from swaa_local.files.lock import try_lock
 
 _PREFIX, _NEW = ".swaa-local-", ".swaa-new-"
 _FORGOTTEN_S = 3600.0
@@ -146,14 +147,10 @@ def _remove_left_behind(own: Path) -> None:
 
 def _lock(folder: Path) -> int | None:
     """A lock on a folder, until it is closed or the process ends; None if another process has it, or nobody can."""
-    try:
-        import fcntl
-    except ImportError:
+    if not hasattr(os, "O_DIRECTORY"):
         return None
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not try_lock(handle):
         os.close(handle)
         return None
     return handle

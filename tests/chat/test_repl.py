@@ -15,7 +15,8 @@ import pytest
 
 from swaa_local import Llama
 from swaa_local.chat.repl import converse
-from swaa_local.chat.session import Session, Settings
+from swaa_local.chat.session import Session
+from swaa_local.chat.settings import Settings
 from swaa_local.chat.terminal import Terminal
 from tests.support.program import environment
 from tests.support.scripted import thinker
@@ -138,6 +139,67 @@ def test_the_last_conversation_is_kept_without_being_asked(talk, model, tmp_path
     again = talk(model, "--continue", "-c", "1024")
     again.say("/regen", "Yes!", "KV")
     again.say(f"/save {tmp_path / 'c.json'}", "saved 2 messages")
+
+
+def test_two_chats_without_a_name_keep_a_conversation_each(talk, model, tmp_path):
+    one = talk(model)
+    two = talk(model, "-c", "1024")
+    assert "another chat keeps its conversation as 'last'; this one is kept as 'last-2'" in two.child.before
+    for t, question in ((two, "Second?"), (one, "First?")):
+        t.say(question, "Yes!", "KV")
+        t.type("/exit")
+        assert t.leave() == 0
+    for name, question in (("last", "First?"), ("last-2", "Second?")):
+        kept = json.loads((tmp_path / "state" / "swaa-local" / "sessions" / f"{name}.json").read_text())
+        assert kept["turns"][0]["text"] == question
+    three = talk(model)
+    assert "another chat" not in three.child.before
+
+
+def test_a_model_that_was_replaced_during_a_chat_is_not_taken_for_the_same(talk, model, tmp_path):
+    t = talk(model, "-c", "1024", "--session", "thesis")
+    t.say("Is it?", "Yes!", "KV")
+    thinker(tmp_path / "new.gguf", n_ctx_train=2048).replace(model)
+    for command in ("/set ctx 2048", "/swaa off"):
+        t.say(command, "was replaced or removed since this chat began")
+    t.say("And that?", "Yes!", "cached", "KV")  # what is loaded serves on
+    model.unlink()
+    t.say("/set ctx 2048", "was replaced or removed since this chat began")
+    t.say("/info", "of 1,024 tokens")
+    thinker(model)
+    t.type("/exit")
+    t.leave()
+    again = talk(model, "--session", "thesis")
+    assert "unlike before: the model's file has changed" in again.child.before
+    again.say("/set ctx 2048", "context 2,048 tokens")
+
+
+def test_what_is_set_in_a_conversation_is_so_when_it_goes_on(talk, model):
+    t = talk(model, "-c", "1024", "--session", "thesis", "--window", "64", "--fa-decode")
+    t.say("Is it?", "Yes!", "KV")
+    for command in ("/set temp 0.3", "/set hide-thinking on", "/set ctx 2048", "/swaa off", "/set seed 5"):
+        t.say(command)
+    t.say("And that?", "Yes!", "KV")
+    t.type("/exit")
+    t.leave()
+    again = talk(model, "--session", "thesis", "--min-p", "0.1")
+    assert "context 2,048 tokens · none: full attention" in again.child.before
+    again.say("/set", "ctx 2048", "temp 0.3", "min-p 0.1", "seed 5", "hide-thinking on")
+    again.say("/swaa on", "all layers window 64 while reading")
+    again.say("/undo", "taken back: And that?")
+
+
+def test_loading_a_conversation_names_what_it_ran_with(talk, model, tmp_path):
+    t = talk(model)
+    t.say("Is it?", "Yes!", "KV")
+    t.say(f"/save {tmp_path / 'c.json'}", "saved 2 messages")
+    other = talk(model, "-c", "512", "--window", "64", "--fa-decode")
+    other.say(
+        f"/load {tmp_path / 'c.json'}",
+        "loaded 2 messages",
+        "unlike there: schedule all layers window 64 while reading (before: none: full attention); "
+        "context 512 (before: 1,024)",
+    )
 
 
 def test_a_conversation_that_was_cleared_does_not_come_back(talk, model, tmp_path):

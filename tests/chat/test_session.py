@@ -13,7 +13,8 @@ from gguf.gguf_writer import GGUFValue
 
 from swaa_local import Llama, PromptTooLong, SWAAConfig, SWAAError
 from swaa_local.chat.commands import run_command
-from swaa_local.chat.session import ChatError, Session, Settings, Turn
+from swaa_local.chat.session import Session, Turn
+from swaa_local.chat.settings import ChatError, Settings
 from swaa_local.chat.store import Conversation, StoreError, load_conversation, save_conversation
 from swaa_local.errors import TemplateError
 from swaa_local.files.document import Document, DocumentError, compose_message, read_document

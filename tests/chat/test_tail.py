@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from swaa_local import Llama, SWAAConfig
-from swaa_local.chat.session import MAX_QUESTION_TAIL, Session, Settings
+from swaa_local.chat.session import MAX_QUESTION_TAIL, Session
+from swaa_local.chat.settings import Settings
 from swaa_local.files.document import Document
 
 CONFIG = SWAAConfig(24, 4, force_fa_decode=True, prompt_tail=12)

@@ -10,7 +10,8 @@ import pytest
 
 from swaa_local import Llama, SWAAConfig
 from swaa_local.chat.commands import run_command
-from swaa_local.chat.session import Session, Settings
+from swaa_local.chat.session import Session
+from swaa_local.chat.settings import Settings
 from swaa_local.schedule.config import LayerMode
 from swaa_local.schedule.layers import compact_layers
 from swaa_local.schedule.text import layer_strip
