@@ -105,3 +105,18 @@ def test_a_directory_that_cannot_be_written_is_noted(tiny_model, tmp_path):
     with serving(tiny_model, "-c", "4096", "-np", "1", XDG_CACHE_HOME=str(tmp_path / "file")) as server:
         assert ask(server, "Who?")[1] == 0
         assert server.log.count("is not kept") == 1
+
+
+def test_a_state_serves_a_shorter_prompt_as_a_slot_in_memory_does(tiny_model, tmp_path):
+    """Its tail was a part of the longer one, and is not read again: docs/cache.md says so."""
+    options = ["-c", "4096", "-np", "1", "--window", "64", "--sinks", "4", "--fa-decode", "--tail", "48"]
+    longer = random_tokens(900)
+    shorter = longer[:700]
+    with serving(tiny_model, *options, XDG_CACHE_HOME=str(tmp_path)) as server:
+        server.complete(longer)
+        in_memory = server.complete(shorter)
+        wait_until(lambda: len(states(tmp_path)) == 1, "a state is written")
+    with serving(tiny_model, *options, XDG_CACHE_HOME=str(tmp_path)) as server:
+        from_disk = server.complete(shorter)
+    assert from_disk["timings"]["cache_n"] == in_memory["timings"]["cache_n"] == len(shorter) - 1
+    assert from_disk["tokens"] == in_memory["tokens"]
