@@ -123,6 +123,7 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
         setup=opener.setup,
     )
     session.chosen = set(options.given)
+    session.measures_first = terminal.shows
     settings = options.settings.with_defaults_of(session.llm.metadata, options.given)
     if "max_tokens" not in options.given and not sys.stdout.isatty():
         settings = replace(settings, max_tokens=UNWATCHED_TOKENS)

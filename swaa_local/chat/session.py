@@ -25,6 +25,8 @@ from swaa_local.prefix_cache.rates import ReadingRates
 from swaa_local.schedule.config import LayerMode
 from swaa_local.schedule.text import in_words
 
+_MEASURED_TOKENS = 48  # more than what the engine has other kernels for, and too few to be shown as progress
+
 MAX_QUESTION_TAIL = 512
 """Tokens of a question that are its prompt's tail, where the schedule's own is shorter; more would be a pasted book."""
 
@@ -78,6 +80,7 @@ class Session:
         self.template = ChatTemplate(self.llm)
         self.settings = settings
         self.chosen: set[str] = set()  # names of the settings that somebody chose
+        self.measures_first = False  # before the first long prompt, so that there is an estimate from its beginning
         self.turns: list[Turn] = []
         self.pending: list[Document] = []
         self.finish: Finish = "stop"
@@ -144,6 +147,8 @@ class Session:
         )
         if len(prompt.tokens) >= llm.n_ctx():
             raise PromptTooLong(len(prompt.tokens), llm.n_ctx())
+        if self.measures_first and len(prompt.tokens) > llm.context_params.n_ubatch:
+            self._measure(prompt.tokens)
         llm.set_seed(self._dice.getrandbits(31))
         stream = Stream(
             llm,
@@ -169,6 +174,15 @@ class Session:
             self.replied = self.finish != "interrupted" or bool(stream.text or stream.thinking)
             if self.replied:
                 self.turns.append(Turn("assistant", stream.text.rstrip(), stream.thinking.rstrip()))
+
+    def _measure(self, tokens: list[int]) -> None:
+        """Read a little, which `on_prefill` notes, if nobody knows how long reading takes; nothing is left of it."""
+        if self.rates.known or self.llm.n_tokens:
+            return
+        try:
+            self.llm.eval(tokens[:_MEASURED_TOKENS], ends_prompt=False)
+        finally:
+            self.llm.reset()
 
     def clear(self) -> None:
         """Forget the conversation and its documents; the system message and the settings stay."""

@@ -55,7 +55,7 @@ class Terminal:
         self.console.print(Text(printable(text), style="dim"))
 
     @property
-    def _shows(self) -> bool:
+    def shows(self) -> bool:
         """Whether there is somebody who sees progress and thoughts."""
         return self.console.is_terminal and not self._quiet
 
@@ -74,7 +74,7 @@ class Terminal:
 
     def loading(self, name: str) -> AbstractContextManager[object]:
         """A spinner while a model loads."""
-        if not self._shows:
+        if not self.shows:
             return nullcontext()
         return self.console.status(Text(printable(f"loading {name}"), style="dim"), spinner_style="dim")
 
@@ -85,7 +85,7 @@ class Terminal:
         self.end_progress()
         self._progress = ReadingProgress(
             self.console,
-            shows=self._shows,
+            shows=self.shows,
             estimate=rates.estimate,
             took=rates.took,
             position=lambda: llm.n_tokens,
@@ -105,7 +105,7 @@ class Terminal:
             for _ in pieces:
                 self.end_progress()
             return
-        visible = self.show_thinking and self._shows
+        visible = self.show_thinking and self.shows
         last = Piece("\n")
         spinner = self.console.status(Text("thinking", style="dim"), spinner_style="dim")
         try:
@@ -120,7 +120,7 @@ class Terminal:
                     sys.stdout.flush()
                 elif visible:
                     self.console.print(Text(self._clean(piece.text), style="dim italic"), end="")
-                elif self._shows:
+                elif self.shows:
                     spinner.start()
         finally:
             self.end_progress()

@@ -29,6 +29,11 @@ class ReadingRates:
                 if 0 < float(rate) < math.inf:
                     self._rates[int(bits)] = float(rate)
 
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured yet."""
+        return bool(self._rates)
+
     def took(self, depth: int, n_tokens: int, seconds: float) -> None:
         """Tokens were read behind `depth` others."""
         bits = (depth + n_tokens // 2).bit_length()

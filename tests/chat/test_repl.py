@@ -131,6 +131,19 @@ def test_a_long_prompt_is_announced_and_its_progress_leaves_nothing(talk, tiny_m
     assert "\x1b[2K" not in shown
 
 
+def test_the_first_prompt_of_a_model_has_an_estimate_before_any_of_it_is_read(
+    talk, tiny_model_factory, tmp_path, monkeypatch
+):
+    """Most of it is one part, of which the engine tells nothing until it is read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_model_factory(n_layer=8, n_embd=512, n_ff=1024)
+    (tmp_path / "long.txt").write_text("a text " * 500)
+    t = talk(model, "-c", "4096", "-f", tmp_path / "long.txt", "-b", "4096", "-ub", "3072", "-n", "2")
+    shown = t.say("Is it?", "left", "KV")
+    counts = [int(count.replace(",", "")) for count in re.findall(r"([\d,]+)/3,[56]\d\d", shown)]
+    assert len({count for count in counts if 0 < count < 3072}) > 1  # within the first part
+
+
 def test_the_last_conversation_is_kept_without_being_asked(talk, model, tmp_path):
     t = talk(model)
     t.say("Is it?", "Yes!", "KV")
