@@ -5,6 +5,8 @@ Knows llm's classes; what a conversation is, `chat.session` knows. llm loads thi
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +15,9 @@ from pydantic import Field
 
 from swaa_local.chat.session import Session, Turn
 from swaa_local.chat.settings import Settings
-from swaa_local.errors import SWAAError
+from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.files.document import Document
+from swaa_local.text.printable import printable
 
 _BY_OPTION = "swaa-local"
 
@@ -59,8 +62,14 @@ class SWAALocal(llm.Model):  # type: ignore[misc]
             for piece in session.ask(prompt._prompt or ""):
                 if not piece.thinking:
                     yield piece.text
+        except PromptTooLong as error:
+            raise llm.ModelError(error.advice("-o ctx {}", "it")) from None
         except SWAAError as error:
             raise llm.ModelError(str(error)) from None
+        except OSError as error:
+            raise llm.ModelError(
+                ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+            ) from None
         if session.stats is not None:
             details = {"cached": session.stats.cached_tokens} if session.stats.cached_tokens else None
             response.set_usage(
@@ -95,18 +104,30 @@ def _open(name: str | None, options: Any) -> Session:
     path = find_gguf(name)
 
     def load(full: bool) -> Llama:
-        model = Llama(
-            str(path),
-            swaa=False if full else None,
-            n_ctx=options.ctx,
-            n_threads=options.threads,
-            n_threads_batch=options.threads,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = Llama(
+                str(path),
+                swaa=False if full else None,
+                n_ctx=options.ctx,
+                n_threads=options.threads,
+                n_threads_batch=options.threads,
+            )
+        for warning in caught:
+            _note(str(warning.message).replace("pass n_ctx", "pass -o ctx"))
         if options.cache:
-            model.set_cache(PrefixCache())
+            try:
+                model.set_cache(PrefixCache(note=_note))
+            except (SWAAError, OSError) as error:
+                _note(f"texts that were read before are read again: {error}")
         return model
 
     return Session(load, Settings())
+
+
+def _note(text: str) -> None:
+    """A line beside the answer."""
+    print(f"swaa-local: {printable(text)}", file=sys.stderr)
 
 
 def _history(prompt: Any, conversation: Any) -> Iterator[Turn]:

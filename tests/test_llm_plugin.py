@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,14 +35,14 @@ def model(tmp_path) -> Path:
     return thinker(tmp_path / "thinker.gguf")
 
 
-def llm(*args: object, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def llm(*args: object, home: Path, before: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
     directories = {
         "LLM_USER_PATH": str(home / "llm"),
         "XDG_CACHE_HOME": str(home / "cache"),
         "HF_HOME": str(home / "hf"),
     }
     return subprocess.run(
-        [sys.executable, "-c", _RUN, *map(str, args)],
+        [*before, sys.executable, "-c", _RUN, *map(str, args)],
         env=environment(**directories, **env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -92,4 +95,47 @@ def test_errors_are_sentences(tmp_path, model):
     assert "no such file" in done.stderr
     assert "Traceback" not in done.stderr
     done = llm("-m", "swaa-local", "-o", "model", model, "-o", "ctx", 256, "x" * 400, home=tmp_path)
-    assert "but the context is 256" in done.stderr
+    assert "but the context is 256; pass -o ctx 1024" in done.stderr
+
+
+def test_a_file_that_cannot_be_read_is_a_sentence(model, tmp_path):
+    """Also for root, whose right to read everything is taken away."""
+    model.chmod(0)
+    rights: list[str] = []
+    if os.geteuid() == 0:
+        if (setpriv := shutil.which("setpriv")) is None:
+            pytest.skip("root reads everything, and there is no setpriv to prevent it")
+        rights = [setpriv, "--bounding-set=-dac_override,-dac_read_search", "--"]
+    done = llm("-m", "swaa-local", "-o", "model", model, "x", home=tmp_path, before=rights)
+    assert done.returncode != 0
+    assert "Error: " in done.stderr
+    assert "Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory", "/gone"), OSError("something")])
+def test_an_error_of_the_system_is_llms_own(monkeypatch, error):
+    """One that comes while the model is read: the file is removed, its disk fails."""
+    llm_package = pytest.importorskip("llm")
+    from swaa_local import llm_plugin
+
+    def fail(*_args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(llm_plugin, "_open", fail)
+    model = llm_plugin.SWAALocal("swaa-local", None)
+    with pytest.raises(llm_package.ModelError, match=r"/gone: No such file|something"):
+        model.prompt("x").text()
+
+
+def test_warnings_are_notes(model, tmp_path):
+    (tmp_path / "book.txt").write_text("A book. " * 60)
+    (tmp_path / "cache").write_text("in the way")
+    options = ["-m", "swaa-local", "-o", "model", model, "-o", "ctx", 8192, "-o", "threads", 1]
+    done = llm(*options, "-f", tmp_path / "book.txt", "Is it?", home=tmp_path)
+    assert done.stdout == "Yes!\n"
+    notes = done.stderr.splitlines()
+    assert len(notes) == 2
+    assert all(note.startswith("swaa-local: ") for note in notes)
+    assert "more than the 4096" in notes[0]
+    assert "what was read is not kept" in notes[1]
