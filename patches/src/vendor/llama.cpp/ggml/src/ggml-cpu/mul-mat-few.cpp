@@ -1,4 +1,4 @@
-// Matrix products of quantized weights with few columns: a handful of sequences that decode, drafted tokens, ends of prompts
+// Matrix products of quantized weights, a few columns at a time: drafted tokens, sequences that decode at once, and prompts
 //
 // With one column the product is bound by the memory that the weights are read from. With several it need not take longer,
 // if a block of weights is unpacked once for all of them and what is left for a column is a load, a dot product of bytes and
@@ -23,9 +23,6 @@
 #include <vector>
 
 #if defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
-
-// with more columns the other kernels have enough to share
-static constexpr int64_t MMF_MAX_COLS = 32;
 
 // columns that are computed together
 static constexpr int MMF_TILE_COLS = 8;
@@ -237,10 +234,10 @@ static void mmf_rows(float * dst, size_t stride, const char * rows, size_t nb01,
 }
 
 template <ggml_type TYPE>
-static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int64_t ir0, int64_t ir1) {
+static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
     const ggml_tensor * src0 = dst->src[0];
 
-    const int64_t n_cols  = dst->ne[1];
+    const int64_t n_cols  = ic1 - ic0;
     const int64_t n_block = src0->ne[0]/32;
     const size_t  stride  = dst->nb[1]/sizeof(float);
 
@@ -254,12 +251,12 @@ static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int
     for (int64_t it = 0, c0 = 0; it < n_tile; ++it) {
         const int n = (n_cols - c0)/(n_tile - it);
 
-        float * to = (float *) dst->data + c0*stride + ir0;
+        float * to = (float *) dst->data + (ic0 + c0)*stride + ir0;
 
         for (int64_t ib0 = 0; ib0 < n_block; ib0 += MMF_TILE_BLOCKS) {
             const int64_t ib1 = std::min(ib0 + MMF_TILE_BLOCKS, n_block);
 
-            mmf_lay_out<TYPE>(laid_out.data(), cols + c0*row_size, row_size, n, ib0, ib1);
+            mmf_lay_out<TYPE>(laid_out.data(), cols + (ic0 + c0)*row_size, row_size, n, ib0, ib1);
 
             const auto tile = [&](auto f) { f(to, stride, rows, src0->nb[1], ir1 - ir0, laid_out.data(), ib0, ib1); };
 
@@ -295,20 +292,18 @@ bool ggml_mul_mat_few_serves(const ggml_tensor * dst) {
             return false;
     }
 
-    // more rows than columns: the threads share out the rows
-    return src1->type == GGML_TYPE_F32 && src1->ne[1] > 1 && src1->ne[1] <= MMF_MAX_COLS && src1->ne[1] < src0->ne[1] &&
-        src1->ne[2]*src1->ne[3] == 1;
+    return src1->type == GGML_TYPE_F32 && src1->ne[1] > 1 && src1->ne[2]*src1->ne[3] == 1;
 }
 
-void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1) {
+void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
     const char * c = (const char *) cols;
 
     switch (dst->src[0]->type) {
-        case GGML_TYPE_Q4_0: mmf_chunk<GGML_TYPE_Q4_0>(dst, c, row_size, ir0, ir1); break;
-        case GGML_TYPE_Q4_1: mmf_chunk<GGML_TYPE_Q4_1>(dst, c, row_size, ir0, ir1); break;
-        case GGML_TYPE_Q5_0: mmf_chunk<GGML_TYPE_Q5_0>(dst, c, row_size, ir0, ir1); break;
-        case GGML_TYPE_Q5_1: mmf_chunk<GGML_TYPE_Q5_1>(dst, c, row_size, ir0, ir1); break;
-        case GGML_TYPE_Q8_0: mmf_chunk<GGML_TYPE_Q8_0>(dst, c, row_size, ir0, ir1); break;
+        case GGML_TYPE_Q4_0: mmf_chunk<GGML_TYPE_Q4_0>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q4_1: mmf_chunk<GGML_TYPE_Q4_1>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q5_0: mmf_chunk<GGML_TYPE_Q5_0>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q5_1: mmf_chunk<GGML_TYPE_Q5_1>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q8_0: mmf_chunk<GGML_TYPE_Q8_0>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
         default: GGML_ABORT("type %s is not served", ggml_type_name(dst->src[0]->type));
     }
 }
@@ -320,12 +315,14 @@ bool ggml_mul_mat_few_serves(const ggml_tensor * dst) {
     return false;
 }
 
-void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1) {
+void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
     GGML_UNUSED(dst);
     GGML_UNUSED(cols);
     GGML_UNUSED(row_size);
     GGML_UNUSED(ir0);
     GGML_UNUSED(ir1);
+    GGML_UNUSED(ic0);
+    GGML_UNUSED(ic1);
     GGML_ABORT("no kernel for this CPU");
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Matrix products of quantized weights with few columns, called by ggml-cpu.c
+// Matrix products of quantized weights, a few columns at a time, called by ggml-cpu.c
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -12,12 +12,12 @@
 extern "C" {
 #endif
 
-// true if the rows of this GGML_OP_MUL_MAT are computed by ggml_mul_mat_few_rows()
+// true if this GGML_OP_MUL_MAT is computed by ggml_mul_mat_few_rows()
 bool ggml_mul_mat_few_serves(const struct ggml_tensor * dst);
 
-// rows [ir0, ir1) of dst, all columns
+// rows [ir0, ir1) of columns [ic0, ic1) of dst
 // cols: the columns of src1 as the vec_dot_type of the weights, row_size bytes each
-void ggml_mul_mat_few_rows(struct ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1);
+void ggml_mul_mat_few_rows(struct ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1);
 
 #ifdef __cplusplus
 }
