@@ -7,15 +7,15 @@ and errors are written.
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from swaa_local.chat.keyboard import QuietKeyboard
 from swaa_local.generation.thinking import Piece
 from swaa_local.report.reading import ReadingProgress
 from swaa_local.report.terminal import Console
@@ -42,6 +42,7 @@ class Terminal:
         self._quiet, self.silent = quiet, False
         self.show_thinking = show_thinking
         self._progress: ReadingProgress | None = None
+        self._keyboard: QuietKeyboard | None = None
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(
                 errors="replace"
@@ -80,10 +81,10 @@ class Terminal:
 
     # Progress of a prefill, as `Llama.on_prefill` takes it.
 
-    def reads(self, llm: Llama, rates: ReadingRates) -> ReadingProgress:
+    def reads(self, llm: Llama, rates: ReadingRates) -> Callable[[int, int], None]:
         """Shows what this model reads from now on, and learns how long it takes."""
         self.end_progress()
-        self._progress = ReadingProgress(
+        progress = self._progress = ReadingProgress(
             self.console,
             shows=self.shows,
             estimate=rates.estimate,
@@ -91,7 +92,16 @@ class Terminal:
             position=lambda: llm.n_tokens,
             part=llm.context_params.n_ubatch,
         )
-        return self._progress
+
+        def read(done: int, total: int) -> None:
+            self._keep_quiet()
+            progress(done, total)
+
+        return read
+
+    def _keep_quiet(self) -> None:
+        if self._keyboard is not None:
+            self._keyboard.keep_quiet()
 
     def end_progress(self) -> None:
         if self._progress is not None:
@@ -111,6 +121,7 @@ class Terminal:
         try:
             for piece in pieces:
                 self.end_progress()
+                self._keep_quiet()
                 before, last = last, piece
                 if not piece.thinking:
                     spinner.stop()
@@ -135,39 +146,16 @@ class Terminal:
     def quiet_keyboard(self) -> Iterator[None]:
         """What is typed meanwhile is kept for the next line, and not shown in the middle of an answer."""
         try:
-            import termios
-
-            keyboard = sys.stdin.fileno()
-            before = termios.tcgetattr(keyboard)
-        except (ImportError, OSError, ValueError, AttributeError, termios.error):  # no terminal
-            yield
-            return
-        if _in_background(keyboard):
-            yield
-            return
-        quiet = [*before]
-        quiet[3] = before[3] & ~(termios.ECHO | termios.ECHONL) | termios.NOFLSH  # Ctrl-C must not throw it away
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
-        try:
-            yield
+            with QuietKeyboard() as self._keyboard:
+                yield
         finally:
-            with suppress(OSError, termios.error):  # the terminal is gone
-                if not _in_background(keyboard):
-                    termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+            self._keyboard = None
 
     def figures(self, stats: RunStats, kv_bytes: int) -> None:
         self.note(describe(stats, kv_bytes))
 
     def _clean(self, text: str) -> str:
         return _CONTROLS.sub("", text) if self._to_terminal else text
-
-
-def _in_background(keyboard: int) -> bool:
-    """Whether the keyboard is another job's: the system stops a job in the background that changes its terminal."""
-    try:
-        return os.tcgetpgrp(keyboard) != os.getpgrp()
-    except OSError:  # a terminal without jobs
-        return False
 
 
 def describe(stats: RunStats, kv_bytes: int) -> str:

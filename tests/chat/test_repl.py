@@ -467,6 +467,36 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_line(talk, tiny_model
     t.child.expect(PROMPT)
 
 
+@pytest.mark.parametrize("commands", [["fg"], ["bg", "fg"]])
+def test_an_answer_that_was_suspended_goes_on_and_typing_ahead_with_it(tiny_model_factory, tmp_path, commands):
+    """The shell sets the terminal as it wants it meanwhile."""
+    env = environment(XDG_STATE_HOME=str(tmp_path / "state"), TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+    shell = pexpect.spawn("/bin/bash", ["--norc", "-i"], env=env, encoding="utf-8", timeout=60, dimensions=(50, 200))
+    with closing(shell):
+        model = tiny_model_factory(n_ctx_train=100_000)
+        shell.sendline(f"cd {Path.cwd()}; {sys.executable} -m swaa_local chat {model} -t 1 -c 100000")
+        shell.expect(PROMPT)
+        shell.send("hi\r")
+        shell.expect(BABBLE)
+        shell.sendcontrol("z")
+        shell.expect("Stopped")
+        for command in commands:
+            shell.sendline(command)
+            shell.expect(BABBLE)
+            shell.expect(BABBLE)
+        shell.send("/set temp 0.25\r")
+        shell.expect(BABBLE)
+        shell.sendintr()
+        shell.expect("stopped")
+        assert "/set temp" not in shell.before
+        shell.expect("temp 0.25\x1b")  # it was run
+        shell.expect(PROMPT)
+        shell.send("/exit\r")
+        shell.sendline("stty -a; echo of $((40 + 2))")
+        shell.expect("of 42")
+        assert re.search(r"(?<!-)\becho\b", shell.before)
+
+
 def test_history_is_kept_and_its_loss_is_harmless(talk, model, tmp_path):
     t = talk(model)
     t.say("Is it history?", "Yes!", "KV")
