@@ -50,8 +50,9 @@ class NameLock:
                 if os.path.samestat(os.fstat(handle), os.stat(path)):
                     break
             os.close(handle)
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        with contextlib.suppress(OSError):  # a full disk: nobody learns the number
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
         self._handle: int | None = handle
 
     def release(self) -> None:
