@@ -6,11 +6,10 @@ are prompt and which are generated; how the model is loaded, `engine.upstream` k
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -24,11 +23,10 @@ from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.answer_score import AnswerScore, token_scores
 from swaa_local.engine.context_length import ContextFitWarning, TrainedLengthWarning
 from swaa_local.engine.draft_control import Costs, DraftControl, Speculate
-from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.limits import check_number
 from swaa_local.engine.message_form import Form, in_form
-from swaa_local.engine.prefixes import CachedPrefixes, set_cells
+from swaa_local.engine.restoring import RestoringLlama
 from swaa_local.engine.run_stats import RunClock, RunStats
 from swaa_local.engine.schedule import ScheduleArgument, check_schedule_argument
 from swaa_local.errors import (
@@ -44,7 +42,6 @@ from swaa_local.errors import (
     TemplateError,
     TextTooLong,
 )
-from swaa_local.prefix_cache.store import PrefixCache
 
 __all__ = [
     "AdapterWarning",
@@ -69,7 +66,7 @@ _SCORED_AT_ONCE = 64
 """Tokens of an answer whose logits, a row of the vocabulary's length each, are held at a time."""
 
 
-class Llama(DraftingLlama):
+class Llama(RestoringLlama):
     """`llama_cpp.Llama` plus a schedule; keywords that are not listed here are upstream's.
 
     swaa: None takes the GGUF's schedule, False full attention, an `SWAAConfig` (or a resolved `Schedule`) overrides the
@@ -99,13 +96,10 @@ class Llama(DraftingLlama):
     change the context. After `close()`, what needs the engine raises `ClosedError`. See `guard`.
     """
 
-    _prompt_end = 0
     _prompt_tail: int | None = None  # of the generation that runs, where it is not the schedule's
     _control: DraftControl | None = None  # of the generation that runs
     _generating = False
-    _changes = 0  # of what the context holds, by whomever
     _document_ends: tuple[int, ...] = ()  # of the generation that runs
-    prefixes: CachedPrefixes | None = None
 
     @property
     def last_run(self) -> RunStats | None:
@@ -127,17 +121,6 @@ class Llama(DraftingLlama):
                 self._prompt_end, self._clock = 0, None
                 self._costs = Costs()
             self._warn_of_adapter(stacklevel=3)
-
-    def set_cache(self, cache: Any) -> None:
-        """Take a `PrefixCache`, from which prompts then begin as far as it holds them, or one of upstream's, or None.
-
-        To be called before the model's file can change. Not used where the logits of all positions are kept, nor for
-        embeddings: the cache holds none. Raises `SWAAError` and OSError if the model's file cannot be read any more.
-        """
-        is_ours = isinstance(cache, PrefixCache)
-        super().set_cache(None if is_ours else cache)
-        has_use = is_ours and not self.has_all_logits and not self.context_params.embeddings
-        self.prefixes = CachedPrefixes(self, cache, self._restore_prefix) if has_use else None
 
     def reset(self) -> None:
         """Upstream's `reset`: start over, but reuse what the next prompt has in common with the cache."""
@@ -322,15 +305,6 @@ class Llama(DraftingLlama):
         if code != 0:
             raise DecodeError(log.reason or f"llama_decode returned {code}")
 
-    def _forget(self, *, cells: bool = True) -> None:
-        """Hold nothing any more. cells: empty the cache too; else its prefix may be reused."""
-        if cells:
-            self._keep_cells(0)
-        self.n_tokens, self._n_logits = 0, 0
-        self._ahead = None
-        self._require_eval(True)
-        self._changes += 1
-
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Upstream's `sample`. Raises `DecodeError` if there are no logits of this position."""
         with self._guard.step(), DeferInterrupt():
@@ -447,50 +421,3 @@ class Llama(DraftingLlama):
             finally:
                 if self.context_params.embeddings:
                     self._forget(cells=False)  # the cache was emptied, also where a later text failed
-
-    def save_state(self) -> Any:
-        """Upstream's `save_state`; the state also knows where the prompt ended."""
-        with self._guard.look():
-            self._drop_ahead()
-            state = super().save_state()
-        state.swaa_prompt_end = self._prompt_end
-        return state
-
-    def load_state(self, state: Any) -> None:
-        """Restore a saved state. Raises `StateError`, with the context emptied, if it does not fit."""
-        with self._guard.step():
-            if state.n_tokens > self.n_ctx():
-                raise StateError(f"the state holds {state.n_tokens} tokens but the context is {self.n_ctx()}")
-            data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-            size = state.llama_state_size
-            tokens, prompt_end = state.input_ids[: state.n_tokens], getattr(state, "swaa_prompt_end", state.n_tokens)
-            self._restore(tokens, prompt_end, lambda: _c.llama_state_set_data(self.ctx, data, size) == size)
-            self._restore_seed(state.seed)
-            if self.has_all_logits:
-                kept = min(state.n_tokens, len(state.scores))
-                self.scores[:kept] = state.scores[:kept]
-
-    def _restore(self, tokens: Any, prompt_end: int, set_state: Callable[[], bool]) -> None:
-        """Hold these tokens, whose cells `set_state` brings. Raises `StateError`, with the context emptied."""
-        self._forget(cells=False)
-        if self.prefixes:
-            self.prefixes.begin_read(0)
-        with DeferInterrupt(), engine_log.captured(self.verbose) as log:
-            restored = set_state()
-        if not restored:
-            self._forget()
-            raise StateError(f"cannot restore the state: {log.reason or 'it is of another model or context'}")
-        self.input_ids[: len(tokens)] = tokens
-        self.n_tokens, self._prompt_end = len(tokens), prompt_end
-
-    def restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
-        """Hold the first `n_tokens` of these tokens, whose cells `engine.prefixes` has copied. Raises `StateError`."""
-        with self._guard.step():
-            self._restore_prefix(tokens, cells, n_tokens)
-
-    def _restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
-        self._restore(tokens, n_tokens, lambda: set_cells(self, cells))
-        if not self._keep_cells(n_tokens):
-            self._forget()
-            raise StateError("the state does not hold what its beginning needs")
-        self.n_tokens = n_tokens

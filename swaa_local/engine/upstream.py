@@ -1,23 +1,22 @@
 """What a `Llama` is before it evaluates anything: loaded as the user and the schedule want it, guarded, and closed.
 
-Knows how upstream's class builds its model and context, and is the one module that uses what that class keeps for
-itself: `RELIED_ON`, to be looked at when upstream moves. What is evaluated, and in which phase, `llama` knows.
+Knows how upstream's class builds its model and context. With `upstream_facts` and `upstream_steps` it is the one place
+that uses what that class keeps for itself: `RELIED_ON`, to be looked at when upstream moves. What is evaluated, and in
+which phase, `llama` knows.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
@@ -25,13 +24,13 @@ from llama_cpp._internals import LlamaContext
 from swaa_local.engine import crash, native, vocabulary
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning, LoadedAdapter
-from swaa_local.engine.callbacks import Callbacks, check_sampler
+from swaa_local.engine.callbacks import Callbacks
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine.draft_control import Speculate, check_speculate
-from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
+from swaa_local.engine.guard import Guard
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
-from swaa_local.engine.limits import check_number, check_numbers
+from swaa_local.engine.limits import check_numbers
 from swaa_local.engine.message_form import FormedFormatter
 from swaa_local.engine.schedule import (
     ScheduleArgument,
@@ -41,10 +40,11 @@ from swaa_local.engine.schedule import (
     get_schedule,
     resolve_schedule,
 )
-from swaa_local.errors import GGUFError, ModelLoadError, PromptTooLong, SWAAError
+from swaa_local.engine.upstream_facts import KnownLlama
+from swaa_local.engine.upstream_steps import SteppingLlama
+from swaa_local.errors import GGUFError, ModelLoadError, SWAAError
 from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
-from swaa_local.model_file.model_info import describe_model, file_type_name
 from swaa_local.schedule.config import DEFAULT_N_BATCH, DRAFT_WINDOW, LayerMode, Schedule, SWAAConfig, default_n_ubatch
 from swaa_local.sources.find import fetch_matching
 
@@ -79,14 +79,12 @@ class _Path(str):
         return os.fsencode(str(self))
 
 
-class LoadedLlama(llama_cpp.Llama):
+class LoadedLlama(SteppingLlama, KnownLlama):
     """`llama_cpp.Llama` with a schedule; keywords and errors are described in `llama.Llama`."""
 
     n_tokens: int
     input_ids: Any
     scores: Any
-
-    _sampler_to_keep: Any = None
 
     def __init__(
         self,
@@ -223,79 +221,6 @@ class LoadedLlama(llama_cpp.Llama):
     def _require_eval(self, required: bool) -> None:
         self._requires_eval = required
 
-    @property
-    def _active_sampler(self) -> Any:
-        return self._sampler
-
-    @_active_sampler.setter
-    def _active_sampler(self, sampler: Any) -> None:
-        self._sampler = sampler
-
-    @contextmanager
-    def _draft_sampler(self) -> Iterator[Callable[[], int]]:
-        """A sampler that chooses as the active one would, with the same random numbers, and leaves that one as it is.
-
-        It reads the last logits. The user's logits processors are not called: they would see tokens that are never
-        said.
-        """
-        sampler = _c.llama_sampler_clone(self._sampler.sampler)
-        try:
-            with self._callbacks.no_processors():
-                yield lambda: int(_c.llama_sampler_sample(sampler, self.ctx, -1))
-        finally:
-            _c.llama_sampler_free(sampler)
-
-    def _restore_seed(self, seed: int) -> None:
-        self._seed = seed
-
-    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        if self._sampler_to_keep:
-            return self._sampler_to_keep
-        processors = self._callbacks.logits_processors(kwargs.pop("logits_processor", None))
-        sampler = super()._init_sampler(*args, logits_processor=processors, **kwargs)
-        check_sampler(sampler)
-        return sampler
-
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        return self._steps(super()._create_completion(*args, **kwargs))
-
-    @contextmanager
-    def _asking(self, speculate: Speculate | None) -> Iterator[None]:
-        """While this is open, generations of this thread speculate so; None: as they would anyway."""
-        before = self._asked()
-        self._requests.speculate = before if speculate is None else check_speculate(speculate)
-        try:
-            yield
-        finally:
-            self._requests.speculate = before
-
-    def _asked(self) -> Speculate | None:
-        """What the call that runs in this thread has said of drafts."""
-        return getattr(self._requests, "speculate", None)
-
-    def _steps(self, answers: Iterator[Any]) -> Iterator[Any]:
-        """The same answers, each step of which is one call of the guard's."""
-        return self._guarded_steps(answers, self._asked())
-
-    def _guarded_steps(self, answers: Iterator[Any], speculate: Speculate | None) -> Iterator[Any]:
-        while True:
-            with self._guard.work(), self._asking(speculate):
-                try:
-                    answer = next(answers)
-                except StopIteration:
-                    return
-                except ValueError as error:
-                    # Upstream counts the prompt itself, before generate() sees it.
-                    counts = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
-                    if counts and not isinstance(error, SWAAError):
-                        raise PromptTooLong(int(counts[1]), self._n_ctx) from None
-                    raise
-            yield answer
-
-    def _has_template_handler(self) -> bool:
-        """Whether chats are formatted by a template of the GGUF's, or a handler that the user gave."""
-        return self.chat_handler is not None or self.chat_format in self._chat_handlers
-
     def _replace_tail(self, swaa: ScheduleArgument) -> bool:
         """Take another tail and keep the context, if that is all that the schedule would change."""
         wanted = resolve_schedule(self.model, swaa, self.file_schedule)
@@ -380,81 +305,6 @@ class LoadedLlama(llama_cpp.Llama):
         """Bytes of the KV cache, by llama.cpp's own accounting."""
         with self._guard.look():
             return int(native.llama_swaa_kv_bytes(self.ctx))
-
-    # What never changes, for any thread at any time.
-
-    n_embd = reads(llama_cpp.Llama.n_embd)
-    n_vocab = reads(llama_cpp.Llama.n_vocab)
-    token_bos = reads(llama_cpp.Llama.token_bos)
-    token_eos = reads(llama_cpp.Llama.token_eos)
-    token_nl = reads(llama_cpp.Llama.token_nl)
-
-    def is_end(self, token: int) -> bool:
-        """Whether a token ends the model's turn."""
-        with self._guard.read():
-            return bool(_c.llama_vocab_is_eog(self._model.vocab, token))
-
-    def is_control(self, token: int) -> bool:
-        """Whether a token is a mark and no text."""
-        with self._guard.read():
-            return bool(_c.llama_vocab_is_control(self._model.vocab, token))
-
-    def token_text(self, token: int) -> str:
-        """A token as the vocabulary spells it, control tokens too."""
-        with self._guard.read():
-            return str(self._model.token_get_text(token))
-
-    def token_bytes(self, token: int) -> bytes:
-        """The text that a token stands for; empty for a control token. A character may take several tokens."""
-        with self._guard.read():
-            return vocabulary.token_bytes(self._model.vocab, token)
-
-    def special_tokens(self) -> dict[str, int]:
-        """The texts that the tokenizer may take for one special token, with that token's `LLAMA_TOKEN_ATTR_*`."""
-        with self._guard.read():
-            return vocabulary.special_tokens(self._model.vocab)
-
-    def adds_bos(self) -> bool:
-        """Whether a prompt of this model begins with its first token."""
-        with self._guard.read():
-            return bool(self._model.add_bos_token())
-
-    def n_ctx_train(self) -> int:
-        """Tokens of context that the model was trained on."""
-        with self._guard.read():
-            return int(self._model.n_ctx_train())
-
-    def description(self) -> str:
-        """Architecture, parameters and type of the weights, in one line."""
-        with self._guard.read():
-            return describe_model(
-                self.metadata["general.architecture"],
-                _c.llama_model_n_params(self.model),
-                file_type_name(self.metadata.get("general.file_type")),
-            )
-
-    def n_ctx(self) -> int:
-        """Tokens of the context, as llama.cpp rounded them."""
-        self._guard.check_open()
-        return self.__dict__.get("_n_ctx") or int(super().n_ctx())
-
-    def tokenizer(self) -> GuardedTokenizer:
-        """Upstream's tokenizer; it raises `ClosedError` once this is closed."""
-        return GuardedTokenizer(self)
-
-    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
-        """Upstream's `tokenize`, with which every completion begins."""
-        self._guard.check_open()
-        return super().tokenize(*args, **kwargs)
-
-    def pooling_type(self) -> int:
-        """Upstream's `pooling_type`."""
-        with self._guard.look():
-            return int(super().pooling_type())
-
-    def set_seed(self, seed: int) -> None:
-        """Upstream's `set_seed`. Raises `OutOfRange`."""
-        super().set_seed(check_number("seed", seed))
 
     @classmethod
     def from_pretrained(
