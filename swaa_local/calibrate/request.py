@@ -98,9 +98,7 @@ def config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> di
     """What the trials depend on. The budget and what is to be kept only decide which are made."""
     import llama_cpp
 
-    engine = request.engine
-    lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": fingerprint(engine.lora.path)}
-    return lora | {
+    return request.engine.for_log() | {
         "model": request.model.name,
         "model_sha256": fingerprint(request.model),
         "length": length,
@@ -108,14 +106,6 @@ def config(request: CalibrateRequest, length: int, windows: Sequence[int]) -> di
         "data": list(request.data),
         "questions": None if request.questions is None else str(request.questions),
         "seed": request.seed,
-        "n_threads": engine.n_threads,
-        "n_threads_batch": engine.n_threads_batch,
-        "n_batch": engine.n_batch,
-        "n_ubatch": engine.n_ubatch,
-        "n_gpu_layers": engine.n_gpu_layers,
-        "flash_attn": engine.flash_attn,
-        "type_k": engine.type_k,
-        "type_v": engine.type_v,
         "engine": llama_cpp.__version__,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from swaa_local.files.fingerprint import fingerprint
 from swaa_local.model_file.adapter import Adapter
 
 
@@ -24,6 +25,24 @@ class EngineOptions:
     draft_window: int | None = None
     speculate: bool | Literal["auto"] = False
     verbose: bool = False
+
+    def for_log(self) -> dict[str, Any]:
+        """What answers and their times depend on, for a log that must not mix those of others: plain data.
+
+        Without an adapter it is not named, so that logs from before there were any go on.
+        """
+        names = (
+            "n_threads",
+            "n_threads_batch",
+            "n_batch",
+            "n_ubatch",
+            "n_gpu_layers",
+            "flash_attn",
+            "type_k",
+            "type_v",
+        )
+        lora = {} if self.lora is None else {"lora": str(self.lora), "lora_sha256": fingerprint(self.lora.path)}
+        return lora | {name: getattr(self, name) for name in names}
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of `Llama`. Threads of -t serve the prompt too where -tb is not given."""

@@ -176,10 +176,8 @@ class _Source:
         """What the answers depend on, and their times. What the prompts depend on shows in the prompts."""
         import llama_cpp
 
-        request, engine = self._request, self._request.engine
-        # Files from before there were adapters go on.
-        lora = {} if engine.lora is None else {"lora": str(engine.lora), "lora_sha256": fingerprint(engine.lora.path)}
-        return lora | {
+        request = self._request
+        return request.engine.for_log() | {
             "model": request.model.name,
             "model_sha256": fingerprint(request.model),
             "seed": request.seed,
@@ -188,12 +186,6 @@ class _Source:
             "max_tokens": request.max_tokens,
             "n_threads": self._llm.n_threads,
             "n_threads_batch": self._llm.n_threads_batch,
-            "n_batch": engine.n_batch,
-            "n_ubatch": engine.n_ubatch,
-            "n_gpu_layers": engine.n_gpu_layers,
-            "flash_attn": engine.flash_attn,
-            "type_k": engine.type_k,
-            "type_v": engine.type_v,
             "engine": llama_cpp.__version__,
         }
 

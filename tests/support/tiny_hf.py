@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,17 @@ def write_bpe(directory: Path) -> int:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0]}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer.get_vocab_size()
+
+
+def checkpoints(root: Path, kinds: Iterable[str]) -> dict[str, tuple[Path, Path]]:
+    """Checkpoint and GGUF of each kind.
+
+    Their names are numbers: a model that is called phi3 is given Phi-3's special tokens by the engine, which this one
+    has not.
+    """
+    made = {kind: (write_checkpoint(root / str(i), kind), root / f"{i}.gguf") for i, kind in enumerate(kinds)}
+    convert_all(dict(made.values()))
+    return made
 
 
 def write_checkpoint(directory: Path, kind: str, *, seed: int = 0) -> Path:

@@ -31,7 +31,7 @@ from swaa_local.tune.examples import Renderer
 from swaa_local.tune.request import TuneError, TuneRequest
 from swaa_local.tune.run import tune
 from swaa_local.tune.watch import Watch
-from tests.support.tiny_hf import convert_all, write_checkpoint
+from tests.support.tiny_hf import checkpoints
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -50,11 +50,7 @@ class Notes(Watch):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("checkpoints")
-    # By number: a model that is called phi3 is given Phi-3's special tokens by the engine, which this one has not.
-    made = {kind: (write_checkpoint(root / str(i), kind), root / f"{i}.gguf") for i, kind in enumerate(KINDS)}
-    convert_all(dict(made.values()))
-    return made
+    return checkpoints(tmp_path_factory.mktemp("checkpoints"), KINDS)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from swaa_local import LayerMode, Llama, Schedule
 from swaa_local.tune.masks import ATTENTION, BLOCK, Masks, make_row, prompt_end
 from tests.support.engine import worst_ratio
 from tests.support.masks import Sched, layer_masks
-from tests.support.tiny_hf import KINDS, N_LAYER, convert_all, write_checkpoint
+from tests.support.tiny_hf import KINDS, N_LAYER, checkpoints
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -41,10 +41,7 @@ SCHEDULES = {
 def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Checkpoint and GGUF of each family."""
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("tune")
-    made = {kind: (write_checkpoint(root / str(i), kind), root / f"{i}.gguf") for i, kind in enumerate(KINDS)}
-    convert_all(dict(made.values()))
-    return made
+    return checkpoints(tmp_path_factory.mktemp("tune"), KINDS)
 
 
 def load(checkpoint: Path, *, blocks: bool = False) -> tuple[Any, Masks]:

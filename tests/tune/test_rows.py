@@ -23,7 +23,7 @@ from swaa_local.tune.engine_nll import engine_nll
 from swaa_local.tune.examples import Example
 from swaa_local.tune.masks import ATTENTION, Masks
 from swaa_local.tune.rows import answer_logits, loss_of, mean_nll, row_tensors
-from tests.support.tiny_hf import N_LAYER, convert_all, write_checkpoint
+from tests.support.tiny_hf import N_LAYER, checkpoints
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -40,8 +40,7 @@ SCHEDULES = {
 def checkpoint(tmp_path_factory) -> tuple[Path, Path]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("rows")
-    made = write_checkpoint(root / "llama", "llama"), root / "llama.gguf"
-    convert_all(dict([made]))
+    made = checkpoints(root, ["llama"])["llama"]
     return made
 
 
