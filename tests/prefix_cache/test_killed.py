@@ -90,6 +90,7 @@ def kill_in_a_save(model: Path, directory: Path, nth: int, delay_s: float, *args
         process.wait()
 
 
+@pytest.mark.timeout(120 + 60 * N_KILLS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_chat_that_is_killed_while_it_saves(model, book, tmp_path, name):
     """Its saves: what was read of the book, the conversation, and at the end what the conversation's cells are."""
