@@ -91,6 +91,25 @@ def test_a_draft_reads_no_more_than_its_window(model):
         assert {(op.layer, op.n_kv) for op in ctx.attention} == {(layer, 512) for layer in range(4)}
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_graph_is_built_between_the_tokens_of_a_draft(model, name):
+    """One is for its first token, and one for the pass that checks it; also where the cache grows by a step of 256."""
+    n = 8
+    tokens = random_tokens(560)
+    with new_context(model, name, flash="on", kv="F16") as ctx:
+        ctx.set_prompt_end(0, PROMPT)
+        ctx.feed(tokens[:PROMPT])
+        for at in range(PROMPT, len(tokens) - n, n // 2):
+            ctx.set_draft_start(0, at)
+            before = ctx.n_reused()
+            ctx.feed(tokens[at : at + n], chunk=1)
+            assert ctx.n_reused() - before == n - 1, at
+            ctx.set_draft_start(0, -1)
+            assert ctx.rm(0, at, -1)
+            ctx.feed(tokens[at : at + n])
+            assert ctx.rm(0, at + n // 2, -1)
+
+
 def test_sequences_draft_by_themselves(model):
     """One drafts, one decodes and one reads its prompt, in one batch."""
     name = "FA decode"

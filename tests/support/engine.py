@@ -286,6 +286,10 @@ class EngineContext:
     def kv_bytes(self) -> int:
         return _lib.llama_swaa_kv_bytes(self.ptr)
 
+    def n_reused(self) -> int:
+        """Batches whose graph was that of the one before."""
+        return C.llama_perf_context(self.ptr).n_reused
+
     def kv_mib_logged(self) -> float:
         """Sum of llama.cpp's own "KV buffer size = N MiB" lines."""
         return sum(float(m) for m in re.findall(r"KV buffer size = +([\d.]+) MiB", self.log))
