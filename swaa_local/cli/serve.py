@@ -9,7 +9,7 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.cache import cache_options
-from swaa_local.cli.click_types import FILE, LORAS
+from swaa_local.cli.click_types import FILE, LORAS, tokens
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.schedule.choice import ScheduleOptions
 
@@ -94,6 +94,11 @@ def _server_help(ctx: click.Context, _param: click.Parameter, value: bool) -> No
     help="API keys, one a line; or set LLAMA_API_KEY.",
 )
 @click.option("--lora", type=LORAS, default=(), help="LoRA adapters in GGUF, each scaled by SCALE [1].")
+@click.option(
+    "--draft-window",
+    type=tokens(1),
+    help="Draft tokens, which see so many, and check several at once [no drafts]; --spec-window-n-max says how many.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show the server's log, not its warnings alone.")
 @click.option(
     "--server-help",

@@ -24,6 +24,7 @@ _WITHOUT_EFFECT = frozenset(
     {
         *("-t", "--threads", "-tb", "--threads-batch", "-np", "--parallel", "-a", "--alias", "-c", "--ctx-size"),
         *("-cram", "--cache-ram", "--slot-save-path", "-to", "--timeout", "--log-file", "-lv", "--verbosity"),
+        *("--spec-window-size", "--spec-window-n-max", "LLAMA_ARG_SPEC_WINDOW_SIZE", "LLAMA_ARG_SPEC_WINDOW_N_MAX"),
         *("LLAMA_ARG_THREADS", "LLAMA_ARG_N_PARALLEL", "LLAMA_ARG_CTX_SIZE", "LLAMA_ARG_CACHE_RAM"),
     }
 )

@@ -76,6 +76,8 @@ class ServeOptions:
     verbose: bool = False
     cache_bytes: int | None = None
     """Bound on what is kept on disk of prompts that were read; None: nothing is."""
+    draft_window: int | None = None
+    """Tokens that a drafted one sees; None: the model drafts nothing."""
     extra: tuple[str, ...] = ()
     lora: tuple[Adapter, ...] = ()
 
@@ -117,6 +119,8 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
         read_model_info(path), schedule, lambda names: value_of(names, extra, os.environ), reporter
     )
     arguments += default_arguments(schedule, extra, os.environ, gpu=has_gpu(options.verbose))
+    if options.draft_window is not None:
+        arguments += ["--spec-type", "window", "--spec-window-size", str(options.draft_window)]
     if value_of(_ALIAS, extra, os.environ) is None:
         arguments += ["--alias", _csv_field(path.stem if path == user_path(options.model) else options.model)]
     if is_bundled(path) and value_of(_TEMPLATE, extra, os.environ) is None:

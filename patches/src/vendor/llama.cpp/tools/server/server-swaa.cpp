@@ -104,6 +104,36 @@ std::string server_swaa_refusal(const llama_model * model, const llama_model * m
     return "";
 }
 
+std::string server_swaa_refusal_window(const common_params & params) {
+    if (!params.speculative.has_window()) {
+        return "";
+    }
+
+    if (!params.mmproj.path.empty()) {
+        return "a window of drafts counts tokens of text, not those of images and sounds: leave out --mmproj, or take another --spec-type";
+    }
+
+    // a draft is checked together with the token before it
+    const int32_t n_max = params.speculative.window.n_max;
+    if (n_max >= params.n_batch) {
+        return string_format("%d drafted tokens and the one before them do not fit into a batch of %d: lower --spec-window-n-max, or raise -b", n_max, params.n_batch);
+    }
+
+    return "";
+}
+
+bool server_swaa_can_roll_back(const llama_model * model, const common_params & params) {
+    if (!server_swaa_has_ring(model)) {
+        return true;
+    }
+
+    // the tokens of one ubatch overwrite nothing that the first of them sees, and neither do as many ubatches of one token, for
+    // which a ring has cells beside its window. other sequences in the same ring may
+    const int64_t n_check = 1 + common_speculative_n_max(&params.speculative);
+
+    return params.n_parallel == 1 ? n_check <= params.n_ubatch : !params.kv_unified && params.n_parallel*n_check <= params.n_ubatch;
+}
+
 int32_t server_swaa_n_back(const llama_model * model, int32_t n_swa) {
     // the next token is one of the window, and the server asks for one more than it needs
     return n_swa > 0 && server_swaa_has_ring(model) ? std::max(n_swa, 2) - 2 : n_swa;

@@ -21,6 +21,12 @@ int32_t server_swaa_parse_tail(const json & value);
 // model_dft - the draft model or NULL
 std::string server_swaa_refusal(const llama_model * model, const llama_model * model_dft, const common_params & params);
 
+// the same for drafts through a window, with or without a schedule
+std::string server_swaa_refusal_window(const common_params & params);
+
+// whether drafts can always be removed from the memory again, or else need checkpoints
+bool server_swaa_can_roll_back(const llama_model * model, const common_params & params);
+
 // the largest number of tokens before the next one that the memory has to hold
 // a ring holds what the next token sees, so less than n_swa of upstream's caches will do
 int32_t server_swaa_n_back(const llama_model * model, int32_t n_swa);
