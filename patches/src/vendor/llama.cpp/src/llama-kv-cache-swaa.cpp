@@ -25,6 +25,9 @@
 // the attention width of a graph grows in such steps, so that graphs can be reused and the fast kernels apply
 static constexpr uint32_t LLAMA_SWAA_N_PAD = 256;
 
+// for so many tokens of a stream, flash attention on the CPU walks the cells that some of them see (flash-attn-decode.cpp)
+static constexpr uint32_t LLAMA_SWAA_N_SKIP = 8;
+
 //
 // llama_kv_cache_swaa
 //
@@ -45,13 +48,25 @@ static llama_swaa_schedule llama_swaa_get_draft(const llama_model & model) {
     return res;
 }
 
+static bool llama_swaa_is_on_cpu(const llama_model & model) {
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        ggml_backend_dev_t dev = model.dev_layer(il);
+
+        if (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 llama_kv_cache_swaa::llama_kv_cache_swaa(
         const llama_model & model,
                 ggml_type   type_k,
                 ggml_type   type_v,
       const llama_cparams & cparams) :
     schedule(llama_swaa_get_schedule(model)), draft(llama_swaa_get_draft(model)), n_ctx(cparams.n_ctx_seq), n_seq_max(cparams.n_seq_max), unified(cparams.kv_unified),
-    v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), prompt_end(LLAMA_MAX_SEQ, -1), draft_start(LLAMA_MAX_SEQ, -1) {
+    v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), on_cpu(llama_swaa_is_on_cpu(model)), prompt_end(LLAMA_MAX_SEQ, -1), draft_start(LLAMA_MAX_SEQ, -1) {
     if (!cparams.causal_attn) {
         throw std::runtime_error("a swaa schedule needs causal attention");
     }
@@ -529,6 +544,10 @@ bool llama_kv_cache_swaa::can_gather() const {
     return !v_trans;
 }
 
+bool llama_kv_cache_swaa::can_skip(const llama_ubatch & ubatch) const {
+    return on_cpu && !v_trans && ubatch.n_tokens/llama_swaa_n_stream(*kv_base, ubatch) <= LLAMA_SWAA_N_SKIP;
+}
+
 uint32_t llama_kv_cache_swaa::n_gather(uint32_t n_seen, uint32_t n_kv) const {
     const uint32_t res = GGML_PAD(n_seen, LLAMA_SWAA_N_PAD);
 
@@ -716,7 +735,11 @@ uint32_t llama_kv_cache_swaa_context::get_n_gather(const llama_kv_cache & kv_cur
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_gather_base(const llama_ubatch & ubatch) const {
-    return is_windowed() ? get_n_gather(*kv->get_base(), win_base.get(), ubatch, get_base()->get_n_kv()) : 0;
+    if (!is_windowed() || (get_phase() == LLAMA_SWAA_PHASE_DRAFT && kv->can_skip(ubatch))) {
+        return 0;
+    }
+
+    return get_n_gather(*kv->get_base(), win_base.get(), ubatch, get_base()->get_n_kv());
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_gather_ring(const llama_ubatch & ubatch) const {

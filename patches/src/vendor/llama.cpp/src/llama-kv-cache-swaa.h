@@ -114,6 +114,9 @@ public:
     // a transposed V has no rows to gather, there the mask alone has to do
     bool can_gather() const;
 
+    // true if attention skips the cells that the mask hides from all tokens of the ubatch: where they are is as good as gathered
+    bool can_skip(const llama_ubatch & ubatch) const;
+
     // the number of cells of each block to gather from a cache with n_kv cells in use, if a block sees up to n_seen of them
     // 0: attending to the n_kv cells as they are is better
     uint32_t n_gather(uint32_t n_seen, uint32_t n_kv) const;
@@ -130,6 +133,7 @@ private:
     const bool     unified;
     const bool     v_trans;
     const bool     make_mask;
+    const bool     on_cpu;
 
     std::unique_ptr<llama_kv_cache> kv_base;
     std::unique_ptr<llama_kv_cache> kv_ring;
