@@ -97,7 +97,8 @@ def _server_help(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 @click.option(
     "--draft-window",
     type=tokens(1),
-    help="Draft tokens, which see so many, and check several at once [no drafts]; --spec-window-n-max says how many.",
+    help="Draft tokens that see so many, and check several at once [no drafts]. Of llama-server's own options, "
+    "--spec-window-n-max says how many, and --spec-type adds other sources.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Show the server's log, not its warnings alone.")
 @click.option(
