@@ -22,7 +22,8 @@ class Nll:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of training. tokens: without padding. seconds: since the step before it."""
+    """One step of training. tokens: without padding. seconds: since the step before it. Both are 0 for the steps that a
+    run which goes on took over."""
 
     number: int
     loss: float

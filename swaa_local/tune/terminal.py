@@ -67,7 +67,9 @@ def table(result: TuneResult) -> str:
     """The held-out answers' NLL before and after, and what the training took."""
     rows = [[printable(nll.where), nll.schedule, f"{nll.before:.4f}", f"{nll.after:.4f}"] for nll in result.nlls]
     head = ["measured in", "schedule", "NLL without the adapter", "NLL with it"]
-    took = f"{len(result.steps)} steps on {result.n_examples} examples in {format_duration(result.train_s)}"
+    now = sum(1 for step in result.steps if step.tokens)
+    resumed = "" if now == len(result.steps) else f", the last {now} of them"
+    took = f"{len(result.steps)} steps on {result.n_examples} examples{resumed} in {format_duration(result.train_s)}"
     peak = "" if result.peak_bytes is None else f", {format_bytes(result.peak_bytes)} of GPU memory at most"
     lines = [
         markdown_table(head, rows),

@@ -179,7 +179,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(model, data, tmp_p
     assert "was begun with another steps; give what it was begun with" in error
     done = run(*begun, "--resume", **ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"going on after step \d+", done.stderr)
+    before = re.search(r"going on after step (\d+)", done.stderr)
+    assert before
+    assert f"10 steps on 10 examples, the last {10 - int(before[1])} of them in " in done.stdout
     assert not checkpoints.exists()
     one, other = (gguf.GGUFReader(path).tensors for path in (whole, parts))
     for mine, theirs in zip(one, other, strict=True):
