@@ -1,6 +1,6 @@
 """Quantized weights by several columns on the CPU, against numpy over the values that the weights hold.
 
-ggml quantizes the columns, to 8 bits in blocks of 32; the oracle does as well, by gguf-py.
+ggml quantizes the columns, to 8 bits in blocks of 32 (256 for weights of Q4_K and Q6_K); the oracle does as well.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_float, c_int64, c_void_p
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GT
@@ -16,7 +17,8 @@ from tests.support import flash_op as op
 
 pytestmark = pytest.mark.usefixtures("engine")
 
-TYPES = [GT.Q4_0, GT.Q4_1, GT.Q5_0, GT.Q5_1, GT.Q8_0]
+K_TYPES = [GT.Q4_K, GT.Q6_K]
+TYPES = [GT.Q4_0, GT.Q4_1, GT.Q5_0, GT.Q5_1, GT.Q8_0, *K_TYPES]
 _mul_mat = op._declare("ggml_mul_mat", c_void_p, c_void_p, c_void_p, c_void_p)
 
 
@@ -43,19 +45,43 @@ def product(weights: np.ndarray, kind: GT, columns: np.ndarray, n_threads: int =
 def operands(kind: GT, n_rows: int, k: int, n_columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights, packed, of all signs and with a mean; columns whose blocks differ in size."""
     rng = np.random.default_rng(n_rows + k + n_columns)
-    weights = rng.standard_normal((n_rows, k)) + 0.3
     columns = rng.standard_normal((n_columns, k)) * 2.0 ** rng.integers(-6, 6, (n_columns, k // 32)).repeat(32, axis=1)
+    if kind in K_TYPES:
+        return random_blocks(rng, kind, n_rows, k), columns.astype(np.float32)
+    weights = rng.standard_normal((n_rows, k)) + 0.3
     return op.pack(weights.astype(np.float32), kind), columns.astype(np.float32)
 
 
+def random_blocks(rng: np.random.Generator, kind: GT, n_rows: int, k: int) -> np.ndarray:
+    """Blocks of 256 with any bits, but for their scales, which gguf-py reads and cannot write."""
+    n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = rng.integers(0, 256, (n_rows, k // 256, n_bytes), np.uint8)
+    at = (0, 2) if kind == GT.Q4_K else (n_bytes - 2,)
+    for i in at:
+        scales = rng.uniform(1e-3, 1e-2, (n_rows, k // 256, 1)).astype(np.float16)
+        blocks[..., i : i + 2] = scales.view(np.uint8)
+    return blocks.reshape(n_rows, -1)
+
+
 def expected(weights: np.ndarray, kind: GT, columns: np.ndarray) -> np.ndarray:
-    return op.unpack(op.pack(columns, GT.Q8_0), GT.Q8_0) @ op.unpack(weights, kind).T
+    if kind in K_TYPES:
+        rounded = rounded_to_8_bits(columns.reshape(-1, 256)).reshape(columns.shape)
+    else:
+        rounded = op.unpack(op.pack(columns, GT.Q8_0), GT.Q8_0)
+    return rounded @ op.unpack(weights, kind).T
+
+
+def rounded_to_8_bits(blocks: np.ndarray) -> np.ndarray:
+    """[block][256]: each a multiple of its scale, which takes the largest value to -127."""
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
+    scale = largest / np.float32(-127)
+    return np.minimum(127, np.rint(blocks / scale)) * scale
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("n_columns", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 200])
 def test_any_number_of_columns(kind, n_columns):
-    weights, columns = operands(kind, 70, 576, n_columns)
+    weights, columns = operands(kind, 70, 768 if kind in K_TYPES else 576, n_columns)
     assert op.nmse(product(weights, kind, columns), expected(weights, kind, columns)) < 1e-5
 
 
@@ -63,6 +89,7 @@ def test_any_number_of_columns(kind, n_columns):
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 32), (4, 64), (33, 992), (64, 1024), (65, 1056), (200, 3104)])
 def test_any_size(kind, n_rows, k):
     """Of more blocks than are taken at a time, with a rest or without; and more columns than rows."""
+    k = -(-k // 256) * 256 if kind in K_TYPES else k
     weights, columns = operands(kind, n_rows, k, 5)
     assert op.nmse(product(weights, kind, columns), expected(weights, kind, columns)) < 1e-5
 
@@ -71,7 +98,11 @@ def test_any_size(kind, n_rows, k):
 def test_the_largest_values(kind):
     """No sum of products saturates."""
     weights, columns = operands(kind, 64, 256, 6)
-    weights = op.pack(np.sign(op.unpack(weights, kind)).astype(np.float32), kind)
+    if kind in K_TYPES:
+        scales = slice(0, 16) if kind == GT.Q4_K else slice(192, 210)
+        weights = np.where(np.isin(np.arange(weights.shape[1]), np.r_[scales]), weights, np.uint8(0xFF))
+    else:
+        weights = op.pack(np.sign(op.unpack(weights, kind)).astype(np.float32), kind)
     columns = np.sign(columns)
     assert op.nmse(product(weights, kind, columns), expected(weights, kind, columns)) < 1e-5
 
