@@ -17,6 +17,7 @@ import pytest
 
 from tests.serve.test_schedule import MIXED, PREFILLING, RING, TIE, assert_same
 from tests.support.adapters import write_adapter
+from tests.support.engine import GPU_LAYERS
 from tests.support.foreign import FOREIGN
 from tests.support.program import fails, succeeds
 from tests.support.serving import Running, serving, together, wait_until
@@ -163,6 +164,18 @@ def test_a_seed_gives_the_text_that_it_gives_without_drafts(prefilling: Pair, sa
         n_accepted += accepted(answer)[0]
     assert n_same >= 6
     assert n_accepted > 0
+
+
+def test_a_grammar_that_fails_within_a_draft_fails_as_without(prefilling: Pair) -> None:
+    """It can go on in too many ways, once some characters are written; and the next answer knows nothing of it."""
+    rules = [f'r{i} ::= r{i + 1} | r{i + 1} "{chr(97 + i)}"' for i in range(20)]
+    grammar = "\n".join(["root ::= [ -~]{20} r0", *rules, 'r20 ::= "z"'])
+    prompt = random_tokens(400, seed=31)
+    body = {"prompt": prompt, "n_predict": 60, "temperature": 0, "grammar": grammar}
+    failures = [server.post("/completion", body) for server in (prefilling.drafting, prefilling.plain)]
+    assert failures[0] == failures[1]
+    assert "too many ways" in str(failures[0])
+    prefilling.compare([*prompt, *random_tokens(30, seed=32)], 40, cache_prompt=False)
 
 
 @pytest.mark.parametrize("drafts", [DRAFTS, ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "2")])
@@ -335,6 +348,12 @@ def test_a_model_that_cannot_draft_is_refused_by_name(tmp_path: Path) -> None:
     weights, keys = FOREIGN["gemma2"]()
     path = write_tiny_gguf(tmp_path / "gemma2.gguf", file_arch="gemma2", weights=weights, extra=keys)
     assert "gemma2" in fails("serve", path, "--port", "0", "-t", "1", *SIZES, *DRAFTS)
+
+
+@pytest.mark.skipif(GPU_LAYERS > 0, reason="this build has a GPU")
+def test_on_a_cpu_it_says_that_drafts_rarely_pay(prefilling: Pair) -> None:
+    assert "rarely pay" in prefilling.drafting.log
+    assert "rarely pay" not in prefilling.plain.log
 
 
 def test_help_tells_of_drafts() -> None:
