@@ -121,9 +121,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     arguments += default_arguments(schedule, extra, os.environ, gpu=has_gpu(options.verbose))
     if options.draft_window is not None:
         if not has_gpu(options.verbose):
-            reporter.note(
-                "on a CPU, drafts through a window rarely answer faster; compare with a run without --draft-window"
-            )
+            reporter.note("on CPUs, drafts through a window rarely pay; compare with a run without --draft-window")
         arguments += ["--spec-type", "window", "--spec-window-size", str(options.draft_window)]
     if value_of(_ALIAS, extra, os.environ) is None:
         arguments += ["--alias", _csv_field(path.stem if path == user_path(options.model) else options.model)]

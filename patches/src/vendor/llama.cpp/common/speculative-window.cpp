@@ -50,24 +50,28 @@ llama_tokens common_speculative_window_draft(
 
     llama_token id = id_last;
 
-    while ((int32_t) res.size() < n_max) {
-        batch.clear();
-        batch.add(id, pos0 + res.size(), seq_id, true);
+    // what fails ends the draft: it fails again, and is told, where the tokens are decoded and chosen
+    try {
+        while ((int32_t) res.size() < n_max) {
+            batch.clear();
+            batch.add(id, pos0 + res.size(), seq_id, true);
 
-        const int ret = llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch.get());
-        if (ret != 0) {
-            // the cache is full, or worse: who decodes next will be told
-            LOG_DBG("%s: llama_process returned %d after %zu tokens\n", __func__, ret, res.size());
-            break;
+            const int ret = llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch.get());
+            if (ret != 0) {
+                LOG_DBG("%s: llama_process returned %d after %zu tokens\n", __func__, ret, res.size());
+                break;
+            }
+
+            id = common_sampler_sample(smpl_dft.get(), ctx, 0);
+            if (llama_vocab_is_eog(vocab, id)) {
+                break;
+            }
+
+            common_sampler_accept(smpl_dft.get(), id, true);
+            res.push_back(id);
         }
-
-        id = common_sampler_sample(smpl_dft.get(), ctx, 0);
-        if (llama_vocab_is_eog(vocab, id)) {
-            break;
-        }
-
-        common_sampler_accept(smpl_dft.get(), id, true);
-        res.push_back(id);
+    } catch (const std::exception & e) {
+        LOG_DBG("%s: %s after %zu tokens\n", __func__, e.what(), res.size());
     }
 
     llama_swaa_set_draft_start(ctx, seq_id, -1);
