@@ -50,6 +50,8 @@ def chat(options: ChatOptions) -> int:
     require_utf8(options.settings.system, "the system message")
     messages = options.messages
     for message in messages:
+        if not message.strip():
+            raise ChatError("no question: the text of -p is empty")
         require_utf8(message, "the message")
     if not interactive and not messages:
         if "-" in options.files:

@@ -75,7 +75,7 @@ def list_command(as_json: bool) -> None:
             f"{printable(state.header.model)}  {printable(state.header.schedule)}"
         )
     total = format_bytes(sum(state.n_bytes for state in states))
-    click.echo(f"{len(states)} states, {total} in {printable(cache.directory)}")
+    click.echo(f"{_counted(len(states))}, {total} in {printable(cache.directory)}")
 
 
 @cache_command.command("clear")
@@ -84,4 +84,8 @@ def clear_command() -> None:
     from swaa_local.prefix_cache.store import PrefixCache
 
     n_states, n_bytes = PrefixCache().clear()
-    click.echo(f"removed {n_states} states, {format_bytes(n_bytes)}")
+    click.echo(f"removed {_counted(n_states)}, {format_bytes(n_bytes)}")
+
+
+def _counted(n_states: int) -> str:
+    return "1 state" if n_states == 1 else f"{n_states} states"

@@ -77,6 +77,21 @@ def default_map(program: click.Group) -> dict[str, Any]:
     return defaults
 
 
+def origin(error: click.UsageError) -> str:
+    """Where a value that is refused comes from, if not from the command line; else empty."""
+    parameter = getattr(error, "param", None)
+    if error.ctx is None or parameter is None or parameter.name is None:
+        return ""
+    source = error.ctx.get_parameter_source(parameter.name)
+    if source is click.core.ParameterSource.DEFAULT_MAP:
+        return f" (it is in {config_path()})"
+    if source is click.core.ParameterSource.ENVIRONMENT:
+        names = [parameter.envvar] if isinstance(parameter.envvar, str) else parameter.envvar or []
+        said = [name for name in names if name in os.environ]
+        return f" (it is in the variable {said[0]})" if said else ""
+    return ""
+
+
 class _Lines(click.types.StringParamType):
     """Texts, of which a variable has one a line: a question and a path may have blanks."""
 

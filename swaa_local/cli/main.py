@@ -22,7 +22,7 @@ from swaa_local.cli.bench import bench_command
 from swaa_local.cli.cache import cache_command, cache_options
 from swaa_local.cli.calibrate import calibrate_command
 from swaa_local.cli.click_types import LORA, PATH, Number, tokens
-from swaa_local.cli.config import ENV_PREFIX, default_map, name_variables
+from swaa_local.cli.config import ENV_PREFIX, default_map, name_variables, origin
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
 from swaa_local.cli.schedule_options import schedule_options
@@ -94,7 +94,8 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        click.echo(printable_lines(shown.getvalue()), err=True, nl=False)
+        text = shown.getvalue().rstrip("\n") + (origin(error) if isinstance(error, click.UsageError) else "")
+        click.echo(printable_lines(text + "\n"), err=True, nl=False)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return 130
@@ -204,8 +205,9 @@ def list_command(places: tuple[str, ...], as_json: bool) -> None:
     elif models:
         click.echo(listed(models))
     else:
-        where = f"in {', '.join(map(printable, places))}" if places else "here or in the hub's cache; name a directory"
-        click.echo(f"no models {where}, or chat org/name:Q4_K_M", err=True)
+        advice = "name a directory, or get one: swaa-local chat org/name:Q4_K_M"
+        where = ", ".join(map(printable, places))
+        click.echo(f"no models in {where}" if places else f"no models here or in the hub's cache; {advice}", err=True)
 
 
 @main.command("convert", short_help="Make a GGUF with a schedule from a GGUF, a checkpoint or a hub id.")

@@ -6,6 +6,7 @@ Knows files; nothing of models.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import shutil
 import subprocess
@@ -88,13 +89,13 @@ def _pdf_text(data: bytes, name: str) -> str:
     """By pypdf, or pdftotext, whichever is there. Raises `DocumentError`."""
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
     except ImportError:
         text = _by_pdftotext(data, name)
     else:
         try:
+            logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it would write its own lines
             text = "\n\n".join(page.extract_text() for page in PdfReader(BytesIO(data)).pages)
-        except (PyPdfError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except Exception as error:  # of a damaged file, whatever its code runs into
             raise DocumentError(f"{name} is a PDF that cannot be read: {error}") from None
     if not text.strip():
         raise DocumentError(f"{name} is a PDF without any text, perhaps of scanned pages; make its text first, by OCR")

@@ -210,6 +210,9 @@ def test_bad_schedules_are_one_line(model, tmp_path):
 
 
 def test_nothing_to_ask_is_an_error(model):
+    done = chat(model, "-p", " ")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"no question: the text of -p is empty" in done.stderr
     assert b"no question" in chat(model, *FAST).stderr
     assert b"must come with -p" in chat(model, *FAST, "-f", "-", stdin=b"text").stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -135,6 +136,22 @@ def test_the_text_of_a_pdf(tmp_path):
     path.write_bytes(b"%PDF-1.4\nnonsense")
     with pytest.raises(DocumentError, match=r"paper\.pdf is a PDF"):
         read_documents(str(path))
+
+
+def test_a_pdf_that_is_torn_anywhere_is_one_line(tmp_path):
+    pytest.importorskip("pypdf")
+    path, whole = tmp_path / "paper.pdf", pdf("Sinks stay visible")
+    for end in range(9, len(whole), 23):
+        path.write_bytes(whole[:end])
+        done = chat("x.gguf", "-f", path, "-p", "x", home=tmp_path)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        if end > 200:
+            break
+    for end in range(9, len(whole)):
+        path.write_bytes(whole[:end])
+        with contextlib.suppress(DocumentError):
+            read_documents(str(path))
 
 
 def test_a_pdf_without_pypdf(tmp_path, monkeypatch):

@@ -72,7 +72,15 @@ def test_a_file_that_says_nonsense_is_one_line(tmp_path, text, error):
     ],
 )
 def test_what_the_command_line_refuses_the_file_may_not_say_either(tmp_path, text, error):
-    assert error in fails("chat", "x.gguf", "-p", "x", code=2, **write(tmp_path, text))
+    said = fails("chat", "x.gguf", "-p", "x", code=2, **write(tmp_path, text))
+    assert error in said
+    assert said.endswith(f"(it is in {tmp_path / 'swaa-local' / 'config.toml'})")
+
+
+def test_a_variable_that_is_refused_is_named():
+    said = fails("chat", "x.gguf", "-p", "x", code=2, SWAA_LOCAL_CHAT_CTX_SIZE="many")
+    assert said.endswith("'many' is not a number of tokens (it is in the variable SWAA_LOCAL_CHAT_CTX_SIZE)")
+    assert "it is in" not in fails("chat", "x.gguf", "-p", "x", "-c", "many", code=2)
 
 
 def test_arguments_may_be_lists(model, tmp_path):

@@ -242,8 +242,8 @@ def test_a_second_question_reads_the_question_alone(tiny_model, book, tmp_path, 
     assert warm.stdout == cold.stdout
     listed = succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
     assert tiny_model.name in listed
-    assert "1 states" in listed
-    assert succeeds("cache", "clear", XDG_CACHE_HOME=str(tmp_path)).startswith("removed 1 states")
+    assert "1 state, " in listed
+    assert succeeds("cache", "clear", XDG_CACHE_HOME=str(tmp_path)).startswith("removed 1 state, ")
     assert not is_cached(ask("Who?", "--cache-size", "0"))
     assert not is_cached(ask("Who?", "--no-cache"))
     assert "0 states" in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))

@@ -51,7 +51,7 @@ def test_a_text_is_read_once_for_all_runs_of_a_server(tiny_model, tmp_path, name
     assert warm == cold
     assert cached > 1200
     assert states(tmp_path)[0].stat().st_mode & 0o777 == 0o600
-    assert "1 states" in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
+    assert "1 state, " in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
 
 
 def test_states_that_are_torn_or_of_other_models_are_read_again(tiny_model, tiny_model_factory, tmp_path):
