@@ -136,9 +136,39 @@ def check(wheels: Sequence[Path], cpus: Sequence[str] = ()) -> list[Tried]:
         run([python, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *files], {**for_pip, **clean}, home)
         program = python.parent / "swaa-local"
         run([program, "serve", "--server-help"], clean, home, quiet=True)
+        try_worker(program, clean, home)
         tried = [try_demo([program], clean, home)]
         tried += [try_older(cpu, [python, program], clean, home) for cpu in cpus]
         return tried
+
+
+def try_worker(program: Path, environment: Mapping[str, str], folder: Path) -> None:
+    """Answer over a worker as without one. Raises `WheelError`."""
+    ask: list[Path | str] = [
+        program,
+        "chat",
+        "--prompt=Hello",
+        "--temp=0",
+        "--max-tokens=8",
+        "--threads=1",
+        "--no-cache",
+    ]
+    expected = run(ask, environment, folder, quiet=True).stdout
+    worker = subprocess.Popen(
+        [program, "worker", "--port=0", "--threads=1"], env=environment, cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdout is not None
+    try:
+        address = worker.stdout.readline().strip()
+        if not address:
+            raise WheelError(f"the worker did not start: it ended with code {worker.wait()}")
+        done = run([*ask, f"--rpc={address}"], environment, folder, quiet=True)
+        if done.stdout != expected or f"on {address}" not in done.stderr:
+            raise WheelError(f"over a worker it answered otherwise: {done.stdout!r}, not {expected!r}\n{done.stderr}")
+    finally:
+        worker.terminate()
+        worker.wait()
+        worker.stdout.close()
 
 
 def try_demo(program: Sequence[Path | str], environment: Mapping[str, str], folder: Path) -> Tried:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import crash, native
+from swaa_local.engine import crash, devices, native
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.answer_score import AnswerScore, token_scores
@@ -80,6 +80,10 @@ class Llama(RestoringLlama):
     verbose: llama.cpp's log on stderr; off by default, unlike upstream.
     lora_path, lora_scale: a LoRA adapter in GGUF and the factor of what it adds. An `AdapterWarning` names both, where
         it was tuned on another model or for another schedule.
+    rpc_servers: addresses of workers, HOST:PORT, that hold and compute layers, all of them or the last n_gpu_layers;
+        see docs/worker.md.
+    tensor_split: shares of the layers, the workers' in their order, then those of this machine's GPUs; None: by free
+        memory.
     on_prefill: called with (tokens done, tokens to do) before the first and after each n_ubatch tokens of a prompt. It
         may raise to stop; what was evaluated stays in the cache. Not pickled.
     speculate: whether generated tokens are drafted and then checked several at once: "auto" where it is measured to
@@ -90,7 +94,8 @@ class Llama(RestoringLlama):
         layers windowed while prefilling, else 0: nothing is drafted but what the text repeats.
 
     Raises `ModelLoadError` with llama.cpp's own reason, `ContextTooLarge` for a given n_ctx that the memory cannot
-    hold, `OutOfRange`, and `ScheduleError` for a schedule that does not fit the model.
+    hold, `WorkerError` for a worker that cannot be used, `OutOfRange`, and `ScheduleError` for a schedule that does not
+    fit the model.
 
     One thread at a time: a call while another thread's runs raises `BusyError`, and so does a callback that would
     change the context. After `close()`, what needs the engine raises `ClosedError`. See `guard`.
@@ -303,7 +308,7 @@ class Llama(RestoringLlama):
                 if not self._keep_cells(n_past):
                     self._forget()
         if code != 0:
-            raise DecodeError(log.reason or f"llama_decode returned {code}")
+            raise DecodeError(devices.lost_worker(self.ctx) or log.reason or f"llama_decode returned {code}")
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Upstream's `sample`. Raises `DecodeError` if there are no logits of this position."""

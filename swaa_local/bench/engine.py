@@ -6,6 +6,7 @@ Drives llama.cpp's C interface directly, in batches of n_batch tokens as llama-b
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import time
@@ -20,8 +21,8 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.bench.results import BenchError, Setting, Size
+from swaa_local.engine import devices, memory, native, process_memory
 from swaa_local.engine import log as engine_log
-from swaa_local.engine import memory, native, process_memory
 from swaa_local.engine.adapter import LoadedAdapter
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
@@ -55,9 +56,19 @@ class BenchModel:
         self.n_threads_batch = engine.n_threads_batch or engine.n_threads or n_cpus
         with engine_log.captured(self._verbose) as log, DeferInterrupt() as shield:
             _c.llama_backend_init()
-            self._free_device = memory.free_gpu_bytes()  # devices are initialized here, and log that
+            said = engine.placement()
+            placement = devices.Placement(
+                engine.rpc_servers, engine.tensor_split, split_mode=said["split_mode"], verbose=self._verbose
+            )
+            self._devices = placement.devices
+            self._free_device = self.free_device_bytes()  # devices are initialized here, and log that
             params = _c.llama_model_default_params()
             params.n_gpu_layers = engine.n_gpu_layers
+            placement.fill(params)
+            params.split_mode, params.main_gpu = said["split_mode"], said["main_gpu"]
+            shares = (ctypes.c_float * _c.llama_max_devices())(*(engine.tensor_split or ()))
+            if engine.tensor_split is not None:
+                params.tensor_split = shares
             params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not shield.raises)
             self.model = _c.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
@@ -74,7 +85,8 @@ class BenchModel:
         self.size_bytes = int(_c.llama_model_size(self.model))
         self.n_vocab = int(_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(self.model)))
         self.n_embd = int(_c.llama_model_n_embd(self.model))
-        wanted = engine.n_gpu_layers if _c.llama_supports_gpu_offload() and self._free_device is not None else 0
+        has_device = self._devices or _c.llama_supports_gpu_offload()
+        wanted = engine.n_gpu_layers if has_device and self._free_device is not None else 0
         self.n_gpu_layers = self.n_layer + 1 if wanted < 0 else min(wanted, self.n_layer + 1)
         self.file_schedule = get_schedule(self.model)
         self._draft_window = DRAFT_WINDOW if engine.draft_window is None else engine.draft_window
@@ -110,13 +122,17 @@ class BenchModel:
         needed_host, needed_device = cost.kv(n_ctx, range(split)), cost.kv(n_ctx, range(split, self.n_layer))
         for needed, free, where in (
             (needed_host, self.free_host_bytes(), "memory"),
-            (needed_device, memory.free_gpu_bytes(), "GPU memory"),
+            (needed_device, self.free_device_bytes(), "the devices' memory" if self._devices else "GPU memory"),
         ):
             if free is not None and needed > free:
                 raise BenchError(
                     f"{setting.variant} at {size} needs a KV cache of {format_bytes(needed)}, and {format_bytes(free)} "
                     f"of {where} are free; measure fewer tokens, or take a smaller cache: -ctk q8_0 -ctv q8_0"
                 )
+
+    def free_device_bytes(self) -> int | None:
+        """Memory that is free on the GPUs, or on workers and GPUs together; None if they do not tell."""
+        return memory.free_gpu_bytes(self._devices)
 
     def free_host_bytes(self) -> int | None:
         """Memory that contexts can take while the weights stay; None if the system does not tell."""
@@ -142,9 +158,9 @@ class BenchModel:
     def context(self, setting: Setting, n_ctx: int) -> Iterator[BenchContext]:
         """A context that is warm and empty. Raises `ModelLoadError` if it cannot be made, for lack of memory say."""
         if self._n_open == 0:
-            self._base_host, self._base_device = process_memory.rss_bytes(), memory.free_gpu_bytes()
+            self._base_host, self._base_device = process_memory.rss_bytes(), self.free_device_bytes()
         others_host = _difference(process_memory.rss_bytes(), self._base_host)
-        others_device = _difference(self._base_device, memory.free_gpu_bytes())
+        others_device = _difference(self._base_device, self.free_device_bytes())
         can_tell = process_memory.reset_peak_rss()
         apply_schedule(self.model, setting.active_schedule, None, verbose=self._verbose)
         apply_draft(self.model, self._draft_window if setting.drafts else 0, verbose=self._verbose)
@@ -167,7 +183,7 @@ class BenchModel:
             context.drafts = setting.drafts
             context.measure_peaks = lambda: (
                 _difference(process_memory.peak_rss_bytes() if can_tell else None, others_host),
-                _difference(_difference(self._free_device, memory.free_gpu_bytes()), others_device),
+                _difference(_difference(self._free_device, self.free_device_bytes()), others_device),
             )
             context.warm_up(int(params.n_ubatch), n_ctx)
             yield context
@@ -301,7 +317,7 @@ class BenchContext:
                 yield lambda: not shield.raises
             except DecodeError as error:
                 if not shield.raises:
-                    raise DecodeError(log.reason or str(error)) from None
+                    raise DecodeError(devices.lost_worker(self._ctx) or log.reason or str(error)) from None
 
     def _decode(self, n: int, *, last: bool, every: bool = False) -> None:
         """last: the logits of the last token are wanted. every: of all."""

@@ -19,7 +19,6 @@ from swaa_local.bench.figures import describe_probe
 from swaa_local.bench.plan import Choices, make_settings, make_sizes
 from swaa_local.bench.results import Bench, BenchError, ModelFacts, Probe, Row, Sample, Setting, Size, limit_prompt
 from swaa_local.bench.watch import SILENT, Measurement, Watch
-from swaa_local.engine import memory
 from swaa_local.engine.context_length import beyond_training, gpu_layers
 from swaa_local.engine.machine import describe_machine
 from swaa_local.engine.options import EngineOptions
@@ -254,7 +253,7 @@ class _Run:
         host, device = (sum(each[i] for each in needed) for i in (0, 1))
         return all(
             free is None or bytes_ <= free * _SHARE_TO_KEEP
-            for bytes_, free in ((host, self._model.free_host_bytes()), (device, memory.free_gpu_bytes()))
+            for bytes_, free in ((host, self._model.free_host_bytes()), (device, self._model.free_device_bytes()))
         )
 
     def _work(self, visit: Measurement, keep: bool) -> int:

@@ -89,7 +89,7 @@ def check_memory(request: CalibrateRequest, info: ModelInfo, length: int) -> Non
         n_ubatch=engine.n_ubatch or default_n_ubatch(full, gpu=False),
         type_k=engine.type_k or "f16",
         type_v=engine.type_v or "f16",
-        n_gpu_layers=gpu_layers(engine.n_gpu_layers, verbose=engine.verbose),
+        n_gpu_layers=gpu_layers(engine.n_gpu_layers, workers=bool(engine.rpc_servers), verbose=engine.verbose),
     )
     check_fits(cost, length)
 

@@ -74,7 +74,7 @@ class ModelOpener:
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", self._advice))
         self._advice = "/set ctx"
-        if options.cache_bytes is not None:
+        if options.cache_bytes is not None and not llm.rpc_servers:  # else all cells would come over the network
             try:
                 llm.set_cache(PrefixCache(max_bytes=options.cache_bytes, note=terminal.note))
             except (SWAAError, OSError) as error:

@@ -130,6 +130,8 @@ def _open_session(options: ChatOptions, terminal: Terminal) -> Session:
     if "max_tokens" not in options.given and not sys.stdout.isatty():
         settings = replace(settings, max_tokens=UNWATCHED_TOKENS)
     session.settings = settings
+    if session.llm.rpc_servers:
+        terminal.note(session.llm.layers_in_words)
     if session.template.is_fallback:
         terminal.note("this model has no chat template, so ChatML is used; a base model answers poorly")
     if options.settings.system and "system" in session.template.leaves_out:

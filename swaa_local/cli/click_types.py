@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from swaa_local.engine.workers import WorkerAddress, parse_split
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter
 from swaa_local.schedule.config import MAX_TOKENS
@@ -47,6 +48,36 @@ class _Loras(_Lora):
 
 
 LORA, LORAS = _Lora(), _Loras()
+
+
+class _Workers(click.ParamType):
+    """Addresses of workers, separated by commas."""
+
+    name = "HOST:PORT,..."
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, tuple) else WorkerAddress.parse_list(value)
+
+
+class _Split(click.ParamType):
+    """Shares of the layers, one for each device."""
+
+    name = "N,..."
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return value if isinstance(value, tuple) else parse_split(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of shares such as 3,1", param, ctx)
+
+
+WORKERS, SPLIT = _Workers(), _Split()
 
 
 class Number(click.ParamType):

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import click
 
-from swaa_local.cli.click_types import LORA, Number, tokens
+from swaa_local.cli.click_types import LORA, SPLIT, WORKERS, Number, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
-from swaa_local.engine.options import EngineOptions
+from swaa_local.engine.options import SPLIT_MODES, EngineOptions
 from swaa_local.schedule.cost import KV_TYPES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +32,29 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
     options = {
         "n_gpu_layers": click.option(
             "-ngl", "--gpu-layers", "n_gpu_layers", type=_LAYERS, default=-1, help="Layers on the GPU [all]."
+        ),
+        "rpc_servers": click.option(
+            "--rpc",
+            "rpc_servers",
+            type=WORKERS,
+            default=(),
+            envvar="LLAMA_ARG_RPC",
+            help="Workers that hold and compute layers, started with `swaa-local worker`.",
+        ),
+        "split_mode": click.option(
+            "-sm",
+            "--split-mode",
+            type=click.Choice(SPLIT_MODES),
+            help="How layers are divided between workers and GPUs [layer].",
+        ),
+        "tensor_split": click.option(
+            "-ts",
+            "--tensor-split",
+            type=SPLIT,
+            help="Shares of the layers: the workers' in their order, then the GPUs' [by free memory].",
+        ),
+        "main_gpu": click.option(
+            "-mg", "--main-gpu", type=click.IntRange(0), metavar="N", help="The only device, with -sm none [0]."
         ),
         "n_threads": click.option(
             "-t", "--threads", "n_threads", type=_THREADS, help="Threads [half the CPUs; all to read]."

@@ -28,6 +28,7 @@ from swaa_local.cli.eval import demo_command, eval_command
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.cli.serve import serve_command
 from swaa_local.cli.tune import tune_command
+from swaa_local.cli.worker import worker_command
 from swaa_local.engine.options import EngineOptions
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.adapter import Adapter
@@ -420,3 +421,4 @@ main.add_command(eval_command)
 main.add_command(demo_command)
 main.add_command(serve_command)
 main.add_command(tune_command)
+main.add_command(worker_command)

@@ -129,7 +129,8 @@ def serve_command(
     caching, a web page. A text that was read before is not read again, also after a restart.
 
     Every option that is not listed below goes to it as it is; --server-help lists them. Those that
-    are used most are -c (context of all requests together), -np (requests at once), -t, -ngl and -a (the model's name).
+    are used most are -c (context of all requests together), -np (requests at once), -t, -ngl, -a (the model's name),
+    and --rpc with --tensor-split (workers, see swaa-local worker).
 
     The schedule is the file's; the options below replace it. Ctrl-C or SIGTERM ends the server in order, a second one
     at once; the exit code is the server's.

@@ -10,8 +10,8 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
+from swaa_local.engine import devices, memory
 from swaa_local.engine import log as engine_log
-from swaa_local.engine import memory
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.schedule.config import Schedule
 
@@ -45,9 +45,12 @@ def has_gpu(verbose: bool = False) -> bool:
         return bool(_c.llama_supports_gpu_offload())
 
 
-def gpu_layers(n_gpu_layers: int, *, verbose: bool = False) -> int:
-    """Layers that go to the GPU of those wanted, as far as there are so many; 0 for a build or machine without one."""
-    if not has_gpu(verbose):
+def gpu_layers(n_gpu_layers: int, *, workers: bool = False, verbose: bool = False) -> int:
+    """Layers that go to the GPU of those wanted, as far as there are so many; 0 for a build or machine without one.
+
+    workers: whether there are some, to which layers go as well.
+    """
+    if not (workers or has_gpu(verbose)):
         return 0
     return (1 << 30) if n_gpu_layers < 0 else n_gpu_layers
 
@@ -75,12 +78,14 @@ def choose_n_ctx(
         if not scaled and (said := beyond_training(n_ctx, n_ctx_train)):
             warnings.warn(said, TrainedLengthWarning, stacklevel=5)
         return n_ctx
+    used = devices.of_params(model_params)
     n_ctx = memory.longest_n_ctx(
         model.model,
         schedule,
         params,
         n_ubatch=params.n_ubatch,
-        n_gpu_layers=gpu_layers(model_params.n_gpu_layers),
+        n_gpu_layers=gpu_layers(model_params.n_gpu_layers, workers=bool(used)),
+        used=used,
         logits_all=logits_all,
         mapped=model_params.load_mode != _c.LLAMA_LOAD_MODE_NONE,
     )
@@ -95,7 +100,8 @@ def check_memory(model: Any, n_ctx: int, schedule: Schedule | None, params: Any,
     Caches that are not plain ones, and take less than it seems, are let through.
     """
     most = memory.most_host_bytes()
-    on_gpu = gpu_layers(model_params.n_gpu_layers) if params.offload_kqv else 0
+    workers = bool(devices.of_params(model_params))
+    on_gpu = gpu_layers(model_params.n_gpu_layers, workers=workers) if params.offload_kqv else 0
     cost = memory.context_cost(
         model.model, schedule, params, n_ubatch=params.n_ubatch, n_gpu_layers=on_gpu, logits_all=False
     )

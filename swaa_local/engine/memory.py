@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 from llama_cpp import llama_cpp as _c
 
+from swaa_local.engine import devices
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.errors import ContextTooLarge
 from swaa_local.model_file.model_info import ModelInfo
@@ -35,8 +36,6 @@ _HEADROOM = 0.1
 
 # What llama.cpp keeps for each cell beside K and V: its position, its sequences (llama-kv-cells.h).
 _CELL_BYTES = 52
-
-_GPU, _IGPU = 1, 2  # ggml_backend_dev_type
 
 # psutil warns of figures that containers hide and that nothing here asks for.
 warnings.filterwarnings("ignore", r".* memory stats couldn't be determined", RuntimeWarning)
@@ -96,11 +95,12 @@ def longest_n_ctx(
     n_gpu_layers: int,
     logits_all: bool,
     mapped: bool,
+    used: Sequence[int] | None = None,
 ) -> int:
     """The longest context, up to the model's own, that this machine's free memory holds; see `fit_n_ctx`.
 
     model: a loaded `llama_model_p`. params: the `llama_context_params` to be, but for n_ubatch. mapped: the weights are
-    a mapped file, which must stay in memory though the system counts it as free.
+    a mapped file, which must stay in memory though the system counts it as free. used: as in `free_gpu_bytes`.
     """
     cost = context_cost(model, schedule, params, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, logits_all=logits_all)
     on_host = _c.llama_model_size(model) * (1 - cost.n_gpu_layers / cost.schedule.n_layer) if mapped else 0
@@ -108,7 +108,7 @@ def longest_n_ctx(
         cost,
         _c.llama_model_n_ctx_train(model),
         free_host=free_host_bytes(mapped=int(on_host)),
-        free_gpu=free_gpu_bytes() if cost.n_gpu_layers else None,
+        free_gpu=free_gpu_bytes(used) if cost.n_gpu_layers else None,
     )
 
 
@@ -211,39 +211,17 @@ def free_host_bytes(*, mapped: int = 0) -> int | None:
     return None if free is None else max(0, free - mapped)
 
 
-def free_gpu_bytes() -> int | None:
-    """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell."""
-    lib, found = _c._lib, 0
-    for device in _gpus():
-        size_p = ctypes.POINTER(ctypes.c_size_t)
-        lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size_p, size_p]
-        lib.ggml_backend_dev_memory.restype = None
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        found += free.value
-    return found or None
+def free_gpu_bytes(used: Sequence[int] | None = None) -> int | None:
+    """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell.
+
+    used: the devices, where they are others (`devices.with_workers`).
+    """
+    return devices.free_bytes(devices.gpus() if used is None else used)
 
 
 def gpu_names() -> tuple[str, ...]:
     """What llama.cpp calls its GPU devices."""
-    names = []
-    for device in _gpus():
-        describe = _c._lib.ggml_backend_dev_description
-        describe.argtypes, describe.restype = [ctypes.c_void_p], ctypes.c_char_p
-        names.append(describe(device).decode(errors="replace"))
-    return tuple(names)
-
-
-def _gpus() -> list[int]:
-    """llama.cpp's GPU devices, `ggml_backend_dev_t`."""
-    lib = _c._lib
-    if not hasattr(lib, "ggml_backend_dev_count"):
-        return []
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
-    lib.ggml_backend_dev_type.argtypes, lib.ggml_backend_dev_type.restype = [ctypes.c_void_p], ctypes.c_int
-    devices = [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
-    return [device for device in devices if lib.ggml_backend_dev_type(device) in (_GPU, _IGPU)]
+    return tuple(devices.description_of(device) for device in devices.gpus())
 
 
 def most_host_bytes() -> int | None:

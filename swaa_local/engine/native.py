@@ -7,6 +7,7 @@ loads the engine, and fails with one sentence if the installed llama-cpp-python 
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def _load_sentinel() -> ctypes.CDLL | None:
 
 sentinel = _load_sentinel()
 """sentinel/sentinel.h in the engine's sources; None in a build without it."""
+
+
+def engine_program(name: str, option: str) -> Path:
+    """A program of the installed engine, which lies beside its libraries. Raises `EngineMissing`.
+
+    option: CMake's, that leaves it out.
+    """
+    program = Path(_c._lib._name).parent / (f"{name}.exe" if os.name == "nt" else name)
+    if not program.is_file():
+        raise EngineMissing(
+            f"the installed llama-cpp-python has no {name} ({program} is missing); {REMEDY}, "
+            f"without {option}=OFF in CMAKE_ARGS"
+        )
+    return program
 
 
 def _declare(name: str, argtypes: list[Any], restype: Any) -> Any:
@@ -116,6 +131,14 @@ llama_swaa_set_draft_start = _declare(
 # size_t llama_swaa_kv_bytes(const struct llama_context *)
 # Bytes of the context's KV cache, rings included, by the engine's own accounting.
 llama_swaa_kv_bytes = _declare("llama_swaa_kv_bytes", [_c.llama_context_p_ctypes], ctypes.c_size_t)
+
+# ggml_backend_dev_t llama_model_layer_dev(const struct llama_model *, int32_t il)
+# The device of a layer; of the output for the number of layers.
+llama_model_layer_dev = _declare("llama_model_layer_dev", [_c.llama_model_p_ctypes, ctypes.c_int32], ctypes.c_void_p)
+
+# ggml_backend_dev_t llama_lost_dev(const struct llama_context *)
+# A device that is gone for good, and the context with it, or NULL.
+llama_lost_dev = _declare("llama_lost_dev", [_c.llama_context_p_ctypes], ctypes.c_void_p)
 
 # ggml_abort_callback_t ggml_set_abort_callback(ggml_abort_callback_t)
 # Upstream's: called with the reason instead of printing it and a backtrace, before the process is aborted.

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from swaa_local.engine.workers import WorkerAddress
 from swaa_local.files.fingerprint import fingerprint
 from swaa_local.model_file.adapter import Adapter
+
+SPLIT_MODES = ("none", "layer", "row")
+"""How layers are divided between devices, in the order of llama.cpp's numbers."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,10 @@ class EngineOptions:
     """What the user said of the engine; None where they said nothing. Threads and tokens are counts."""
 
     n_gpu_layers: int = -1
+    rpc_servers: tuple[WorkerAddress, ...] = ()
+    split_mode: str | None = None
+    tensor_split: tuple[float, ...] | None = None
+    main_gpu: int | None = None
     n_threads: int | None = None
     n_threads_batch: int | None = None
     n_batch: int | None = None
@@ -29,7 +37,7 @@ class EngineOptions:
     def for_log(self) -> dict[str, Any]:
         """What answers and their times depend on, for a log that must not mix those of others: plain data.
 
-        Without an adapter it is not named, so that logs from before there were any go on.
+        What nobody said of adapters and devices is not named, so that logs from before there were any go on.
         """
         names = (
             "n_threads",
@@ -42,7 +50,8 @@ class EngineOptions:
             "type_v",
         )
         lora = {} if self.lora is None else {"lora": str(self.lora), "lora_sha256": fingerprint(self.lora.path)}
-        return lora | {name: getattr(self, name) for name in names}
+        said = {name: value for name, value in self.placement().items() if getattr(self, name)}
+        return lora | said | {name: getattr(self, name) for name in names}
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of `Llama`. Threads of -t serve the prompt too where -tb is not given."""
@@ -52,9 +61,19 @@ class EngineOptions:
         del given["lora"]
         if self.lora is not None:
             given |= {"lora_path": str(self.lora.path), "lora_scale": self.lora.scale}
+        given |= self.placement()
         given["n_threads_batch"] = self.n_threads_batch or self.n_threads
         for name in ("type_k", "type_v"):
             given[name] = None if given[name] is None else kv_type_id(given[name])
         if self.n_ubatch is None:
             del given["n_ubatch"]
         return given
+
+    def placement(self) -> dict[str, Any]:
+        """Those of the keywords that say on which device a layer is."""
+        return {
+            "rpc_servers": [str(address) for address in self.rpc_servers],
+            "split_mode": SPLIT_MODES.index(self.split_mode or "layer"),
+            "tensor_split": None if self.tensor_split is None else list(self.tensor_split),
+            "main_gpu": self.main_gpu or 0,
+        }

@@ -68,6 +68,7 @@ def cells_key(llm: DraftingLlama, identity: Identity) -> str:
         "schedule": schedule.as_dict() | {"tail": 0} if schedule else None,
         "overrides": repr(llm.kv_overrides),
         "gpu": gpu_layers(llm.model_params.n_gpu_layers) > 0,
+        "workers": list(llm.rpc_servers),
         # some models have other RoPE factors for contexts that are longer than these
         "long": llm.n_ctx() > (trained or llm.n_ctx_train()),
         # parts begin anew with each batch
@@ -78,7 +79,7 @@ def cells_key(llm: DraftingLlama, identity: Identity) -> str:
 
 
 def copy_cells(llm: DraftingLlama) -> Cells:
-    """The cells of all tokens that the context holds."""
+    """The cells of all tokens that the context holds. Raises `StateError`."""
     size = _c.llama_state_seq_get_size(llm.ctx, 0)
     cells = np.empty(size, np.uint8)
     if _c.llama_state_seq_get_data(llm.ctx, cells.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), size, 0) != size:

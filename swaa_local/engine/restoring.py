@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
+from swaa_local.engine import devices
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.engine.interrupt import DeferInterrupt
@@ -47,10 +48,12 @@ class RestoringLlama(DraftingLlama):
         self._changes += 1
 
     def save_state(self) -> Any:
-        """Upstream's `save_state`; the state also knows where the prompt ended."""
-        with self._guard.look():
+        """Upstream's `save_state`; the state also knows where the prompt ended. Raises `StateError`."""
+        with self._guard.look(), engine_log.captured(self.verbose) as log:
             self._drop_ahead()
             state = super().save_state()
+        if not state.llama_state_size:
+            raise StateError(devices.lost_worker(self.ctx) or log.reason or "the engine does not give its state")
         state.swaa_prompt_end = self._prompt_end
         return state
 

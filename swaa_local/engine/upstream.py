@@ -21,7 +21,7 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
-from swaa_local.engine import crash, native, vocabulary
+from swaa_local.engine import crash, devices, native, vocabulary
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning, LoadedAdapter
 from swaa_local.engine.callbacks import Callbacks
@@ -42,6 +42,7 @@ from swaa_local.engine.schedule import (
 )
 from swaa_local.engine.upstream_facts import KnownLlama
 from swaa_local.engine.upstream_steps import SteppingLlama
+from swaa_local.engine.workers import WorkerAddress
 from swaa_local.errors import GGUFError, ModelLoadError, SWAAError
 from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
@@ -100,9 +101,13 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         speculate: Speculate = False,
         draft_window: int | None = None,
         lora_path: str | None = None,
+        rpc_servers: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         check_schedule_argument(swaa)
+        self.rpc_servers = tuple(rpc_servers)
+        if rpc_servers:
+            kwargs.setdefault("n_gpu_layers", -1)
         self.speculate = check_speculate(speculate)
         sizes = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "draft_window": draft_window}
         check_numbers({**sizes, **kwargs})
@@ -134,6 +139,13 @@ class LoadedLlama(SteppingLlama, KnownLlama):
             loading = crash.step(f"loading {Path(model_path).name}")
             with loading, DeferInterrupt() as self._loading, engine_log.captured(verbose) as log:
                 try:
+                    workers = WorkerAddress.parse_list(",".join(self.rpc_servers)) if self.rpc_servers else ()
+                    self._placement = devices.Placement(
+                        workers,
+                        kwargs.get("tensor_split"),
+                        split_mode=kwargs.get("split_mode", _c.LLAMA_SPLIT_MODE_LAYER),
+                        verbose=verbose,
+                    )
                     # Upstream would choose the sizes before it knows the model; `_model` does. 1 costs nothing.
                     sizes = {"n_ctx": 1, "n_batch": 1, "n_ubatch": 1}
                     super().__init__(_Path(model_path), flash_attn=bool(flash_attn), verbose=verbose, **sizes, **kwargs)
@@ -160,6 +172,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
     @model_params.setter
     def model_params(self, params: Any) -> None:
         self.__dict__["model_params"] = params
+        self._placement.fill(params)
         loading = self._loading
         params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not loading.raises)
 
@@ -306,6 +319,12 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         with self._guard.look():
             return int(native.llama_swaa_kv_bytes(self.ctx))
 
+    @property
+    def layers_in_words(self) -> str:
+        """Where the layers are: `layers 0-13 on 192.168.1.5:50052, 14-27 on this CPU`."""
+        with self._guard.look():
+            return devices.in_words(devices.layer_devices(self.model)[:-1])
+
     @classmethod
     def from_pretrained(
         cls: type[Self],
@@ -342,5 +361,6 @@ class LoadedLlama(SteppingLlama, KnownLlama):
             "n_ubatch": self._requested_n_ubatch,
             "speculate": self.speculate,
             "draft_window": self._requested_draft_window,
+            "rpc_servers": self.rpc_servers,
         }
         return super().__getstate__() | said

@@ -134,7 +134,7 @@ def _check_memory(request: EvalRequest, info: ModelInfo, variants: Sequence[Vari
             n_ubatch=engine.n_ubatch or default_n_ubatch(variant.schedule, gpu=False),
             type_k=engine.type_k or "f16",
             type_v=engine.type_v or "f16",
-            n_gpu_layers=gpu_layers(engine.n_gpu_layers, verbose=engine.verbose),
+            n_gpu_layers=gpu_layers(engine.n_gpu_layers, workers=bool(engine.rpc_servers), verbose=engine.verbose),
         )
         check_fits(cost, max(request.lengths))
 

@@ -18,6 +18,7 @@ _N_UBATCH = ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH")
 _FIT = ("-fit", "--fit", "LLAMA_ARG_FIT")
 _TYPE_K = ("-ctk", "--cache-type-k", "LLAMA_ARG_CACHE_TYPE_K")
 _TYPE_V = ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
+RPC = ("--rpc", "LLAMA_ARG_RPC")
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
 
 # Options, and the least and the most that the engine takes; llama-server hands on whatever fits 32 bits.
@@ -54,8 +55,10 @@ def context_arguments(
     if info.unsupported is not None or type_k not in KV_TYPES or type_v not in KV_TYPES:
         return []
     layers = _number(said(_GPU_LAYERS))
-    on_gpu = gpu_layers(-1 if layers is None else layers)
-    n_ubatch = _number(said(_N_UBATCH)) or default_n_ubatch(schedule or Schedule.full(1), gpu=on_gpu > 0)
+    wanted = -1 if layers is None else layers
+    on_gpu = gpu_layers(wanted, workers=bool(said(RPC)))
+    gpu = gpu_layers(wanted) > 0
+    n_ubatch = _number(said(_N_UBATCH)) or default_n_ubatch(schedule or Schedule.full(1), gpu=gpu)
     cost = header_cost(info, schedule, n_ubatch=n_ubatch, type_k=type_k, type_v=type_v, n_gpu_layers=on_gpu)
     if n_ctx:
         check_fits(cost, n_ctx)

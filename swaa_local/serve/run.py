@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swaa_local.engine import native
 from swaa_local.engine.context_length import has_gpu
+from swaa_local.engine.native import engine_program
+from swaa_local.engine.workers import WorkerAddress, check_workers
 from swaa_local.errors import SWAAError
+from swaa_local.files.server_process import ServerProcess
 from swaa_local.files.signals import ended_by
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter, adapter_remarks, read_adapter
@@ -28,15 +30,15 @@ from swaa_local.report.progress import SILENT, Reporter
 from swaa_local.schedule.choice import ScheduleOptions
 from swaa_local.schedule.config import Schedule, default_n_ubatch
 from swaa_local.schedule.text import letters_of
+from swaa_local.serve.address import Address
 from swaa_local.serve.api_keys import handed_over, keys_of_file, keys_of_variable
 from swaa_local.serve.disk_cache import disk_cache_environment
-from swaa_local.serve.limits import context_arguments
-from swaa_local.serve.process import Address, ServerProcess
+from swaa_local.serve.limits import RPC, context_arguments
 from swaa_local.sources.find import find_gguf
 
-_c = native.llama_cpp.llama_cpp
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
+_LESS_MEMORY = "take a smaller context (-c), fewer requests at once (-np) or a smaller model"
 _WARNINGS = "2"  # of llama-server's --verbosity
 
 # What our own defaults depend on, as llama-server spells it: options, then the environment.
@@ -46,6 +48,7 @@ _VERBOSITY = ("-lv", "--verbosity", "--log-verbosity", "LLAMA_ARG_LOG_VERBOSITY"
 _OVERRIDE = ("--override-kv",)
 _API_PREFIX = ("--api-prefix", "LLAMA_ARG_API_PREFIX")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
+_CACHE_RAM = ("-cram", "--cache-ram", "LLAMA_ARG_CACHE_RAM")
 _CORS = ("--cors-origins", "LLAMA_ARG_CORS_ORIGINS")
 _HOSTS = ("--allowed-hosts", "LLAMA_ARG_ALLOWED_HOSTS")
 _TEMPLATE = ("--chat-template", "--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
@@ -103,13 +106,16 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     SIGINT and SIGTERM go on to the server, which then ends in order (SIGHUP does the same); a second one kills it.
     Raises `SWAAError` with the server's own reason if it does not start.
     """
-    program = server_program()
+    program = engine_program("llama-server", "LLAMA_BUILD_SERVER")
     _refuse_other_models(options.extra, os.environ)
     if "swaa." in (value_of(_OVERRIDE, options.extra, {}) or ""):
         raise ServeError(
             "a schedule is not given by --override-kv swaa.*; "
             "take --preset, or --window, --sinks, --full-layers and --fa-decode"
         )
+    workers = value_of(RPC, options.extra, os.environ)
+    if workers is not None:
+        check_workers(WorkerAddress.parse_list(workers))
     keys = find_keys(options, os.environ)
     path = find_gguf(options.model)
     schedule, arguments = schedule_arguments(path, options.schedule)
@@ -118,6 +124,8 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     arguments += context_arguments(
         read_model_info(path), schedule, lambda names: value_of(names, extra, os.environ), reporter
     )
+    if workers is not None and value_of(_CACHE_RAM, extra, os.environ) is None:
+        arguments += ["--cache-ram", "0"]  # what is kept beside the context would come over the network
     arguments += default_arguments(schedule, extra, os.environ, gpu=has_gpu(options.verbose))
     if options.draft_window is not None:
         if not has_gpu(options.verbose):
@@ -142,34 +150,35 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
         reporter.note(f"no API key is set, so whoever reaches {options.host}:{address.port} can use this server")
     env = {name: value for name, value in os.environ.items() if name not in _GIVEN_AS_ARGUMENTS}
     env |= disk_cache_environment(
-        path, schedule, [*_said_of(options.lora), *extra], env, max_bytes=options.cache_bytes, note=reporter.note
+        path,
+        schedule,
+        [*_said_of(options.lora), *extra],
+        env,
+        max_bytes=None if workers else options.cache_bytes,
+        note=reporter.note,
     )
     with contextlib.ExitStack() as stack:
         pass_fds = [stack.enter_context(handed_over(keys))] if keys else []
         arguments += [word for fd in pass_fds for word in ("--api-key-file", f"/dev/fd/{fd}")]
         command = [str(program), "--model", str(path), *arguments, *extra]
-        server = stack.enter_context(ServerProcess(command, env, echo=options.verbose, pass_fds=pass_fds))
+        server = stack.enter_context(
+            ServerProcess(command, env, echo=options.verbose, pass_fds=pass_fds, less_memory=_LESS_MEMORY)
+        )
         with reporter.step(f"loading {path.name}"):
-            is_ready = server.wait_ready(address)
+            is_ready = server.wait_ready(address.is_ready)
         if is_ready:
             on_ready(_ask_what_it_is(address, path, schedule, keys))
         return server.wait()
 
 
-def server_program() -> Path:
-    """llama-server of the installed engine, which lies beside its libraries. Raises `ServeError`."""
-    program = Path(_c._lib._name).parent / ("llama-server.exe" if os.name == "nt" else "llama-server")
-    if not program.is_file():
-        raise ServeError(
-            f"the installed llama-cpp-python has no server ({program} is missing); {native.REMEDY}, "
-            "without LLAMA_BUILD_SERVER=OFF in CMAKE_ARGS"
-        )
-    return program
-
-
 def server_help() -> str:
     """What llama-server says of its own options."""
-    done = subprocess.run([str(server_program()), "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(engine_program("llama-server", "LLAMA_BUILD_SERVER")), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode < 0:
         raise ServeError(ended_by(-done.returncode, "llama-server --help"))
     return done.stdout

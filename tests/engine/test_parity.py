@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from tests.support.reference import TransformersModel
 from tests.support.tiny_hf import KINDS, N_LAYER, convert_all, write_checkpoint
 
 N_TOKENS, PROMPT = 300, 272
+# Addresses of workers, HOST:PORT, separated by commas: the tests run with all layers there if this is set.
+WORKERS = [address for address in os.environ.get("SWAA_TEST_WORKERS", "").split(",") if address]
 
 CONFIGS = {
     "full": SWAAConfig(),
@@ -125,7 +128,8 @@ class Subject:
             logits_all=True,
             n_threads=1,
             n_threads_batch=1,
-            n_gpu_layers=GPU_LAYERS,
+            n_gpu_layers=-1 if WORKERS else GPU_LAYERS,
+            rpc_servers=WORKERS,
         )
         try:
             llm.eval(self.tokens[:PROMPT])

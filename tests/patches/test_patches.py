@@ -68,14 +68,15 @@ def test_versions_agree() -> None:
     assert needed == pinned
 
 
-def test_the_wheel_holds_the_libraries_once_the_server_and_the_converter() -> None:
+def test_the_wheel_holds_the_libraries_once_the_servers_and_the_converter() -> None:
     installed = importlib.metadata.distribution("llama-cpp-python")
     if installed.files is None:
         pytest.skip("llama-cpp-python is not installed from a wheel here")
     files = {str(file) for file in installed.files if "__pycache__" not in str(file)}
     assert {file.split("/")[0].split("-")[0] for file in files} == {"llama_cpp", "llama_cpp_python"}
     libraries = {Path(file).name.split(".", 1)[0] for file in files if file.startswith("llama_cpp/lib/")}
-    assert {"libllama", "libggml", "libggml-base", "libllama-cpp-sentinel", "llama-server"} <= libraries
+    assert {"libllama", "libggml", "libggml-base", "libllama-cpp-sentinel"} <= libraries
+    assert {"llama-server", "ggml-rpc-server", "libggml-rpc"} <= libraries
     assert len(libraries) == sum(file.startswith("llama_cpp/lib/") for file in files)
     assert not [file for file in files if "mtmd." in file or "common." in file]
     assert {f"llama_cpp/convert/{part}" for part in ("convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py")} <= files

@@ -21,9 +21,9 @@ import openai
 import psutil
 import pytest
 
+from swaa_local.engine import native
 from swaa_local.needle.documents import PROMPT, make_document
 from swaa_local.schedule.config import LayerMode, Schedule
-from swaa_local.serve import run as serve
 from swaa_local.serve.run import default_arguments
 from tests.support import tiny
 from tests.support.fake_hub import FakeHub
@@ -465,16 +465,16 @@ def test_an_engine_without_a_server_is_told(tiny_model: Path, tmp_path: Path) ->
 
     libraries = linked(Path(engine._lib._name).parent, tmp_path, lambda name: name != "llama-server")
     error = fails("serve", tiny_model, LLAMA_CPP_LIB_PATH=str(libraries))
-    assert "has no server" in error
+    assert "has no llama-server" in error
     assert "pip install ./patches" in error
 
 
 def test_on_windows_the_server_has_a_windows_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve._c, "_lib", SimpleNamespace(_name=str(tmp_path / "llama.dll")))
+    monkeypatch.setattr(native._c, "_lib", SimpleNamespace(_name=str(tmp_path / "llama.dll")))
     (tmp_path / "llama-server.exe").touch()
     with monkeypatch.context() as on_windows:
-        on_windows.setattr(serve, "os", SimpleNamespace(name="nt"))
-        found = serve.server_program()
+        on_windows.setattr(native, "os", SimpleNamespace(name="nt"))
+        found = native.engine_program("llama-server", "LLAMA_BUILD_SERVER")
     assert found == tmp_path / "llama-server.exe"
 
 

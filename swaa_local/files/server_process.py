@@ -1,6 +1,6 @@
 """A server as a child process: started, waited for, signalled, and never left behind.
 
-Knows processes, signals and one HTTP endpoint; nothing of models or schedules.
+Knows processes, signals and ports; nothing of what is served.
 """
 
 from __future__ import annotations
@@ -8,28 +8,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import http.client
 import re
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import IO, Any
 
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_tail import OutputTail
-from swaa_local.files.signals import ended_by
+from swaa_local.files.signals import LESS_MEMORY, ended_by
 from swaa_local.text.printable import printable_lines
 
 _POLL_S = 0.1
-_REQUEST_S = 5.0
 _LINE_CHARS = 2000  # of the log: it may quote a whole request
 _END_S = 8.0  # from a signal to the end; the server itself takes 5 s at most
 _SAME_S = 0.3  # between signals that are one: `timeout` sends its own to the process and to the group
@@ -41,7 +37,6 @@ _ERROR = re.compile(r"^(?:[\d.]+ E (?:\w+ +)?(?:\w+: )*|error: |(?=error ))")
 _FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
 if hasattr(signal, "SIGHUP"):
     _FORWARDED[signal.SIGHUP] = signal.SIGTERM
-_LESS_MEMORY = "take a smaller context (-c), fewer requests at once (-np) or a smaller model"
 
 
 class ServerError(SWAAError):
@@ -51,84 +46,29 @@ class ServerError(SWAAError):
 class ServerDied(ServerError):
     """A signal that did not come from here ended the server, `what`."""
 
-    def __init__(self, number: int, what: str, reason: str) -> None:
-        super().__init__(ended_by(number, what, reason=reason, memory=_LESS_MEMORY))
+    def __init__(self, number: int, what: str, reason: str, memory: str = LESS_MEMORY) -> None:
+        super().__init__(ended_by(number, what, reason=reason, memory=memory))
         self.exit_code = 128 + number
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens: a host name, an IP address or the path of a UNIX socket that ends in .sock."""
+def claim_port(host: str, port: int) -> int:
+    """The port to listen on at this host, a free one for port 0. Raises `ServerError` if it is taken, or not ours.
 
-    host: str
-    port: int
-    prefix: str = ""
-    """Path before every endpoint, without a slash at its end."""
-    tls: bool = False
-
-    @property
-    def is_socket(self) -> bool:
-        return self.host.endswith(".sock")
-
-    @property
-    def reachable(self) -> str:
-        """The host as this machine reaches it: all addresses are also the loopback's."""
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-
-    @property
-    def url(self) -> str:
-        """What a browser on this machine is given."""
-        if self.is_socket:
-            return f"unix:{self.host}{self.prefix}"
-        host = f"[{self.reachable}]" if ":" in self.reachable else self.reachable
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
-
-    def claim(self) -> Address:
-        """The same address, with a free port for port 0. Raises `ServerError` if it is taken or not this machine's.
-
-        Asked before the server starts: it would find out only later, and whoever has the port would answer for it.
-        """
-        if self.is_socket:
-            return self
-        try:
-            family, kind, _, _, where = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(where)
-                return replace(self, port=probe.getsockname()[1])
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ServerError(
-                    f"{self.host}:{self.port} is taken by another program; choose another port with --port, "
-                    "or --port 0 for any free one"
-                ) from None
-            raise ServerError(f"cannot listen on {self.host}:{self.port}: {error.strerror or error}") from None
-
-    def get(self, path: str, *, key: str | None = None) -> tuple[int, bytes]:
-        """Status and body of a GET; OSError or HTTPException if nobody answers."""
-        connection = self._connection()
-        headers = {"Accept-Encoding": "gzip"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        try:
-            connection.request("GET", self.prefix + path, headers=headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def _connection(self) -> http.client.HTTPConnection:
-        if self.is_socket:
-            local = http.client.HTTPConnection("localhost", timeout=_REQUEST_S)
-            local.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            local.sock.settimeout(_REQUEST_S)
-            local.sock.connect(self.host)
-            return local
-        if self.tls:
-            # To ourselves, under a name that the certificate need not bear.
-            context = ssl._create_unverified_context()
-            return http.client.HTTPSConnection(self.reachable, self.port, timeout=_REQUEST_S, context=context)
-        return http.client.HTTPConnection(self.reachable, self.port, timeout=_REQUEST_S)
+    Asked before the server starts: it would find out only later, and whoever has the port would answer for it.
+    """
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServerError(
+                f"{host}:{port} is taken by another program; choose another port with --port, "
+                "or --port 0 for any free one"
+            ) from None
+        raise ServerError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
 class ServerProcess:
@@ -136,12 +76,22 @@ class ServerProcess:
 
     A SIGINT, SIGTERM or SIGHUP that this process gets goes to the server, and the second one kills it, as does a server
     that has not ended 8 s after the first. The server's output goes to stderr; until it is ready only if `echo`.
-    pass_fds: file descriptors that it inherits.
+    pass_fds: file descriptors that it inherits. what: it is, for messages. less_memory: how it is made to take less.
+    is_noise: whether a line of its output is left out all the same when it is ready.
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], *, echo: bool = False, pass_fds: Sequence[int] = ()
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        echo: bool = False,
+        pass_fds: Sequence[int] = (),
+        what: str = "the server",
+        less_memory: str = LESS_MEMORY,
+        is_noise: Callable[[str], bool] = lambda line: False,
     ) -> None:
+        self._what, self._less_memory, self._is_noise = what, less_memory, is_noise
         self._command, self._env, self._echo, self._pass_fds = command, env, echo, pass_fds
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
@@ -209,14 +159,14 @@ class ServerProcess:
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
             text = _printable(line.decode(errors="replace").rstrip())
-            if self._echo or self._ready:
+            if self._echo or (self._ready and not self._is_noise(text)):
                 print(printable_lines(text), file=sys.stderr, flush=True)
             if text and not self._ready:
                 self._tail.append(text)
             self._output.add(text)
 
-    def wait_ready(self, address: Address) -> bool:
-        """Wait until the server answers /health with 200; False if a signal ended it before.
+    def wait_ready(self, is_ready: Callable[[], bool]) -> bool:
+        """Wait until the server is, of which it is asked about ten times a second; False if a signal ended it before.
 
         Raises `ServerError` if it ends by itself.
         """
@@ -230,12 +180,12 @@ class ServerProcess:
                 if self._received is not None:
                     return False
                 self._fail()
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if address.get("/health")[0] == 200:
-                    break
+            if is_ready():
+                break
         self._ready = True
         while self._tail and not self._echo:
-            print(printable_lines(self._tail.popleft()), file=sys.stderr, flush=True)
+            if not self._is_noise(line := self._tail.popleft()):
+                print(printable_lines(line), file=sys.stderr, flush=True)
         return True
 
     def _fail(self) -> None:
@@ -251,10 +201,15 @@ class ServerProcess:
         code = self._process.returncode
         why = last_words or _ERROR.sub("", reason)
         if code < 0:
-            raise ServerDied(-code, "the server, which was not ready yet,", why)
+            raise ServerDied(-code, f"{self._what}, which was not ready yet,", why, self._less_memory)
         raise ServerError(
-            f"the server did not start (exit code {code}): {why or 'it gave no reason; -v shows its log'}"
+            f"{self._what} did not start (exit code {code}): {why or 'it gave no reason; -v shows its log'}"
         )
+
+    @property
+    def was_asked_to_end(self) -> bool:
+        """Whether a signal was handed on to it."""
+        return self._received is not None
 
     def wait(self) -> int:
         """Wait until the server ends; its exit code, 128 + n if signal n, which was asked for, ended it.
@@ -270,7 +225,7 @@ class ServerProcess:
         if code < 0 and self._received is None:
             assert self._reader is not None
             self._reader.join(timeout=1)
-            raise ServerDied(-code, "the server", self._output.last_words)
+            raise ServerDied(-code, self._what, self._output.last_words, self._less_memory)
         return 128 - code if code < 0 else code
 
 

@@ -1,0 +1,1 @@
+"""`swaa-local worker`: lend this machine's memory and compute to another one's models."""

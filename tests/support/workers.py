@@ -1,0 +1,178 @@
+"""Runs `swaa-local worker` as a user does, and stands between a worker and whoever uses it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.program import environment
+from tests.support.serving import descendants
+
+HELLO = b"\x0e" + struct.pack("<Q", 24) + bytes(24)
+"""The first message of whoever uses a worker, by ggml-rpc.cpp; zeros: over TCP."""
+
+START_S = 60.0
+STOP_S = 30.0
+
+
+@dataclass
+class Worker:
+    """A worker that answers at `address`, HOST:PORT. `log` holds what it wrote to stderr so far."""
+
+    process: subprocess.Popen[str]
+    address: str
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal to the command alone; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=STOP_S)
+
+    def kill(self) -> None:
+        """End the program that computes, without a word."""
+        for pid in descendants(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=STOP_S)
+
+
+@contextmanager
+def worker(*args: object, **env: str) -> Iterator[Worker]:
+    """A worker of one thread on a free port; gone when the block is left."""
+    with tempfile.TemporaryDirectory(prefix="swaa-worker-") as tmp:
+        log, out = Path(tmp, "stderr"), Path(tmp, "stdout")
+        with open(log, "w") as stderr, open(out, "w") as stdout:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "swaa_local", "worker", "--port", "0", "-t", "1", *map(str, args)],
+                env=environment(**env),
+                stdout=stdout,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        try:
+            deadline = time.monotonic() + START_S
+            while not (address := out.read_text()).endswith("\n"):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, f"no address after {START_S} s: {log.read_text()}"
+                time.sleep(0.02)
+            yield Worker(process, address.strip(), log)
+            if process.poll() is None:
+                process.terminate()
+                process.wait(timeout=STOP_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def workers(n: int) -> Iterator[list[Worker]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(worker()) for _ in range(n)]
+
+
+class Proxy:
+    """Stands between a worker and one that uses it, and counts. sent, received: bytes to the worker, and from it.
+
+    on_sent: called with `sent` after each piece that went to the worker.
+    """
+
+    def __init__(self, target: str, on_sent: Callable[[int], None] = lambda sent: None) -> None:
+        self.sent = self.received = 0
+        self._target, self._on_sent = target, on_sent
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                host, port = self._target.split(":")
+                far = socket.create_connection((host, int(port)))
+                for end in (near, far):
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._ends += [near, far]
+                threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
+                threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, to_worker: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 20):
+                if to_worker:
+                    self.sent += len(data)
+                    self._on_sent(self.sent)
+                else:
+                    self.received += len(data)
+                sink.sendall(data)
+        self._end(source, sink)
+
+    @staticmethod
+    def _end(*ends: socket.socket) -> None:
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """End all connections, as a worker's death does."""
+        self._end(*self._ends)
+
+    def close(self) -> None:
+        self._end(self._listener)
+        self._listener.close()
+        self.cut()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+@contextmanager
+def answering(reply: bytes | None) -> Iterator[str]:
+    """The address of something that answers the first message of each connection so; None: never."""
+    stop = threading.Event()
+    kept: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while not stop.is_set():
+                    connection, _ = listener.accept()
+                    connection.recv(1 << 16)
+                    kept.append(connection)
+                    if reply is not None:
+                        connection.sendall(reply)
+                        connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        stop.set()
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        for connection in kept:
+            connection.close()
+
+
+def hello(version: Sequence[int]) -> bytes:
+    """What a worker of this version of the protocol answers to the first message, by ggml-rpc.cpp."""
+    return struct.pack("<Q", 28) + bytes([*version, 0]) + bytes(24)
