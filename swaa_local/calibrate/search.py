@@ -10,7 +10,7 @@ describes it for users.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -70,10 +70,10 @@ class Search:
         self._gains_at = screen(self._trials, self._space, self._limits, until_s)
         candidates = whole(self._space, self._known.ranking())
         if not self._trials.long_fits:
-            self._race(candidates, self._limits.until_s)
+            self._race(list(candidates), self._limits.until_s)
         else:
-            self._race(candidates, until(shares["race"]))
-            self._refine(until(shares["refine"]))
+            self._race(list(candidates), until(shares["race"]))
+            self._refine(candidates, until(shares["refine"]))
             self._confirm(until(shares["confirm"]))
             self._slide(until(shares["slide"]))
             self._vary(self._trials.until_s)
@@ -152,16 +152,18 @@ class Search:
                 done.append(schedule)
         return done
 
-    def _refine(self, until_s: float) -> None:
-        """What lies beside the best, until nothing there is better."""
+    def _refine(self, candidates: Sequence[Schedule], until_s: float) -> None:
+        """What lies beside the best, until nothing there is better. While nothing keeps enough, also those of the
+        candidates for which the race had no time."""
         self._trials.stage("what lies beside the best")
         while True:
             best = self._known.best()
             if best is None:
                 return
-            untried = [
-                each for each in beside(best, self._space, self._known) if (each, "long", 0) not in self._known.trials
-            ]
+            near = beside(best, self._space, self._known)
+            if not self._known.is_kept(best):
+                near += [each for each in candidates if each not in near]
+            untried = [each for each in near if (each, "long", 0) not in self._known.trials]
             if not untried:
                 return
             for schedule in sorted(untried, key=lambda each: -self._known.promise(each)):

@@ -93,7 +93,8 @@ def calibrate_command(
 
     Asked is about facts hidden in generated prose or in your documents (--data), or what you ask (--questions), always
     beyond the window. Full attention is the measure. What is found is checked with questions that the search has not
-    seen, and stored in the output, which then runs like MODEL. Ctrl-C shows the best so far; the same command goes on.
+    seen, and stored in the output, which then runs like MODEL. Ctrl-C gives the best so far; the same command, with
+    --force for the output, goes on.
 
     \b
     swaa-local calibrate qwen.gguf -o qwen-swaa.gguf

@@ -36,7 +36,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with out.gguf, log.jsonl and report/, and what was printed."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("calibrated")
-    arguments = split("--budget 60s -o out.gguf --log log.jsonl --report report")
+    arguments = split("--budget 90s -o out.gguf --log log.jsonl --report report")
     return folder, succeeds("calibrate", *QUICK, *arguments, cwd=folder)
 
 

@@ -224,6 +224,15 @@ def test_a_few_trials_at_full_length_are_enough_for_a_schedule_that_keeps_most(t
     assert model.clock <= 1.1 * 100 * trials
 
 
+@pytest.mark.parametrize("trials", [6, 9])
+@pytest.mark.parametrize("layer", range(8))
+def test_a_small_model_without_short_prompts_finds_its_layer_in_a_few_trials(trials, layer):
+    model = Model(8, {layer: 0.6}, missing=0.6, noise=0.05, trial_s=10)
+    space = Space(8, LENGTH, WINDOWS[:1], 100, 64)
+    found = Search(model, space, Limits(0.95, 10 * trials, 6, 0)).run()
+    assert layer in chosen(found).schedule.layers(LayerMode.FULL)
+
+
 def test_where_one_trial_at_full_length_fits_it_is_made_whatever_the_check_would_take():
     model = Model(24, THREE_OF_28, trial_s=100)
     found = search(model, 300, check_s=lambda trial_s: 4 * trial_s)
