@@ -220,8 +220,8 @@ def test_without_time_for_anything_it_says_how_long_a_prompt_takes(tmp_path):
 
 
 def test_what_keeps_too_little_is_written_with_what_is_known_of_it_and_is_an_error(tmp_path):
-    """A window of 32 without any time for more than a few trials loses sections, which no keeping of 100 % allows."""
-    arguments = split("-t 1 --length 2048 --window 16 --keep 1 --budget 6s -o o.gguf")
+    """Whatever a few trials with so small a window find; 100 % of full attention is hard to keep with it."""
+    arguments = split("-t 1 --length 2048 --window 16 --keep 1 --budget 30s -o o.gguf")
     done = run("calibrate", *arguments, cwd=tmp_path)
     stored = json.loads(read_stored(tmp_path / "o.gguf").calibration or "")
     assert stored["keep"] == 1
