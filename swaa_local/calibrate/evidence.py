@@ -22,6 +22,8 @@ _SAME_TIME = 0.03
 """Times that are closer than this are taken to be equal."""
 _SHORT_ERROR = 0.05
 """How far quality on short prompts is off that on long ones, beside what is due to chance: a standard error."""
+_OTHER_WINDOW = 0.25
+"""What a schedule with another window counts for where short prompts are corrected by long ones."""
 _EXPECTED = 2
 """Measurements of a time that what the others took counts for."""
 
@@ -219,6 +221,8 @@ class Evidence:
         if (quality := self.quality(schedule)) is not None:
             return self._chance_by(quality, 0.0)
         if (quality := self.quality(schedule, "short")) is not None:
+            bias = self._bias(schedule.window)
+            quality = Interval(quality.value + bias, quality.low + bias, quality.high + bias)
             chance = self._chance_by(quality, _SHORT_ERROR)
         else:
             full, windows = schedule.layers(LayerMode.FULL), self._space.windows
@@ -234,6 +238,18 @@ class Evidence:
             elif _sees_all_of(schedule, other):
                 chance = max(chance, self._chance_by(quality, 0.0))
         return chance
+
+    def _bias(self, window: int) -> float:
+        """How much more than on short prompts schedules have kept on long ones; those with this window count most."""
+        above = 0.0
+        below = 1.0  # as if one more had kept the same on both
+        for other in {tried for tried, scale, _ in self.trials if scale == "long"} - {self.full_attention}:
+            short, long = self.quality(other, "short"), self.quality(other)
+            if short is not None and long is not None:
+                weight = 1.0 if other.window == window else _OTHER_WINDOW
+                above += weight * (long.value - short.value)
+                below += weight
+        return above / below
 
     def _chance_by(self, quality: Interval, error: float) -> float:
         spread = math.hypot((quality.high - quality.low) / (2 * _Z95), error)

@@ -27,6 +27,7 @@ _MEMORY_SHARES = {"screen": 0.25, "race": 0.45, "refine": 0.5, "confirm": 0.55, 
 """Of the search's time, when each stage must be done. For the smallest cache it is sliding that counts."""
 _LEAST_LONG = 3
 """Trials at full length that are kept when layers are ranked and schedules compared on short prompts."""
+_UNKEPT_SHARE = 0.88  # instead of the one of `refine`, while nothing keeps enough
 _FIRST_SHARE = 0.35  # of the race's time, for whole schedules on short prompts
 _LEAST_VARIED = 6  # trials; with less time the best on more texts is worth more than other sinks
 _SPARE = 40  # trials; with time for so many, one may show something
@@ -153,29 +154,27 @@ class Search:
         return done
 
     def _refine(self, candidates: Sequence[Schedule], until_s: float) -> None:
-        """What lies beside the best, until nothing there is better. While nothing keeps enough, also those of the
-        candidates for which the race had no time."""
+        """What lies beside the best, what promises most first, until all of it was tried. While nothing keeps enough,
+        also those of the candidates for which the race had no time, for as long as there is any."""
         self._trials.stage("what lies beside the best")
         while True:
             best = self._known.best()
             if best is None:
                 return
-            near = beside(best, self._space, self._known)
+            near, end_s = beside(best, self._space, self._known), until_s
             if not self._known.is_kept(best):
+                end_s = self._trials.at(_UNKEPT_SHARE)
                 near += [each for each in candidates if each not in near]
             untried = [each for each in near if (each, "long", 0) not in self._known.trials]
             if not untried:
                 return
-            for schedule in sorted(untried, key=lambda each: -self._known.promise(each)):
-                for text in range(max(1, best.n_texts)):
-                    if self._trials.measure(schedule, "long", text, until_s) is None:
-                        self._trials.notes.append("the search beside the best was cut short, for lack of time")
-                        return
-                    if self._known.is_hopeless(schedule):
-                        break
-            after = self._known.best()
-            if after is None or after.schedule == best.schedule:
-                return
+            schedule = max(untried, key=self._known.promise)
+            for text in range(max(1, best.n_texts)):
+                if self._trials.measure(schedule, "long", text, end_s) is None:
+                    self._trials.notes.append("the search beside the best was cut short, for lack of time")
+                    return
+                if self._known.is_hopeless(schedule):
+                    break
 
     def _slide(self, until_s: float) -> None:
         """Which windowed layers may slide while they decode too: they need no cache beyond the window."""
