@@ -12,6 +12,7 @@ from typing import Any
 from swaa_local.chat.settings import Settings
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.text import in_one_line
 
 _CHOSEN_ELSEWHERE = "system"  # a setting that is a part of the conversation itself
@@ -56,6 +57,8 @@ class Setup:
             kinds = _KINDS.get(name, (type(getattr(default, name)),))
             if name != "schedule" and type(value) not in kinds:
                 raise TypeError(f"{name} is {value!r}")
+            if name in ("type_k", "type_v") and value is not None and value not in KV_TYPES:
+                raise ValueError(f"{name} is {value!r}")
         if (schedule := known.get("schedule")) is not None:
             try:
                 known["schedule"] = Schedule(**schedule)

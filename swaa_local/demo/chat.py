@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from swaa_local.chat.run import ChatOptions, chat
+from swaa_local.chat.request import ChatOptions
+from swaa_local.chat.run import chat
 from swaa_local.chat.settings import Settings
 from swaa_local.demo.run import Asked
 from swaa_local.engine.options import EngineOptions

@@ -225,6 +225,7 @@ def test_a_conversation_of_an_earlier_version_goes_on(model, tmp_path):
     "damage",
     [
         {"n_ctx": "many"},
+        {"type_k": "banana"},
         {"schedule": {"window": 0, "sinks": 0, "layer_modes": [1]}},
         {"schedule": 3},
         {"settings": {"temp": "hot"}},
