@@ -158,7 +158,7 @@ def answering(reply: bytes | None) -> Iterator[str]:
             with suppress(OSError):
                 while not stop.is_set():
                     connection, _ = listener.accept()
-                    connection.recv(1 << 16)
+                    connection.recv(len(HELLO), socket.MSG_WAITALL)  # what is left unread would cut the answer off
                     kept.append(connection)
                     if reply is not None:
                         connection.sendall(reply)
