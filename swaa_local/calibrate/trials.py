@@ -6,7 +6,7 @@ What is tried, `search` decides; what follows from it, `evidence`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import fmean
+from statistics import fmean, median
 from typing import Protocol
 
 from swaa_local.calibrate.evidence import Evidence, Limits, Space
@@ -81,11 +81,12 @@ class Trials:
         return until_s - self._judge.elapsed_s()
 
     def cost(self, scale: Scale) -> float:
-        """Seconds of a trial, from those that were made. Of short ones before any was made: a guess."""
+        """Seconds of a trial, from those that were made; one bad moment of the machine does not count. Of short ones
+        before any was made: a guess."""
         trials = [trial for (_, at, _), trial in self.evidence.trials.items() if at == scale]
-        known = [trial for trial in trials if not trial.schedule.is_full][-12:] or trials
-        if known:
-            return fmean(trial.took_s for trial in known)
+        known = [trial for trial in trials if not trial.schedule.is_full][-12:]
+        if trials:
+            return median(trial.took_s for trial in (known if len(known) > 2 else trials))
         return 0.3 * self.cost("long") if scale == "short" else 0.0
 
     def _cost_of_full(self, scale: Scale) -> float:

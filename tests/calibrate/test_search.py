@@ -249,6 +249,21 @@ def test_time_for_the_check_is_left(trial_s):
     assert model.clock <= 900 - 4 * 0.9 * min(last)
 
 
+def test_one_trial_that_the_machine_disturbs_does_not_end_the_search():
+    @dataclass
+    class Disturbed(Model):
+        def trial(self, schedule: Schedule, scale: Scale, text: int) -> Trial:
+            trial = super().trial(schedule, scale, text)
+            if scale == "long" and sum(at == "long" for _, at, _ in self.made) == 3:
+                self.clock += 4 * trial.took_s
+                trial = replace(trial, took_s=5 * trial.took_s)
+            return trial
+
+    model = Disturbed(24, {5: 0.5, 15: 0.5}, trial_s=40)
+    found = search(model, 900, check_s=lambda trial_s: 6 * trial_s)
+    assert chosen(found).n_texts >= 2
+
+
 def test_without_time_for_full_length_short_prompts_decide():
     """Full attention was read at full length, and no schedule can be; or not even that."""
     for n_long, budget_s in ((3, 220), (0, 220)):
