@@ -6,14 +6,19 @@ ggml quantizes the columns, to 8 bits in blocks of 32 (256 for weights of Q4_K a
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import POINTER, c_float, c_int64, c_void_p
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GT
+from llama_cpp import llama_cpp as C
 
 from tests.support import flash_op as op
+from tests.support.engine import GPU_LAYERS, EngineModel, quantize
+from tests.support.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -123,3 +128,18 @@ def test_the_same_for_any_number_of_threads(kind):
         assert op.nmse(one, expected(weights, kind, columns)) < 1e-5
         for n_threads in (2, 3, 7):
             assert np.array_equal(product(weights, kind, columns, n_threads=n_threads), one)
+
+
+# x86's repacked products of Q4_K with many columns are slower than those of the weights as they are.
+@pytest.mark.skipif(GPU_LAYERS > 0, reason="weights on a GPU are not repacked")
+def test_weights_that_are_read_faster_as_they_are_are_not_repacked(tmp_path: Path):
+    has = dict(re.findall(r"(\w+) = (\d)", C.llama_print_system_info().decode()))
+    if has.get("AVX2") != "1" or "AMX_INT8" in has:
+        pytest.skip("for x86 with AVX2 and without AMX, whose weights have a form of their own")
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", n_embd=256, n_ff=512)
+    repacked = {}
+    for name in ("Q4_0", "Q4_K_S"):
+        quantize(plain, tmp_path / f"{name}.gguf", getattr(C, f"LLAMA_FTYPE_MOSTLY_{name}"))
+        with EngineModel(tmp_path / f"{name}.gguf") as model:
+            repacked[name] = "CPU_REPACK model buffer size" in model.log
+    assert repacked == {"Q4_0": True, "Q4_K_S": False}

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader
 from llama_cpp import llama_cpp as C
 
-from tests.support.engine import EngineContext, EngineError, EngineModel, assert_close
+from tests.support.engine import EngineContext, EngineError, EngineModel, assert_close, quantize
 from tests.support.masks import Sched
 from tests.support.reference_numpy import NumpyModel, forward
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens
@@ -249,15 +249,12 @@ def save(path: Path, out: Path) -> None:
         function(model.ptr, str(out).encode())
 
 
-def quantize(path: Path, out: Path) -> None:
-    params = C.llama_model_quantize_default_params()
-    params.nthread = 1
-    params.ftype = C.LLAMA_FTYPE_MOSTLY_Q8_0
-    assert C.llama_model_quantize(str(path).encode(), str(out).encode(), params) == 0
+def to_q8_0(path: Path, out: Path) -> None:
+    quantize(path, out, C.LLAMA_FTYPE_MOSTLY_Q8_0)
 
 
 @pytest.mark.parametrize("n_tail", [None, 128])
-@pytest.mark.parametrize("copy", [save, quantize])
+@pytest.mark.parametrize("copy", [save, to_q8_0])
 def test_a_copy_of_the_model_keeps_its_tail(tiny_model_factory, tmp_path, copy, n_tail):
     out = tmp_path / "copy.gguf"
     copy(tiny_model_factory(schedule=ScheduleKeys(WINDOW, SINKS, MODES, tail=n_tail)), out)

@@ -87,6 +87,13 @@ def captured_log() -> Iterator[list[str]]:
         C.llama_log_set(default_log_callback, ctypes.c_void_p(0))
 
 
+def quantize(path: Path, out: Path, ftype: int) -> None:
+    """ftype: one of llama_cpp's LLAMA_FTYPE_*."""
+    params = C.llama_model_quantize_default_params()
+    params.nthread, params.ftype = 1, ftype
+    assert C.llama_model_quantize(str(path).encode(), str(out).encode(), params) == 0
+
+
 class EngineModel:
     """A loaded model. `schedule` replaces the file's through `llama_model_swaa_set`; `overrides` are of swaa.* keys."""
 
