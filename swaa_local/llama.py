@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import crash, devices, native
+from swaa_local.engine import crash, native, placement
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning
 from swaa_local.engine.answer_score import AnswerScore, token_scores
@@ -308,7 +308,7 @@ class Llama(RestoringLlama):
                 if not self._keep_cells(n_past):
                     self._forget()
         if code != 0:
-            raise DecodeError(devices.lost_worker(self.ctx) or log.reason or f"llama_decode returned {code}")
+            raise DecodeError(placement.lost_worker(self.ctx) or log.reason or f"llama_decode returned {code}")
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Upstream's `sample`. Raises `DecodeError` if there are no logits of this position."""

@@ -40,6 +40,7 @@ RAISES = {
     "eval": "llm.eval(tokens)",
     "generate": "next(llm.generate(tokens))",
     "kv_bytes": "llm.kv_bytes",
+    "layers_in_words": "llm.layers_in_words",
     "load_state": "llm.load_state(state)",
     "model": "llm.model",
     "n_ctx": "llm.n_ctx()",

@@ -21,8 +21,8 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.bench.results import BenchError, Setting, Size
-from swaa_local.engine import devices, memory, native, process_memory
 from swaa_local.engine import log as engine_log
+from swaa_local.engine import memory, native, placement, process_memory
 from swaa_local.engine.adapter import LoadedAdapter
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
@@ -57,14 +57,14 @@ class BenchModel:
         with engine_log.captured(self._verbose) as log, DeferInterrupt() as shield:
             _c.llama_backend_init()
             said = engine.placement()
-            placement = devices.Placement(
+            placed = placement.Placement(
                 engine.rpc_servers, engine.tensor_split, split_mode=said["split_mode"], verbose=self._verbose
             )
-            self._devices = placement.devices
+            self._devices = placed.devices
             self._free_device = self.free_device_bytes()  # devices are initialized here, and log that
             params = _c.llama_model_default_params()
             params.n_gpu_layers = engine.n_gpu_layers
-            placement.fill(params)
+            placed.fill(params)
             params.split_mode, params.main_gpu = said["split_mode"], said["main_gpu"]
             shares = (ctypes.c_float * _c.llama_max_devices())(*(engine.tensor_split or ()))
             if engine.tensor_split is not None:
@@ -317,7 +317,7 @@ class BenchContext:
                 yield lambda: not shield.raises
             except DecodeError as error:
                 if not shield.raises:
-                    raise DecodeError(devices.lost_worker(self._ctx) or log.reason or str(error)) from None
+                    raise DecodeError(placement.lost_worker(self._ctx) or log.reason or str(error)) from None
 
     def _decode(self, n: int, *, last: bool, every: bool = False) -> None:
         """last: the logits of the last token are wanted. every: of all."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import devices, memory
 from swaa_local.engine import log as engine_log
+from swaa_local.engine import memory, placement
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.schedule.config import Schedule
 
@@ -78,7 +78,7 @@ def choose_n_ctx(
         if not scaled and (said := beyond_training(n_ctx, n_ctx_train)):
             warnings.warn(said, TrainedLengthWarning, stacklevel=5)
         return n_ctx
-    used = devices.of_params(model_params)
+    used = placement.of_params(model_params)
     n_ctx = memory.longest_n_ctx(
         model.model,
         schedule,
@@ -100,7 +100,7 @@ def check_memory(model: Any, n_ctx: int, schedule: Schedule | None, params: Any,
     Caches that are not plain ones, and take less than it seems, are let through.
     """
     most = memory.most_host_bytes()
-    workers = bool(devices.of_params(model_params))
+    workers = bool(placement.of_params(model_params))
     on_gpu = gpu_layers(model_params.n_gpu_layers, workers=workers) if params.offload_kqv else 0
     cost = memory.context_cost(
         model.model, schedule, params, n_ubatch=params.n_ubatch, n_gpu_layers=on_gpu, logits_all=False

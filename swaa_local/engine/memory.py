@@ -214,7 +214,7 @@ def free_host_bytes(*, mapped: int = 0) -> int | None:
 def free_gpu_bytes(used: Sequence[int] | None = None) -> int | None:
     """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell.
 
-    used: the devices, where they are others (`devices.with_workers`).
+    used: the devices, where they are others (`placement.with_workers`).
     """
     return devices.free_bytes(devices.gpus() if used is None else used)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import devices
 from swaa_local.engine import log as engine_log
+from swaa_local.engine import placement
 from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.prefixes import CachedPrefixes, set_cells
@@ -53,7 +53,7 @@ class RestoringLlama(DraftingLlama):
             self._drop_ahead()
             state = super().save_state()
         if not state.llama_state_size:
-            raise StateError(devices.lost_worker(self.ctx) or log.reason or "the engine does not give its state")
+            raise StateError(placement.lost_worker(self.ctx) or log.reason or "the engine does not give its state")
         state.swaa_prompt_end = self._prompt_end
         return state
 

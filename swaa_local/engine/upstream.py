@@ -21,7 +21,7 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 from llama_cpp._internals import LlamaContext
 
-from swaa_local.engine import crash, devices, native, vocabulary
+from swaa_local.engine import crash, native, placement, vocabulary
 from swaa_local.engine import log as engine_log
 from swaa_local.engine.adapter import AdapterWarning, LoadedAdapter
 from swaa_local.engine.callbacks import Callbacks
@@ -140,7 +140,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
             with loading, DeferInterrupt() as self._loading, engine_log.captured(verbose) as log:
                 try:
                     workers = WorkerAddress.parse_list(",".join(self.rpc_servers)) if self.rpc_servers else ()
-                    self._placement = devices.Placement(
+                    self._placement = placement.Placement(
                         workers,
                         kwargs.get("tensor_split"),
                         split_mode=kwargs.get("split_mode", _c.LLAMA_SPLIT_MODE_LAYER),
@@ -323,7 +323,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
     def layers_in_words(self) -> str:
         """Where the layers are: `layers 0-13 on 192.168.1.5:50052, 14-27 on this CPU`."""
         with self._guard.look():
-            return devices.in_words(devices.layer_devices(self.model)[:-1])
+            return placement.in_words(placement.layer_devices(self.model)[:-1])
 
     @classmethod
     def from_pretrained(

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from swaa_local.engine import native
 from swaa_local.engine.context_length import has_gpu
-from swaa_local.engine.native import engine_program
 from swaa_local.engine.workers import WorkerAddress, check_workers
 from swaa_local.errors import SWAAError
 from swaa_local.files.server_process import ServerProcess
@@ -106,7 +106,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     SIGINT and SIGTERM go on to the server, which then ends in order (SIGHUP does the same); a second one kills it.
     Raises `SWAAError` with the server's own reason if it does not start.
     """
-    program = engine_program("llama-server", "LLAMA_BUILD_SERVER")
+    program = native.engine_program("llama-server", "LLAMA_BUILD_SERVER")
     _refuse_other_models(options.extra, os.environ)
     if "swaa." in (value_of(_OVERRIDE, options.extra, {}) or ""):
         raise ServeError(
@@ -174,7 +174,7 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
 def server_help() -> str:
     """What llama-server says of its own options."""
     done = subprocess.run(
-        [str(engine_program("llama-server", "LLAMA_BUILD_SERVER")), "--help"],
+        [str(native.engine_program("llama-server", "LLAMA_BUILD_SERVER")), "--help"],
         capture_output=True,
         text=True,
         check=False,

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from swaa_local import Llama, SWAAConfig
-from swaa_local.engine import devices
+from swaa_local.engine import devices, placement
 from swaa_local.engine.workers import PROTOCOL, WorkerAddress, WorkerError, ask_version, check_workers
 from swaa_local.errors import DecodeError, ModelLoadError, OutOfRange, StateError
 from tests.support.adapters import write_adapter
@@ -232,7 +232,7 @@ def test_a_worker_that_serves_another_program_is_not_waited_for(two, tiny_model_
     with socket.create_connection((address.host, address.port)) as other:
         other.sendall(HELLO)
         assert other.recv(1)
-        monkeypatch.setattr(devices, "check_workers", functools.partial(check_workers, timeout_s=1.0))
+        monkeypatch.setattr(placement, "check_workers", functools.partial(check_workers, timeout_s=1.0))
         with pytest.raises(WorkerError, match=r"does not answer within 1 s.*one at a time"):
             load(rpc_servers=[two[0].address])
     load(rpc_servers=[two[0].address])
