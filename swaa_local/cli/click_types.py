@@ -26,13 +26,17 @@ PATH = _UserPath(path_type=Path)
 FILE = _UserPath(path_type=Path, dir_okay=False)
 
 
-class _Lora(click.ParamType):
-    """A LoRA adapter: FILE or FILE:SCALE."""
-
-    name = "FILE[:SCALE]"
+class _Named(click.ParamType):
+    """Shown in the help by its name as it is."""
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return self.name
+
+
+class _Lora(_Named):
+    """A LoRA adapter: FILE or FILE:SCALE."""
+
+    name = "FILE[:SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Adapter:
         return value if isinstance(value, Adapter) else Adapter.parse(value)
@@ -50,25 +54,19 @@ class _Loras(_Lora):
 LORA, LORAS = _Lora(), _Loras()
 
 
-class _Workers(click.ParamType):
+class _Workers(_Named):
     """Addresses of workers, separated by commas."""
 
     name = "HOST:PORT,..."
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if isinstance(value, tuple) else WorkerAddress.parse_list(value)
 
 
-class _Split(click.ParamType):
+class _Split(_Named):
     """Shares of the layers, one for each device."""
 
     name = "N,..."
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:

@@ -126,9 +126,10 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
     )
     if workers is not None and value_of(_CACHE_RAM, extra, os.environ) is None:
         arguments += ["--cache-ram", "0"]  # what is kept beside the context would come over the network
-    arguments += default_arguments(schedule, extra, os.environ, gpu=has_gpu(options.verbose))
+    gpu = has_gpu(options.verbose)
+    arguments += default_arguments(schedule, extra, os.environ, gpu=gpu)
     if options.draft_window is not None:
-        if not has_gpu(options.verbose):
+        if not gpu:
             reporter.note("on CPUs, drafts through a window rarely pay; compare with a run without --draft-window")
         arguments += ["--spec-type", "window", "--spec-window-size", str(options.draft_window)]
     if value_of(_ALIAS, extra, os.environ) is None:

@@ -22,7 +22,8 @@ from soak_server import N_OPEN, Soak, server_of
 from tests.serve.test_serve import TOOLS
 from tests.support import tiny
 from tests.support.program import ROOT, environment
-from tests.support.serving import STOP_S, Running, descendants, is_running, serving, wait_until
+from tests.support.service import STOP_S
+from tests.support.serving import Running, descendants, is_running, serving, wait_until
 
 pytestmark = pytest.mark.usefixtures("engine")
 

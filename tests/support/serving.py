@@ -1,41 +1,28 @@
-"""Runs `swaa-local serve` as a user does, and stops it: one process, one address, every wait with an end."""
+"""Runs `swaa-local serve` as a user does, and asks it."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.support.program import environment
-
-START_S = 120.0
-STOP_S = 30.0
+from tests.support.service import Service, running
 
 
-@dataclass
-class Running:
-    """A server that answers at `url`. `log` holds what it wrote to stderr so far."""
-
-    process: subprocess.Popen[str]
-    url: str
-    log_file: Path
+class Running(Service):
+    """A server that answers at `url`."""
 
     @property
-    def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
+    def url(self) -> str:
+        return self.address
 
     def post(self, path: str, body: Any, *, key: str | None = None, timeout: float = 120) -> tuple[int, Any]:
         """Status and JSON of a POST; `body` is sent as it is if it is bytes."""
@@ -72,42 +59,11 @@ class Running:
         assert status == 200, answer
         return answer
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal as a service manager would, to the command alone; its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(timeout=STOP_S)
 
-
-@contextmanager
-def serving(model: Path | str | None, *args: object, **env: str) -> Iterator[Running]:
+def serving(model: Path | str | None, *args: object, **env: str) -> AbstractContextManager[Running]:
     """A server on a free port, one thread; gone when the block is left."""
     words = [*([] if model is None else [str(model)]), "--port", "0", "-t", "1", *map(str, args)]
-    with tempfile.TemporaryDirectory(prefix="swaa-serve-") as tmp:
-        log, out = Path(tmp, "stderr"), Path(tmp, "stdout")
-        with open(log, "w") as stderr, open(out, "w") as stdout:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "swaa_local", "serve", *words],
-                env=environment(**env),
-                stdout=stdout,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
-        try:
-            deadline = time.monotonic() + START_S
-            while not (url := out.read_text()).endswith("\n"):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, f"no address after {START_S} s: {log.read_text()}"
-                time.sleep(0.02)
-            yield Running(process, url.strip(), log)
-            if process.poll() is None:
-                process.terminate()
-                process.wait(timeout=STOP_S)
-        finally:
-            if process.poll() is None:
-                process.kill()  # the server itself goes with it
-                process.wait()
+    return running(Running, "serve", *words, **env)
 
 
 def descendants(pid: int) -> list[int]:

@@ -6,43 +6,21 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
-from tests.support.program import environment
+from tests.support.service import STOP_S, Service, running
 from tests.support.serving import descendants
 
 HELLO = b"\x0e" + struct.pack("<Q", 24) + bytes(24)
 """The first message of whoever uses a worker, by ggml-rpc.cpp; zeros: over TCP."""
 
-START_S = 60.0
-STOP_S = 30.0
 
+class Worker(Service):
+    """A worker that answers at `address`, HOST:PORT."""
 
-@dataclass
-class Worker:
-    """A worker that answers at `address`, HOST:PORT. `log` holds what it wrote to stderr so far."""
-
-    process: subprocess.Popen[str]
-    address: str
-    log_file: Path
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal to the command alone; its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(timeout=STOP_S)
+    start_s = 60.0
 
     def kill(self) -> None:
         """End the program that computes, without a word."""
@@ -52,34 +30,9 @@ class Worker:
         self.process.wait(timeout=STOP_S)
 
 
-@contextmanager
-def worker(*args: object, **env: str) -> Iterator[Worker]:
+def worker(*args: object, **env: str) -> AbstractContextManager[Worker]:
     """A worker of one thread on a free port; gone when the block is left."""
-    with tempfile.TemporaryDirectory(prefix="swaa-worker-") as tmp:
-        log, out = Path(tmp, "stderr"), Path(tmp, "stdout")
-        with open(log, "w") as stderr, open(out, "w") as stdout:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "swaa_local", "worker", "--port", "0", "-t", "1", *map(str, args)],
-                env=environment(**env),
-                stdout=stdout,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
-        try:
-            deadline = time.monotonic() + START_S
-            while not (address := out.read_text()).endswith("\n"):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, f"no address after {START_S} s: {log.read_text()}"
-                time.sleep(0.02)
-            yield Worker(process, address.strip(), log)
-            if process.poll() is None:
-                process.terminate()
-                process.wait(timeout=STOP_S)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    return running(Worker, "worker", "--port", "0", "-t", "1", *map(str, args), **env)
 
 
 @contextmanager
