@@ -16,7 +16,7 @@ from swaa_local.chat.session import Session
 from swaa_local.chat.settings import ChatError
 from swaa_local.chat.setup import Setup, chosen_settings
 from swaa_local.chat.terminal import Terminal
-from swaa_local.engine.options import EngineOptions
+from swaa_local.engine.options import ROPE, EngineOptions
 from swaa_local.engine.threads import IdleCPUs
 from swaa_local.errors import SWAAError
 from swaa_local.llama import Llama
@@ -28,7 +28,14 @@ from swaa_local.schedule.choice import ScheduleOptions, StoredSchedule
 from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.sources.find import find_gguf
 
-_ENGINE = ("n_batch", "n_ubatch", "flash_attn", "type_k", "type_v")  # of `EngineOptions`, what is kept in a setup
+_ENGINE = (
+    "n_batch",
+    "n_ubatch",
+    "flash_attn",
+    "type_k",
+    "type_v",
+    *ROPE,
+)  # of `EngineOptions`, what is kept in a setup
 
 
 class ModelOpener:

@@ -5,11 +5,13 @@ Knows what was asked for and what differs; how a model is opened, `opening` know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from swaa_local.chat.settings import Settings
+from swaa_local.engine.options import ROPE_SCALINGS
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.cost import KV_TYPES
@@ -38,6 +40,9 @@ class Setup:
     flash_attn: bool | None = None
     type_k: str | None = None
     type_v: str | None = None
+    rope_scaling: str | None = None
+    rope_scale: float | None = None
+    yarn_orig_ctx: int | None = None
     settings: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,6 +63,10 @@ class Setup:
             if name != "schedule" and type(value) not in kinds:
                 raise TypeError(f"{name} is {value!r}")
             if name in ("type_k", "type_v") and value is not None and value not in KV_TYPES:
+                raise ValueError(f"{name} is {value!r}")
+            if name == "rope_scaling" and value is not None and value not in ROPE_SCALINGS:
+                raise ValueError(f"{name} is {value!r}")
+            if name == "rope_scale" and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}")
         if (schedule := known.get("schedule")) is not None:
             try:
@@ -102,8 +111,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "flash_attn": (bool, type(None)),
     "type_k": _TEXT,
     "type_v": _TEXT,
+    "rope_scaling": _TEXT,
+    "rope_scale": (int, float, type(None)),
     "settings": (dict, type(None)),
-    **dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), _NUMBER),
+    **dict.fromkeys(("n_ctx", "n_batch", "n_ubatch", "yarn_orig_ctx"), _NUMBER),
 }
 _IN_WORDS = {
     "n_ctx": "context",
@@ -112,6 +123,9 @@ _IN_WORDS = {
     "flash_attn": "flash attention",
     "type_k": "type of cached keys",
     "type_v": "type of cached values",
+    "rope_scaling": "RoPE scaling",
+    "rope_scale": "RoPE scale",
+    "yarn_orig_ctx": "YaRN's trained context",
 }
 
 

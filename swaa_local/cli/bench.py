@@ -12,7 +12,7 @@ from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, Numbers
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.schedule_options import schedule_options
-from swaa_local.engine.options import EngineOptions
+from swaa_local.engine.options import ROPE, EngineOptions
 from swaa_local.schedule.choice import ScheduleOptions
 
 _FROM_0, _FROM_1 = Numbers(0, "numbers from 0 on,"), Numbers(1, "numbers from 1 on,")
@@ -66,7 +66,7 @@ class _Pair(click.ParamType):
     help="Form of the figures [md].",
 )
 @click.option("--plot", type=FILE, metavar="FILE", help="Plot speed and time against length: a .png, .svg or .pdf.")
-@functools.partial(engine_options, without=("n_ubatch", "speculate"))
+@functools.partial(engine_options, without=("n_ubatch", "speculate", *ROPE))
 @schedule_options
 def bench_command(
     model: str | None,

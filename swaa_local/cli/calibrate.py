@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from swaa_local.cli import streams
-from swaa_local.cli.click_types import FILE, PATH, Numbers, tokens
+from swaa_local.cli.click_types import FILE, PATH, Numbers, Real, tokens
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.engine.options import EngineOptions
 
@@ -63,7 +63,7 @@ def _as_given() -> list[str]:
 )
 @click.option(
     "--keep",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Real(0, 1, min_open=True),
     default=0.98,
     show_default=True,
     help="Of full attention's quality.",

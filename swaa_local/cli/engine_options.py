@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import click
 
-from swaa_local.cli.click_types import LORA, SPLIT, WORKERS, Number, tokens
+from swaa_local.cli.click_types import LORA, SPLIT, WORKERS, Number, Real, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
-from swaa_local.engine.options import SPLIT_MODES, EngineOptions
+from swaa_local.engine.options import ROPE_SCALINGS, SPLIT_MODES, EngineOptions
 from swaa_local.schedule.cost import KV_TYPES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -82,6 +82,20 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         ),
         "type_v": click.option(
             "-ctv", "--cache-type-v", "type_v", type=_KV_TYPE, help="Type of the cached values [f16]."
+        ),
+        "rope_scaling": click.option(
+            "--rope-scaling",
+            type=click.Choice(ROPE_SCALINGS),
+            help="How to meet more tokens than the model was trained on [the model's].",
+        ),
+        "rope_scale": click.option(
+            "--rope-scale",
+            type=Real(0, min_open=True),
+            metavar="FACTOR",
+            help="By what to stretch what it was trained on [the model's].",
+        ),
+        "yarn_orig_ctx": click.option(
+            "--yarn-orig-ctx", type=tokens(1), help="What it was trained on, for yarn [the model's]."
         ),
         "lora": click.option("--lora", type=LORA, help="A LoRA adapter in GGUF, for this run, scaled by SCALE [1]."),
         "draft_window": click.option(

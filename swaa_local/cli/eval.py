@@ -11,7 +11,7 @@ import click
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, Numbers, tokens
 from swaa_local.cli.engine_options import engine_options
-from swaa_local.engine.options import EngineOptions
+from swaa_local.engine.options import ROPE, EngineOptions
 
 _COUNT = click.IntRange(1)
 _LENGTHS = Numbers(1, "positive numbers")
@@ -153,7 +153,7 @@ def eval_command(
 )
 @click.option("-m", "--model", metavar="MODEL", help="Another GGUF with a schedule, made for such questions.")
 @click.option("--chat/--no-chat", "may_chat", default=True, help="Offer to talk about the document afterwards.")
-@functools.partial(engine_options, without=("lora", "draft_window", "speculate"))
+@functools.partial(engine_options, without=("lora", "draft_window", "speculate", *ROPE))
 def demo_command(
     n_questions: int, seed: int, length: int | None, model: str | None, may_chat: bool, engine: EngineOptions
 ) -> int:

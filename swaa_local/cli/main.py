@@ -21,7 +21,7 @@ from swaa_local.cli import streams
 from swaa_local.cli.bench import bench_command
 from swaa_local.cli.cache import cache_command, cache_options
 from swaa_local.cli.calibrate import calibrate_command
-from swaa_local.cli.click_types import LORA, PATH, Number, tokens
+from swaa_local.cli.click_types import LORA, PATH, Number, Real, tokens
 from swaa_local.cli.config import ENV_PREFIX, default_map, name_variables, origin
 from swaa_local.cli.engine_options import engine_options
 from swaa_local.cli.eval import demo_command, eval_command
@@ -323,13 +323,13 @@ convert_command.help = (convert_command.help or "").format(presets="\n    ".join
 @click.option(
     "--loop-guard/--no-loop-guard", default=True, help="Stop an answer that repeats itself word for word [on]."
 )
-@click.option("--temp", type=click.FloatRange(0), help="Temperature; 0 is greedy [0.8].")
+@click.option("--temp", type=Real(0), help="Temperature; 0 is greedy [0.8].")
 @click.option(
     "--top-k", type=Number("tokens", 0, (1 << 31) - 1), help="Sample from the k likeliest tokens; 0 from all [40]."
 )
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Sample from the likeliest that sum to p [0.95].")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest [0.05].")
-@click.option("--repeat-penalty", type=click.FloatRange(0), help="Penalty for repeated tokens [1.0, none].")
+@click.option("--top-p", type=Real(0, 1), help="Sample from the likeliest that sum to p [0.95].")
+@click.option("--min-p", type=Real(0, 1), help="Drop tokens below this share of the likeliest [0.05].")
+@click.option("--repeat-penalty", type=Real(0), help="Penalty for repeated tokens [1.0, none].")
 @click.option("--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
 @click.option("-c", "--ctx-size", "n_ctx", type=tokens(0), help="Context in tokens [the model's, or what fits].")
 @click.option("--session", metavar="NAME", help="Keep the conversation under this name, or go on with it.")

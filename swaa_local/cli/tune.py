@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from swaa_local.cli import streams
-from swaa_local.cli.click_types import FILE, PATH, tokens
+from swaa_local.cli.click_types import FILE, PATH, Real, tokens
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.schedule.choice import ScheduleOptions
 
@@ -30,22 +30,16 @@ _COUNT = click.IntRange(1)
 @click.option("--skip-long", is_flag=True, help="Leave out examples that are longer than a row.")
 @click.option("--held-out", type=_COUNT, help="Examples to measure on [a tenth, 2 to 16].")
 @click.option("--rank", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
-@click.option(
-    "--alpha", type=click.FloatRange(0, min_open=True), default=128.0, show_default=True, help="Its scale: alpha/rank."
-)
+@click.option("--alpha", type=Real(0, min_open=True), default=128.0, show_default=True, help="Its scale: alpha/rank.")
 @click.option(
     "--targets",
     default="q,k,v",
     show_default=True,
     help="What it changes: q, k, v, o, gate, up, down, or modules' names.",
 )
-@click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True, help="At its highest."
-)
+@click.option("--learning-rate", type=Real(0, min_open=True), default=1e-4, show_default=True, help="At its highest.")
 @click.option("--accumulate", type=_COUNT, default=1, show_default=True, help="Rows of one step.")
-@click.option(
-    "--full-share", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Of rows under full attention."
-)
+@click.option("--full-share", type=Real(0, 1), default=0.0, show_default=True, help="Of rows under full attention.")
 @click.option("--think/--no-think", default=None, help="Render prompts to think, or not [the template decides].")
 @click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu", "mps"]), default="auto", help="Where to train [auto]."

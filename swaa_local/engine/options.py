@@ -11,6 +11,11 @@ from swaa_local.model_file.adapter import Adapter
 
 SPLIT_MODES = ("none", "layer", "row")
 """How layers are divided between devices, in the order of llama.cpp's numbers."""
+ROPE_SCALINGS = ("none", "linear", "yarn")
+"""How positions beyond those of the training are met, in the order of llama.cpp's numbers."""
+
+ROPE = ("rope_scaling", "rope_scale", "yarn_orig_ctx")
+"""The fields that say how RoPE is scaled."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class EngineOptions:
     flash_attn: bool | None = None
     type_k: str | None = None
     type_v: str | None = None
+    rope_scaling: str | None = None
+    rope_scale: float | None = None
+    yarn_orig_ctx: int | None = None
     lora: Adapter | None = None
     draft_window: int | None = None
     speculate: bool | Literal["auto"] = False
@@ -37,7 +45,7 @@ class EngineOptions:
     def for_log(self) -> dict[str, Any]:
         """What answers and their times depend on, for a log that must not mix those of others: plain data.
 
-        What nobody said of adapters and devices is not named, so that logs from before there were any go on.
+        What nobody said of adapters, devices and RoPE is not named, so that logs from before there were any go on.
         """
         names = (
             "n_threads",
@@ -51,23 +59,34 @@ class EngineOptions:
         )
         lora = {} if self.lora is None else {"lora": str(self.lora), "lora_sha256": fingerprint(self.lora.path)}
         said = {name: value for name, value in self.placement().items() if getattr(self, name)}
-        return lora | said | {name: getattr(self, name) for name in names}
+        rope = {name: getattr(self, name) for name in ROPE if getattr(self, name) is not None}
+        return lora | said | rope | {name: getattr(self, name) for name in names}
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of `Llama`. Threads of -t serve the prompt too where -tb is not given."""
         from swaa_local.engine.kv_types import kv_type_id
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        del given["lora"]
+        for name in ("lora", *ROPE):
+            del given[name]
         if self.lora is not None:
             given |= {"lora_path": str(self.lora.path), "lora_scale": self.lora.scale}
-        given |= self.placement()
+        given |= self.placement() | self._rope()
         given["n_threads_batch"] = self.n_threads_batch or self.n_threads
         for name in ("type_k", "type_v"):
             given[name] = None if given[name] is None else kv_type_id(given[name])
         if self.n_ubatch is None:
             del given["n_ubatch"]
         return given
+
+    def _rope(self) -> dict[str, Any]:
+        """`Llama`'s keywords for those of RoPE; 0 is the model's own."""
+        scaling = -1 if self.rope_scaling is None else ROPE_SCALINGS.index(self.rope_scaling)
+        return {
+            "rope_scaling_type": scaling,
+            "rope_freq_scale": 1 / self.rope_scale if self.rope_scale else 0.0,
+            "yarn_orig_ctx": self.yarn_orig_ctx or 0,
+        }
 
     def placement(self) -> dict[str, Any]:
         """Those of the keywords that say on which device a layer is."""

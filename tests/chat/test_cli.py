@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 
+from swaa_local import Llama
 from tests.support.program import environment, fails
 from tests.support.scripted import scripted_model, thinker
 from tests.support.tiny import ALWAYS, PREFILL, ScheduleKeys
@@ -114,6 +116,44 @@ def test_engine_options(model):
     options = ["-b", "64", "-ub", "32", "-tb", "1", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0", "-ngl", "0"]
     done = chat(model, *FAST, "-p", "Is it?", *options)
     assert (done.returncode, done.stdout) == (0, b"Yes!\n")
+
+
+def test_rope_options_mean_what_the_constructor_means(tiny_model):
+    """They change the answer, and to the one that `Llama` gives with llama.cpp's own numbers."""
+    text, n = "Which of the seven wizards forged the third box of gold, and when? " * 3, 24
+    args = [tiny_model, *FAST, "-n", n, "--temp", "0", "-fa", "off", "-p", text]
+    yarn = {"rope_scaling_type": llama_cpp.LLAMA_ROPE_SCALING_TYPE_YARN, "rope_freq_scale": 0.25, "yarn_orig_ctx": 128}
+    found = []
+    for options, kwargs in (
+        ([], {}),
+        (["--rope-scale", "2"], {"rope_freq_scale": 0.5}),
+        (["--rope-scaling", "yarn", "--rope-scale", "4", "--yarn-orig-ctx", "128"], yarn),
+    ):
+        llm = Llama(str(tiny_model), n_ctx=1024, flash_attn=False, n_threads=1, n_threads_batch=1, **kwargs)
+        reply = llm.create_chat_completion([{"role": "user", "content": text}], max_tokens=n, temperature=0.0)
+        done = chat(*args, *options)
+        assert done.stdout.decode().strip() == reply["choices"][0]["message"]["content"].strip()
+        found.append(done.stdout)
+        llm.close()
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rope-scaling", "ntk"),
+        ("--rope-scale", "0"),
+        ("--rope-scale", "nan"),
+        ("--yarn-orig-ctx", "0"),
+        ("--temp", "nan"),
+        ("--temp", "inf"),
+        ("--top-p", "nan"),
+    ],
+)
+def test_numbers_that_are_none_are_wrong_usage(model, option, value):
+    done = chat(model, *FAST, "-p", "x", option, value)
+    assert done.returncode == 2
+    assert option in done.stderr.decode()
 
 
 def test_drafts_change_the_figures_and_not_the_answer(tiny_model):

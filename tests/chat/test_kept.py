@@ -128,6 +128,7 @@ def tiny(tmp_path) -> tuple[Path, Path]:
 
 
 SETUP = ["--window", "48", "--sinks", "4", "--full-layers", "1", "--fa-decode", "--tail", "8", "-ctk", "q8_0"]
+SETUP += ["--rope-scaling", "yarn", "--rope-scale", "2", "--yarn-orig-ctx", "1024"]
 
 
 def facts(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], str]:
@@ -151,6 +152,7 @@ def test_a_conversation_goes_on_with_the_schedule_adapter_context_and_settings_t
     data = json.loads((tmp_path / "state/swaa-local/sessions/s.json").read_text())
     assert data["setup"]["lora"] == str(adapter)
     assert (data["setup"]["lora_scale"], data["setup"]["n_ctx"], data["setup"]["type_k"]) == (0.5, 1536, "q8_0")
+    assert [data["setup"][name] for name in ("rope_scaling", "rope_scale", "yarn_orig_ctx")] == ["yarn", 2.0, 1024]
     other = chat("--continue", "-p", "x" * 1600, home=tmp_path, context=None)
     assert "the context is 1536" in other.stderr
 
@@ -226,6 +228,9 @@ def test_a_conversation_of_an_earlier_version_goes_on(model, tmp_path):
     [
         {"n_ctx": "many"},
         {"type_k": "banana"},
+        {"rope_scaling": "banana"},
+        {"rope_scale": 0},
+        {"yarn_orig_ctx": "many"},
         {"schedule": {"window": 0, "sinks": 0, "layer_modes": [1]}},
         {"schedule": 3},
         {"settings": {"temp": "hot"}},

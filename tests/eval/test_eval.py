@@ -250,6 +250,7 @@ def test_a_changed_configuration_is_refused(model, tmp_path, tiny_model_factory)
         (["--seed", 1], "seed was 0 and is now 1"),
         (["--max-tokens", 3], "max_tokens was 2 and is now 3"),
         (["-ctk", "q8_0", "-fa", "on"], "flash_attn was null and is now true; type_k was null and is now q8_0"),
+        (["--rope-scale", "2"], "rope_scale was null and is now 2.0"),
         (["-t", "2"], "n_threads was 1 and is now 2"),
     ):
         said = fails("eval", model, *command, *ONE_THREAD, *changed)

@@ -45,6 +45,12 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3, wide heads": ("Qwen3", {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 1}),
@@ -52,6 +58,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, no GQA": ("Llama", {"num_key_value_heads": 4}),
     "llama, llama3 RoPE": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "qwen2, YaRN": ("Qwen2", {"rope_parameters": _YARN_ROPE}),
     "qwen3-moe": (
         "Qwen3Moe",
         {
