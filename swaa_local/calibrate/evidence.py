@@ -5,6 +5,8 @@ Pure: knows trials; what is tried, `search` decides. Everything is compared on t
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -187,20 +189,20 @@ class Evidence:
             if a.prefill_s is not None and b.prefill_s is not None
         ]
         expected = 1 + self._slope() * (self._share(schedule) - 1)
-        return (sum(timed) + _EXPECTED * expected) / (len(timed) + _EXPECTED)
+        return median([*timed, *[expected] * _EXPECTED])
 
     def _slope(self) -> float:
         """How much of a full prompt's time goes with its query-key pairs."""
         if self._slope_known[0] == len(self.trials):
             return self._slope_known[1]
-        above = below = 0.0
+        found = []  # slope, and how much it tells
         for (schedule, scale, text), trial in self.trials.items():
             full = self.trials.get((self.full_attention, scale, text))
             if scale == "long" and full and full.prefill_s and trial.prefill_s and schedule != self.full_attention:
-                share = self._share(schedule) - 1
-                above += share * (trial.prefill_s / full.prefill_s - 1)
-                below += share * share
-        slope = min(1.0, max(0.05, above / below)) if below else 0.5
+                saved = 1 - self._share(schedule)
+                if saved > 0:
+                    found.append(((1 - trial.prefill_s / full.prefill_s) / saved, saved))
+        slope = min(1.0, max(0.05, _weighted_median(found))) if found else 0.5
         self._slope_known = (len(self.trials), slope)
         return slope
 
@@ -278,6 +280,13 @@ def _sees_all_of(one: Schedule, other: Schedule) -> bool:
         return False
     # Full attention's mode has the smallest number, and a window at all times the greatest.
     return all(a <= b for a, b in zip(one.layer_modes, other.layer_modes, strict=True))
+
+
+def _weighted_median(values: list[tuple[float, float]]) -> float:
+    """values: each with its weight."""
+    values = sorted(values)
+    below = list(itertools.accumulate(weight for _, weight in values))
+    return values[bisect.bisect_left(below, below[-1] / 2)][0]
 
 
 def cautious(measured: Interval, sign: int = 1) -> float:
