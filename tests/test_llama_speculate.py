@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
@@ -18,8 +19,11 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from swaa_local import Llama, SWAAConfig
 from swaa_local.errors import ContextFull, OutOfRange
+from tests.support.engine import GPU_LAYERS, quantize
 from tests.support.tiny import random_tokens
 
+HAS = llama_cpp.llama_print_system_info().decode()
+EXACT = "AVX2 = 1" in HAS and "AMX_INT8" not in HAS and not GPU_LAYERS
 TOKENS = random_tokens(300)
 N = 60
 
@@ -301,6 +305,26 @@ def test_chats_take_the_keyword(load, stream):
             texts[speculate] = answer["choices"][0]["message"]["content"]
         assert bool(llm.last_run.drafted_tokens) == speculate
     assert texts[True] == texts[False]
+
+
+@pytest.mark.skipif(not EXACT, reason="passes of several tokens are those of one on x86 CPUs with AVX2")
+@pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}])
+def test_quantized_models_say_exactly_the_same(load, tiny_model, tmp_path, sampling):
+    """As people run them: quantized weights and cache, flash attention, other threads to read than to write."""
+    quantized = tmp_path / "q.gguf"
+    quantize(tiny_model, quantized, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
+    for type_kv in (1, 8):
+        llm = load(quantized, flash_attn=True, type_k=type_kv, type_v=type_kv, n_threads=1, n_threads_batch=2)
+        for seed in range(5):
+            plain = say(llm, False, 150, seed=seed, **sampling)
+            assert say(llm, True, 150, seed=seed, **sampling) == plain
+            run = llm.last_run
+            assert run.drafted_tokens > 50
+            assert run.drafted_tokens <= 7 * run.passes
+
+
+def test_drafts_are_automatic_where_nobody_says(load):
+    assert load().speculate == "auto"
 
 
 def test_the_constructor_decides_where_a_call_does_not(load):

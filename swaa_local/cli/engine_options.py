@@ -106,8 +106,8 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         "speculate": click.option(
             "--speculate",
             type=click.Choice(["on", "off", "auto"]),
-            default="off",
-            help="Draft tokens and check several at once; auto is where it is measured to pay [off].",
+            default="auto",
+            help="Draft tokens and check several at once; auto is where it is measured to pay [auto].",
         ),
         "verbose": click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     }

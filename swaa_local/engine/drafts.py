@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import log as engine_log
 from swaa_local.engine import native
+from swaa_local.engine.context_length import gpu_layers
 from swaa_local.engine.draft_control import Costs, DraftControl, Source, Speculate, check_speculate, look_up
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.run_stats import RunClock
 from swaa_local.engine.upstream import LoadedLlama
 from swaa_local.schedule.config import MAX_DRAFT
+
+_EXACT_PASS = 8
+"""Tokens that the CPU's attention reads with one kernel, in which a token's bits are those of a pass of its own
+(FA_DECODE_MAX_TOKENS of flash-attn-decode.cpp)."""
 
 
 @dataclass
@@ -98,7 +105,7 @@ class DraftingLlama(LoadedLlama):
         n_past = self.n_tokens
         self.input_ids[n_past] = token
         # One ubatch; and of what a ring overwrites, n_ubatch tokens can be taken back.
-        limit = min(MAX_DRAFT, self.n_ctx() - n_past - 1, self.context_params.n_ubatch - 1)
+        limit = min(self._most_drafted, self.n_ctx() - n_past - 1, self.context_params.n_ubatch - 1)
         found = look_up(self.input_ids[: n_past + 1])[:limit].tolist()
         found = found[: next((i for i, each in enumerate(found) if self.is_end(each)), None)]
         hides = 0 < self.draft_window <= n_past
@@ -109,13 +116,32 @@ class DraftingLlama(LoadedLlama):
             tokens = self._draft(token, plan.n)
             control.add_drafted(len(tokens), time.perf_counter() - started)
         started = time.perf_counter()
-        self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
-        _c.llama_synchronize(self.ctx)
+        with self._threads_of_decode():
+            self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
+            _c.llama_synchronize(self.ctx)
         control.add_pass(1 + len(tokens), time.perf_counter() - started)
         if tokens:
             self._ahead = Ahead(self.n_tokens, plan.source, tokens)
             if self._clock:
                 self._clock.drafted_tokens += len(tokens)
+
+    @functools.cached_property
+    def _most_drafted(self) -> int:
+        on_gpu = gpu_layers(self.model_params.n_gpu_layers, workers=bool(self.rpc_servers)) > 0
+        return MAX_DRAFT if on_gpu else _EXACT_PASS - 1
+
+    @contextmanager
+    def _threads_of_decode(self) -> Iterator[None]:
+        """A pass of several tokens with as many threads as one of one: a sum's parts depend on it, and so its bits."""
+        n_threads, n_threads_batch = self.n_threads, self.n_threads_batch
+        if n_threads == n_threads_batch:
+            yield
+            return
+        _c.llama_set_n_threads(self.ctx, n_threads, n_threads)
+        try:
+            yield
+        finally:
+            _c.llama_set_n_threads(self.ctx, n_threads, n_threads_batch)
 
     def _draft(self, token: int, n: int) -> list[int]:
         """Up to n tokens that the model would say after `token`, which follows what the context holds, if it saw the

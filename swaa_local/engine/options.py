@@ -39,7 +39,7 @@ class EngineOptions:
     yarn_orig_ctx: int | None = None
     lora: Adapter | None = None
     draft_window: int | None = None
-    speculate: bool | Literal["auto"] = False
+    speculate: bool | Literal["auto"] = "auto"
     verbose: bool = False
 
     def for_log(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         flash_attn: bool | None = None,
         verbose: bool = False,
         on_prefill: Callable[[int, int], None] | None = None,
-        speculate: Speculate = False,
+        speculate: Speculate = "auto",
         draft_window: int | None = None,
         lora_path: str | None = None,
         rpc_servers: Sequence[str] = (),

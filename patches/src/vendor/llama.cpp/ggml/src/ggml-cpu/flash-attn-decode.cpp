@@ -372,6 +372,9 @@ struct fa_rows {
 };
 
 struct fa_op_kq {
+    // the order of a sum over a row depends on the tile, so all are whole
+    static constexpr bool WHOLE_TILES = true;
+
     template <typename X, int NC, int NR>
     static inline int64_t rows(int64_t n, const char * const * x, const char * const * pf, int64_t ic, int64_t ih, const fa_rows & rows, int64_t ir) {
         for (; ir + NR <= rows.n; ir += NR) {
@@ -389,6 +392,8 @@ struct fa_op_kq {
 };
 
 struct fa_op_vkq {
+    static constexpr bool WHOLE_TILES = false;
+
     template <typename X, int NC, int NR>
     static inline int64_t rows(int64_t n, const char * const * x, const char * const * pf, int64_t ic, int64_t ih, const fa_rows & rows, int64_t ir) {
         for (; ir + NR <= rows.n; ir += NR) {
@@ -490,6 +495,14 @@ static void fa_block_x(const fa_cache & cache, const int32_t * cells, int64_t n_
             const bool last = ic + 2*FA_TILE_CELLS > n_cells;
             fa_cells<OP, X, FA_TILE_CELLS>(cache, cells + ic, last ? first : cells + ic + FA_TILE_CELLS, last ? next : cache.data,
                     ic, ih, ih + dh, rows, buf);
+        }
+        if (OP::WHOLE_TILES && ic < n_cells) {
+            int32_t rest[FA_TILE_CELLS];
+            for (int c = 0; c < FA_TILE_CELLS; ++c) {
+                rest[c] = cells[std::min(ic + c, n_cells - 1)];
+            }
+            fa_cells<OP, X, FA_TILE_CELLS>(cache, rest, first, next, ic, ih, ih + dh, rows, buf);
+            continue;
         }
         for (; ic < n_cells; ++ic) {
             fa_cells<OP, X, 1>(cache, cells + ic, first, next, ic, ih, ih + dh, rows, buf);
@@ -774,6 +787,8 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
 
             fa_block<fa_op_kq>(cache_k, cells, n_cells, next_v, act, buf);
 
+            const int64_t n_exp = GGML_PAD(n_cells, FA_BLOCK_MIN);
+
             // online softmax
             // ref: https://arxiv.org/pdf/2112.05682.pdf
             for (int64_t t = 0; t < n_tokens; ++t) {
@@ -803,6 +818,9 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
                     float max = -INFINITY;
                     ggml_vec_max_f32(n_cells, &max, p);
 
+                    // whole vectors, for the rest of one is computed otherwise
+                    std::fill(p + n_cells, p + n_exp, -INFINITY);
+
                     if (max == -INFINITY) {
                         memset(p, 0, n_cells*sizeof(float));
                         continue;
@@ -813,7 +831,7 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
                         S[r] *= ms;
                         M[r]  = max;
                     }
-                    S[r] += ggml_vec_soft_max_f32(n_cells, p, p, M[r]);
+                    S[r] += ggml_vec_soft_max_f32(n_exp, p, p, M[r]);
                 }
             }
 

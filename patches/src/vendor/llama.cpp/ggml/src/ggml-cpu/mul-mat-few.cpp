@@ -436,6 +436,22 @@ static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int
 
     static thread_local std::vector<typename mmf_type<TYPE>::cols> laid_out(n_tile_block);
 
+    // a row after the other, as they lie in memory; the sums are those of the tiles below
+    if (n_cols == 1) {
+        laid_out.resize(std::max<size_t>(laid_out.size(), n_block));
+
+        mmf_type<TYPE>::lay_out(laid_out.data(), cols + ic0*row_size, row_size, 1, 0, n_block);
+
+        float * to = (float *) dst->data + ic0*stride + ir0;
+
+        for (int64_t r = 0; r < ir1 - ir0; ++r) {
+            for (int64_t ib0 = 0; ib0 < n_block; ib0 += n_tile_block) {
+                mmf_rows<TYPE, 1>(to + r, stride, rows + r*src0->nb[1], src0->nb[1], 1, laid_out.data() + ib0, ib0, std::min(ib0 + n_tile_block, n_block));
+            }
+        }
+        return;
+    }
+
     // tiles of about the same size
     const int64_t n_tile = (n_cols + MMF_TILE_COLS - 1)/MMF_TILE_COLS;
 
@@ -489,7 +505,7 @@ bool ggml_mul_mat_few_serves(const ggml_tensor * dst) {
             return false;
     }
 
-    return src1->type == GGML_TYPE_F32 && src1->ne[1] > 1 && src1->ne[1] <= max_cols && src1->ne[2]*src1->ne[3] == 1;
+    return src1->type == GGML_TYPE_F32 && src1->ne[1] <= max_cols && src1->ne[2]*src1->ne[3] == 1;
 }
 
 void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
