@@ -72,7 +72,8 @@ def main() -> None:
         verbose=False,
     )
     asked = Asked(llm, args.tokens)
-    way: bool | str = {"auto": "auto", "on": True, "off": False}[args.speculate]
+    ways: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+    way = ways[args.speculate]
     print("| text | asked | temperature | tokens a pass | accepted | speed with drafts over without |")
     print("|---|---|--:|--:|--:|--:|")
     every = []
