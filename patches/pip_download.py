@@ -1,4 +1,4 @@
-"""Have pip download one file from whatever index the user has. Knows nothing of what is in it.
+"""Have pip download one file from whatever index the user has, or tell its newest. Knows nothing of what is in it.
 
 Shared by the build backend and scripts that fetch something.
 """
@@ -27,23 +27,40 @@ def pip_download(what: str, options: Sequence[str], directory: Path) -> Path:
     what: its name in the `DownloadError` that says that there is none.
     """
     target = directory / "downloaded"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "off", "--dest", str(target)]
+    arguments = ("download", "--no-deps", "--progress-bar", "off", "--dest", str(target), *options)
+    said = _pip(f"pip cannot download {what}", *arguments)
+    found = list(target.iterdir()) if target.is_dir() else []
+    if len(found) != 1:
+        raise DownloadError(f"pip downloaded {len(found)} files for {what}, and one was expected", said)
+    return found[0]
+
+
+def pip_newest(distribution: str) -> str:
+    """The newest version of which the user's index has a source distribution, as pip counts: no pre-release."""
+    what = f"pip cannot tell the newest version of {distribution}"
+    said = _pip(what, "index", "versions", distribution, "--no-binary", ":all:")
+    if not (versions := re.search(r"^Available versions: ([^\s,]+)", said, re.MULTILINE)):
+        raise DownloadError(f"{what}: its answer names none", said)
+    return versions[1]
+
+
+def _pip(what: str, *arguments: str) -> str:
+    """Run pip; what it said, or a DownloadError that begins with `what`."""
     run = subprocess.run(
-        [*command, *options],
+        [sys.executable, "-m", "pip", *arguments],
         env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
-    found = list(target.iterdir()) if run.returncode == 0 and target.is_dir() else []
-    if len(found) == 1:
-        return found[0]
+    if run.returncode == 0:
+        return run.stdout
     if "No module named pip" in run.stdout:
-        raise DownloadError(f"{sys.executable} has no pip to download {what} with; install pip", run.stdout)
+        raise DownloadError(f"{what}: {sys.executable} has no pip; install pip", run.stdout)
     errors = re.findall(r"^ERROR: (.+)$", run.stdout, re.MULTILINE)
     why = errors[-1].rstrip(".") if errors else f"exit code {run.returncode}"
-    raise DownloadError(f"pip cannot download {what} ({why}); check the network and the index", run.stdout)
+    raise DownloadError(f"{what} ({why}); check the network and the index", run.stdout)
 
 
 def _environment() -> dict[str, str]:

@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from pip_download import DownloadError, pip_download
+from pip_download import DownloadError, pip_download, pip_newest
 from strict_diff import Patch, PatchError, apply, parse
 
 HERE = Path(__file__).resolve().parent
@@ -87,13 +87,45 @@ def fetch_sdist(pin: Pin, directory: Path) -> Path:
             raise SourceError(f"{SDIST_ENV} names {local}, which is no file")
     else:
         sdist = _download(pin, directory)
+    if (got := _sha256(sdist)) != pin.sha256:
+        raise _wrong_checksum(pin, str(sdist), got)
+    return sdist
+
+
+def newest_version() -> str:
+    """The newest release that the user's index has."""
+    try:
+        return pip_newest(DISTRIBUTION)
+    except DownloadError as error:
+        sys.stderr.write(error.log)
+        raise SourceError(str(error)) from None
+
+
+def fetch_release(version: str, directory: Path) -> Path:
+    """The sdist of a release that nothing pins yet, downloaded by pip, which runs its code to ask for its metadata."""
+    options = ["--no-binary", ":all:", f"{DISTRIBUTION}=={version}"]
+    try:
+        return pip_download(f"the sdist of {DISTRIBUTION} {version}", _without_isolation(options), directory)
+    except DownloadError as error:
+        sys.stderr.write(error.log)
+        raise SourceError(str(error)) from None
+
+
+def pin_of(sdist: Path) -> Pin:
+    """What would pin this sdist, whose name says its version as all sdists' names do."""
+    name = re.fullmatch(rf"{DISTRIBUTION.replace('-', '[-_]')}-(.+)\.tar\.gz", sdist.name)
+    if not name or not sdist.is_file():
+        what = "is no file" if name else f"is not called {DISTRIBUTION.replace('-', '_')}-VERSION.tar.gz"
+        raise SourceError(f"{sdist} {what}; name a source archive of {DISTRIBUTION}")
+    return Pin(name[1], _sha256(sdist))
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with sdist.open("rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != pin.sha256:
-        raise _wrong_checksum(pin, str(sdist), digest.hexdigest())
-    return sdist
+    return digest.hexdigest()
 
 
 def _wrong_checksum(pin: Pin, what: str, got: str) -> SourceError:
@@ -108,10 +140,8 @@ def _download(pin: Pin, directory: Path) -> Path:
     # pip checks the hash before it runs any code of the sdist (it asks a downloaded sdist for its metadata)
     requirements.write_text(f"{DISTRIBUTION}=={pin.version} --hash=sha256:{pin.sha256}\n", "utf-8")
     options = ["--no-binary", ":all:", "--require-hashes", "-r", str(requirements)]
-    if importlib.util.find_spec("scikit_build_core"):
-        options.append("--no-build-isolation")
     try:
-        return pip_download(f"the sdist of {DISTRIBUTION} {pin.version}", options, directory)
+        return pip_download(f"the sdist of {DISTRIBUTION} {pin.version}", _without_isolation(options), directory)
     except DownloadError as error:
         if mismatch := re.search(r"Got\s+([0-9a-f]{64})", error.log):
             raise _wrong_checksum(pin, "the sdist that pip downloaded", mismatch[1]) from None
@@ -119,10 +149,15 @@ def _download(pin: Pin, directory: Path) -> Path:
         raise SourceError(f"{error}, or set {SDIST_ENV} to a local copy") from None
 
 
+def _without_isolation(options: list[str]) -> list[str]:
+    """pip makes an environment for upstream's build backend, which is not needed where there is one."""
+    return [*options, "--no-build-isolation"] if importlib.util.find_spec("scikit_build_core") else options
+
+
 def unpack(sdist: Path, target: Path) -> None:
     """Unpack regular files below the sdist's one top folder into `target`; links and paths outside are refused.
 
-    Upstream's sdist carries a stray `.git` folder, which is left out.
+    Upstream's sdist carries stray `.git` folders and files, which are left out.
     """
     try:
         with tarfile.open(sdist) as archive:
@@ -131,7 +166,7 @@ def unpack(sdist: Path, target: Path) -> None:
                 if path.is_absolute() or ".." in path.parts or "\\" in member.name or ":" in member.name:
                     raise SourceError(f"{sdist.name} holds a path outside its folder: {member.name}")
                 inner = path.parts[1:]
-                if member.isdir() or not inner or inner[0] == ".git":
+                if member.isdir() or not inner or ".git" in inner:
                     continue
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is None:

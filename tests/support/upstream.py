@@ -24,7 +24,8 @@ BACKEND_FILES = (
     "strict_diff.py",
     "pyproject.toml",
 )
-SDIST_NAME = "llama_cpp_python-0.3.36.tar.gz"
+VERSION = "0.3.36"
+SDIST_NAME = f"llama_cpp_python-{VERSION}.tar.gz"
 
 # pip asks a downloaded sdist for its metadata, through the backend that its pyproject.toml names
 FILES: dict[str, bytes] = {
@@ -77,11 +78,14 @@ install(TARGETS llama LIBRARY DESTINATION ${SKBUILD_PLATLIB_DIR}/llama_cpp/lib C
 HEADER = "engine: do a thing\n\nWhat: x\n\nWhy: y\n\nTested by: z\n\nCan go when: never\n\n"
 
 
-def make_sdist(path: Path, files: dict[str, bytes] = FILES, extra: tarfile.TarInfo | None = None) -> str:
-    """Write the sdist and return its sha256."""
+def make_sdist(
+    path: Path, files: dict[str, bytes] = FILES, extra: tarfile.TarInfo | None = None, version: str = VERSION
+) -> str:
+    """Write the sdist and return its sha256. Where the files say VERSION, it says `version`."""
     with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"llama_cpp_python-0.3.36/{name}")
+        for name, said in files.items():
+            content = said.replace(VERSION.encode(), version.encode())
+            member = tarfile.TarInfo(f"llama_cpp_python-{version}/{name}")
             member.size = len(content)
             member.mode = 0o755 if name.endswith(".sh") else 0o644
             archive.addfile(member, io.BytesIO(content))
@@ -112,6 +116,12 @@ class Project:
     def pin(self, sha256: str) -> None:
         (self.patches / "upstream.toml").write_text(f'version = "0.3.36"\nsha256 = "{sha256}"\n')
 
+    def release(self, version: str, files: dict[str, bytes] = FILES) -> Path:
+        """The sdist of another release, in the folder of the pinned one's."""
+        path = self.sdist.parent / f"llama_cpp_python-{version}.tar.gz"
+        make_sdist(path, files, version=version)
+        return path
+
     def add_patch(self, diff: str | bytes, header: str = HEADER) -> str:
         """Add a patch of this diff at the end of the series."""
         series = self.patches / "series"
@@ -140,7 +150,8 @@ def make_project(root: Path, files: dict[str, bytes] = FILES) -> Project:
     """Lay out the project below `root`, with an upstream of these files."""
     (root / "scripts").mkdir(parents=True)
     (root / "patches").mkdir()
-    shutil.copy(ROOT / "scripts" / "patches.py", root / "scripts")
+    for script in ("patches.py", "patch_move.py", "patch_tree.py"):
+        shutil.copy(ROOT / "scripts" / script, root / "scripts")
     for name in BACKEND_FILES:
         shutil.copy(ROOT / "patches" / name, root / "patches")
     (root / "patches" / "series").touch()
