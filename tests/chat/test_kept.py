@@ -127,8 +127,8 @@ def tiny(tmp_path) -> tuple[Path, Path]:
     return model, write_adapter(tmp_path / "mine.gguf", weights)
 
 
-SETUP = ["--window", "48", "--sinks", "4", "--full-layers", "1", "--fa-decode", "--tail", "8", "-ctk", "q8_0"]
-SETUP += ["--rope-scaling", "yarn", "--rope-scale", "2", "--yarn-orig-ctx", "1024"]
+ROPE = ["--rope-scaling", "yarn", "--rope-scale", "2", "--yarn-orig-ctx", "1024"]
+SETUP = [*ROPE, "--window", "48", "--sinks", "4", "--full-layers", "1", "--fa-decode", "--tail", "8", "-ctk", "q8_0"]
 
 
 def facts(done: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], str]:
