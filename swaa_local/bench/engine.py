@@ -31,6 +31,7 @@ from swaa_local.engine.options import EngineOptions
 from swaa_local.engine.schedule import apply_draft, apply_schedule, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
 from swaa_local.schedule.config import DRAFT_WINDOW
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.variants import AssumedDrafts
 from swaa_local.text.units import format_bytes
 
@@ -80,7 +81,8 @@ class BenchModel:
             except BaseException:
                 self.__exit__()
                 raise
-        self.n_layer = int(_c.llama_model_n_layer(self.model))
+        self.layers = ModelLayers.of(int(_c.llama_model_n_layer(self.model)))
+        self.n_layer = self.layers.n_layer
         self.n_params = int(_c.llama_model_n_params(self.model))
         self.size_bytes = int(_c.llama_model_size(self.model))
         self.n_vocab = int(_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(self.model)))

@@ -121,7 +121,7 @@ def make_settings(
                 Setting(
                     variant=f"limit w{window} k{sinks}",
                     kind="limit",
-                    schedule=Schedule.full(variants[0].schedule.n_layer),
+                    schedule=Schedule.full(variants[0].schedule.model),
                     n_batch=choices.n_batch,
                     n_ubatch=n_ubatch,
                     flash_attn=best_of_full[type_k, type_v][0] if said is None else said,

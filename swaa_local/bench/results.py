@@ -72,7 +72,7 @@ class Setting:
     @property
     def active_schedule(self) -> Schedule:
         """What the engine runs."""
-        return Schedule.full(self.schedule.n_layer) if self.kind == "limit" else self.schedule
+        return Schedule.full(self.schedule.model) if self.kind == "limit" else self.schedule
 
     def limit_prompts(self, n_prompt: int) -> tuple[int, int]:
         """How many prompts of how many tokens the limit reads for a prompt of n_prompt: whole ones, at least as many

@@ -136,10 +136,9 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
 
 
 def _variants(request: BenchRequest, info: ModelInfo, of_file: Schedule | None, watch: Watch) -> list[Variant]:
-    n_layer = info.n_layer
     if request.variants is not None:
-        return parse_variants(request.variants, n_layer, of_file, words="engine")
-    full = Variant("full", Schedule.full(n_layer))
+        return parse_variants(request.variants, info.layers, of_file, words="engine")
+    full = Variant("full", Schedule.full(info.layers))
     if request.schedule is not None:
         # --no-swaa leaves nothing to compare with.
         return [full] if request.schedule.is_full else [full, Variant(in_words(request.schedule), request.schedule)]
@@ -147,7 +146,7 @@ def _variants(request: BenchRequest, info: ModelInfo, of_file: Schedule | None, 
         return [full, Variant("file", of_file)]
     names, why = without_schedule(info.unsupported)
     watch.note(f"{request.model.name} has no schedule; {why}")
-    return parse_variants(names, n_layer, of_file)
+    return parse_variants(names, info.layers, of_file)
 
 
 def _choices(request: BenchRequest) -> Choices:
@@ -313,7 +312,7 @@ class _Run:
 
     def _probe(self, type_k: str, type_v: str) -> Probe:
         n_prompt = max(_MIN_PROBE_TOKENS, min(PROBE_TOKENS, max(size.decode_depth for size in self._sizes)))
-        full = Schedule.full(self._model.n_layer)
+        full = Schedule.full(self._model.layers)
         size, n_ubatch = Size(0, n_prompt, _PROBE_GEN), self._choices.n_ubatches(full)[0]
         best = {True: (0.0, 0.0), False: (0.0, 0.0)}
         order = [True, False, False, True]

@@ -13,7 +13,8 @@ from swaa_local.schedule.config import LayerMode, Schedule
 
 def whole(space: Space, ranked: Sequence[int]) -> list[Schedule]:
     """With each window: none full, the best few of `ranked`, an eighth, a quarter, half, periodic ones; and presets."""
-    n = space.n_layer
+    layers = space.model.sliding
+    n = len(layers)
     sets: dict[tuple[int, ...], None] = {(): None}
     if ranked:
         for k in (1, 2, 3, 4, round(n / 8), round(n / 4), round(n / 2)):
@@ -21,7 +22,7 @@ def whole(space: Space, ranked: Sequence[int]) -> list[Schedule]:
                 sets[tuple(sorted(ranked[:k]))] = None
     for step in (2, 4):
         for start in range(step):
-            if len(periodic := tuple(range(start, n, step))) < n:
+            if len(periodic := layers[start::step]) < n:
                 sets[periodic] = None
     made = {space.schedule(full, window): None for window in space.windows for full in sets}
     return list(made | dict.fromkeys(space.presets))

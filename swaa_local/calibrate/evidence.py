@@ -15,6 +15,7 @@ from statistics import fmean, median
 from swaa_local.calibrate.results import Candidate, LayerGain, Scale, Trial
 from swaa_local.report.intervals import Interval, paired
 from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.text import in_words
 
 CAUTION = 0.5
@@ -32,9 +33,10 @@ _EXPECTED = 2
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen from. windows: in tokens, ascending, for prompts of full length. presets: as they are."""
+    """What may be chosen from. model: whose layers. windows: in tokens, ascending, for prompts of full length. presets:
+    as they are."""
 
-    n_layer: int
+    model: ModelLayers
     length: int
     windows: tuple[int, ...]
     sinks: int
@@ -43,8 +45,10 @@ class Space:
 
     def schedule(self, full: Iterable[int], window: int) -> Schedule:
         kept = set(full)
-        modes = tuple(LayerMode.FULL if i in kept else LayerMode.PREFILL for i in range(self.n_layer))
-        return Schedule(window, self.sinks, modes, self.tail)
+        modes = [LayerMode.FULL] * self.model.n_layer
+        for layer in self.model.sliding:
+            modes[layer] = LayerMode.FULL if layer in kept else LayerMode.PREFILL
+        return Schedule(window, self.sinks, tuple(modes), self.tail, self.model)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Evidence:
 
     def __init__(self, space: Space, limits: Limits) -> None:
         self._space, self._limits = space, limits
-        self.full_attention = Schedule.full(space.n_layer)
+        self.full_attention = Schedule.full(space.model)
         self.trials: dict[tuple[Schedule, Scale, int], Trial] = {}
         self.gains: dict[int, LayerGain] = {}
         self.varied: dict[Schedule, Schedule] = {}
@@ -231,7 +235,7 @@ class Evidence:
             wide = sum(window < schedule.window for window in windows) / len(windows)
             brings = sum(max(0.0, gain.gain) for gain in self.gains.values())
             kept = sum(max(0.0, self.gain(layer)) for layer in full) / brings if brings else 0.0
-            chance = min(0.9, 0.1 + 0.3 * wide + 0.4 * len(full) / self._space.n_layer + 0.4 * kept)
+            chance = min(0.9, 0.1 + 0.3 * wide + 0.4 * len(full) / len(self._space.model.sliding) + 0.4 * kept)
         for other in {tried for tried, scale, _ in self.trials if scale == "long"} - {self.full_attention}:
             if (quality := self.quality(other)) is None:
                 continue

@@ -26,10 +26,11 @@ class _Screen:
         self._space, self._limits = space, limits
 
     def run(self) -> str:
-        n, trials = self._space.n_layer, self._trials
+        layers, trials = self._space.model.sliding, self._trials
+        n = len(layers)
         windows = self._space.windows[: len(self._space.windows) // 2 + 1]
         none = self._space.schedule((), windows[-1])
-        alone = [none, *(self._space.schedule((layer,), none.window) for layer in range(n))]
+        alone = [none, *(self._space.schedule((layer,), none.window) for layer in layers)]
         new = sum((each, "long", 0) not in self._known.trials for each in alone)
         fits = new * trials.cost("long") <= max(0.0, trials.left(self._until_s))
         scale: Scale = "long" if (fits and self._limits.n_long) or not self._limits.n_short else "short"
@@ -49,7 +50,7 @@ class _Screen:
             trials.notes.append("layers were not ranked: there was no time for it")
             return measured_at
         size = _group_size(n, affordable)
-        groups = [tuple(range(i, min(n, i + size))) for i in range(0, n, size)]
+        groups = [layers[i : i + size] for i in range(0, n, size)]
         self._measure(groups, none, scale, 0)
         if size > 1:
             ranked = sorted(groups, key=lambda group: -sum(self._known.gain(layer) for layer in group))

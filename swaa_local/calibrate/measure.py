@@ -172,7 +172,7 @@ class Bench:
     def _apply(self, schedule: Schedule, prompt: Prompted, *, anew: bool = False) -> bool:
         """Take a schedule; True if the prompt must be read."""
         llm = self.llm
-        active = llm.schedule or Schedule.full(schedule.n_layer)
+        active = llm.schedule or Schedule.full(schedule.model)
         begin = list(prompt.tokens[: max(0, len(prompt.tokens) - 512)])
         has_text = llm.n_tokens > len(begin) and llm.input_ids[: len(begin)].tolist() == begin
         if not anew and has_text and schedule.has_cells_of(active):

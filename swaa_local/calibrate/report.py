@@ -138,7 +138,7 @@ def _points(
 
 
 def _is_naive(candidate: Candidate) -> bool:
-    return candidate.schedule.sinks == 0 and set(candidate.schedule.layer_modes) == {LayerMode.ALWAYS}
+    return candidate.schedule.is_naive
 
 
 def _layers(result: Calibration) -> Any:

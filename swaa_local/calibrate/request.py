@@ -82,7 +82,7 @@ def plan(
 
 def check_memory(request: CalibrateRequest, info: ModelInfo, length: int) -> None:
     """Before anything is made. Raises `ContextTooLarge`."""
-    engine, full = request.engine, Schedule.full(info.n_layer)
+    engine, full = request.engine, Schedule.full(info.layers)
     cost = header_cost(
         info,
         full,

@@ -29,6 +29,7 @@ from swaa_local.model_file.adapter import adapter_remarks, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, read_model_info
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.cost import pad_cells
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.presets import PRESETS
 
 _SINKS = 100
@@ -136,7 +137,7 @@ class _Run:
 
     def all(self) -> Calibration:
         judge = _Judge(self.material, self.bench, self.log, self.watch, self.clock)
-        full = Schedule.full(self.info.n_layer)
+        full = Schedule.full(self.info.layers)
         self.watch.stage("which questions full attention answers")
         n_short = self.material.n_short
         asking = Asking(self.material, self.bench, self.log, self.length, self._say)
@@ -161,12 +162,12 @@ class _Run:
             say=self._say,
         )
         space = Space(
-            self.info.n_layer,
+            self.info.layers,
             self.length,
             self.windows,
             min(_SINKS, self.windows[0] // 4),
             self._tails()[0],
-            _presets(self.info.n_layer, self.length),
+            _presets(self.info.layers, self.length),
         )
         limits = Limits(
             self.request.keep,
@@ -183,7 +184,7 @@ class _Run:
             search.run()
             found = search.found()
             if found.chosen is not None and found.chosen.scale == "long":
-                periodic = [space.schedule(range(i, self.info.n_layer, 2), self.windows[-1]) for i in (0, 1)]
+                periodic = [space.schedule(space.model.sliding[i::2], self.windows[-1]) for i in (0, 1)]
                 checks.make(full, found, periodic, search.long_s or 0.0)
         except KeyboardInterrupt:
             interrupted = True
@@ -271,7 +272,8 @@ def _at_scale(schedule: Schedule, scale: Scale) -> Schedule:
     return replace(schedule, window=max(1, schedule.window // SHORTER))
 
 
-def _presets(n_layer: int, length: int) -> tuple[Schedule, ...]:
+def _presets(model: ModelLayers, length: int) -> tuple[Schedule, ...]:
     """Published schedules for models of this depth whose windows are shorter than the prompts."""
-    schedules = [preset.config(n_layer).schedule(n_layer) for preset in PRESETS.values() if preset.n_layer == n_layer]
+    published = [preset for preset in PRESETS.values() if preset.n_layer == model.n_layer]
+    schedules = [preset.config(model).schedule(model) for preset in published]
     return tuple(dict.fromkeys(schedule for schedule in schedules if schedule.window <= length // 2))

@@ -20,7 +20,7 @@ from swaa_local.calibrate.evidence import Limits, Space
 from swaa_local.calibrate.layer_gains import screen
 from swaa_local.calibrate.results import Candidate, LayerGain, Scale, Trial
 from swaa_local.calibrate.trials import Judge, Listener, Trials
-from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.config import LayerMode, Schedule, SWAAConfig
 
 _SHARES = {"screen": 0.3, "race": 0.65, "refine": 0.72, "confirm": 0.8, "slide": 0.94}
 _MEMORY_SHARES = {"screen": 0.25, "race": 0.45, "refine": 0.5, "confirm": 0.55, "slide": 0.94}
@@ -116,7 +116,7 @@ class Search:
             rungs = [("short", 0), *rungs]
         if not long_fits:
             rungs = [("short", i) for i in range(self._limits.n_short)]
-        naive = Schedule(self._space.windows[-1], 0, (LayerMode.ALWAYS,) * self._space.n_layer)
+        naive = SWAAConfig(self._space.windows[-1]).schedule(self._space.model)
         if long_fits and trials.left(until_s) > _SPARE * trials.cost("long"):
             trials.measure(naive, "long", 0)  # to show what the rest of a schedule is for
         for number, (scale, text) in enumerate(rungs):

@@ -26,6 +26,7 @@ from swaa_local.model_file.schedule_keys import read_stored
 from swaa_local.prefix_cache.store import PrefixCache
 from swaa_local.schedule.choice import ScheduleOptions, StoredSchedule
 from swaa_local.schedule.config import Schedule, SWAAConfig
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.sources.find import find_gguf
 
 _ENGINE = (
@@ -45,14 +46,14 @@ class ModelOpener:
         idle = IdleCPUs()
         self._path = find_gguf(options.model)
         self._terminal = terminal
-        n_layer = read_model_info(self._path).n_layer
+        layers = read_model_info(self._path).layers
         self.options, before = _resumed(options, self._path)
-        self._swaa, self.full = self._choose(before, n_layer)
+        self._swaa, self.full = self._choose(before, layers)
         self._n_ctx = self.options.n_ctx
         self._advice = "pass -c"  # which is over in a conversation
         self._engine = _on_idle_cpus(self.options.engine, idle, terminal)
 
-    def _choose(self, before: Setup | None, n_layer: int) -> tuple[SWAAConfig | Schedule | None, bool]:
+    def _choose(self, before: Setup | None, layers: ModelLayers) -> tuple[SWAAConfig | Schedule | None, bool]:
         """The schedule, None for the file's, and whether it is turned off."""
         asked, path = self.options.schedule, self._path
         said = self.options.said & {field.name for field in fields(ScheduleOptions)}
@@ -63,13 +64,13 @@ class ModelOpener:
                 of_file = read_stored(path)
                 return replace(of_file, schedule=earlier) if earlier else of_file
 
-            chosen = asked.config(n_layer, stored) or None
-            self._schedule = chosen.schedule(n_layer) if chosen else read_stored(path).schedule
+            chosen = asked.config(layers, stored) or None
+            self._schedule = chosen.schedule(layers) if chosen else read_stored(path).schedule
             return chosen, asked.no_swaa
         self._schedule = read_stored(path).schedule
-        if before.schedule and before.schedule != self._schedule and before.schedule.n_layer == n_layer:
-            self._schedule = before.schedule
-            return before.schedule, before.full
+        if before.schedule and before.schedule != self._schedule and before.schedule.n_layer == layers.n_layer:
+            self._schedule = replace(before.schedule, model=layers)
+            return self._schedule, before.full
         return None, before.full
 
     def open(self, full: bool) -> Llama:

@@ -209,9 +209,9 @@ class Session:
 
     @property
     def forgets_by_itself(self) -> bool:
-        """True if every layer has a ring: the model sees no more than its window, however much it is given."""
+        """True if no layer keeps the whole text: the model sees no more than its windows, however much it is given."""
         schedule = self.llm.schedule
-        return schedule is not None and len(schedule.layers(LayerMode.ALWAYS)) == schedule.n_layer
+        return schedule is not None and schedule.layers(LayerMode.ALWAYS) == schedule.model.sliding
 
     def drop_to_fit(self, text: str) -> list[Turn]:
         """Forget the oldest messages until this one has room, and half of the context is free if that can be."""

@@ -133,8 +133,8 @@ def bench_command(
         from swaa_local.model_file.schedule_keys import read_stored
         from swaa_local.schedule.config import SWAAConfig
 
-        n_layer = read_model_info(path).n_layer
-        own = (schedule.config(n_layer, lambda: read_stored(path)) or SWAAConfig()).schedule(n_layer)
+        layers = read_model_info(path).layers
+        own = (schedule.config(layers, lambda: read_stored(path)) or SWAAConfig()).schedule(layers)
     # -d and -pg say themselves what is measured; the default prompts are for those who say nothing.
     nothing_said = not depths and not pairs
     request = BenchRequest(

@@ -20,6 +20,7 @@ from swaa_local.files.child_process import ChildError, Event, run_child
 from swaa_local.model_file.adapter import Adapter
 from swaa_local.report.progress import Reporter
 from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 from swaa_local.sources.checkpoint_files import WEIGHTS, checkpoint_files
 
 # What the converter itself writes; other types go through llama.cpp's quantizer.
@@ -206,15 +207,31 @@ def check_pre_tokenizer(name: str) -> None:
         raise SWAAError(f"unknown --pre-tokenizer {name!r}; known are {', '.join(names)}")
 
 
-def unsupported_by_settings(directory: Path) -> str | None:
-    """Why no schedule can apply to a checkpoint, from its config.json alone; None if that does not tell."""
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint's config.json tells of schedules. None where it does not tell.
+
+    unsupported: why none can apply. layers: what they are.
+    """
+
+    unsupported: str | None = None
+    layers: ModelLayers | None = None
+
+
+def read_settings(directory: Path) -> Settings:
+    """Ask upstream's converter, which reads config.json and no weights."""
     request = {"converter": os.fspath(converter_path()), "checkpoint": os.fspath(directory)}
     try:
         events = run_child(_HF_CONVERTER, request, what="upstream's converter")
     except ChildError:
         # Some settings cannot be read without the weights; the conversion itself will judge.
-        return None
-    return next((event["unsupported"] for event in events if "unsupported" in event), None)
+        return Settings()
+    told = next((event for event in events if "unsupported" in event), None)
+    if told is None:
+        return Settings()
+    layers = told["layers"]
+    kinds = tuple(LayerKind(kind) for kind in layers["kinds"])
+    return Settings(told["unsupported"], ModelLayers(kinds, layers["own_window"], tuple(layers["kv_of"])))
 
 
 def convert_checkpoint(

@@ -22,6 +22,7 @@ from swaa_local.model_file.schedule_keys import calibration_of, has_schedule_key
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.choice import ScheduleChoice
 from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.presets import DEFAULT_PRESET
 from swaa_local.schedule.text import layer_by_layer
 from swaa_local.sources import hub
@@ -98,7 +99,7 @@ def make_plan(request: Request) -> Plan:
     if isinstance(source, LocalGGUF):
         plan = _plan_gguf(request, source.path, out_type)
     elif isinstance(source, LocalCheckpoint):
-        plan = _plan_checkpoint(request, source.checkpoint, out_type)
+        plan = _plan_checkpoint(request, source.checkpoint, source.path, out_type)
     else:
         plan = _plan_hub(request, source, out_type)
     _check_disk(plan.outcome)
@@ -112,9 +113,9 @@ def _plan_gguf(request: Request, path: Path, out_type: OutType | None) -> GGUFPl
         raise _no_weights_to_merge_into(path.name, request.lora)
     with open_gguf(path) as file:
         model = model_info_of(file)
-        choice = request.choice(model.n_layer, lambda: stored_of(file))
+        choice = request.choice(model.layers, lambda: stored_of(file))
         old = has_schedule_keys(file)
-        schedule = schedule_of(file) if choice is None else _resolve(choice, model.n_layer, model.unsupported)
+        schedule = schedule_of(file) if choice is None else _resolve(choice, model.layers, model.unsupported)
         if out_type is not None and out_type.name.upper() == model.file_type:
             out_type = None
         if out_type is not None:
@@ -164,7 +165,10 @@ def _stored_schedule(file: GGUFFile) -> Schedule | None:
         return None
 
 
-def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType | None) -> CheckpointPlan:
+def _plan_checkpoint(
+    request: Request, checkpoint: Checkpoint, folder: Path, out_type: OutType | None
+) -> CheckpointPlan:
+    """folder: where its config.json is."""
     hf.converter_path()
     hf.require_extra()
     if request.pre_tokenizer is not None:
@@ -173,7 +177,11 @@ def _plan_checkpoint(request: Request, checkpoint: Checkpoint, out_type: OutType
         raise _needs_imatrix(out_type)
     schedule = None
     if checkpoint.n_layer is not None:
-        schedule = _resolve(request.choice(checkpoint.n_layer), checkpoint.n_layer, None)
+        layers = ModelLayers.of(checkpoint.n_layer)
+        if request.choice(layers) not in (None, False):
+            settings = hf.read_settings(folder)  # takes seconds
+            layers = settings.layers or layers
+            schedule = _resolve(request.choice(layers), layers, settings.unsupported)
     elif request.schedule not in (None, False):
         raise ConvertError(
             f"{checkpoint.label}: config.json does not say how many layers the model has, so no schedule can be made; "
@@ -235,21 +243,20 @@ def _plan_hub_checkpoint(request: Request, model: hub.HubModel, out_type: OutTyp
     config = hf.parse_config(config_file.read_bytes(), f"{hub_id} config.json")
     weight_bytes = sum(listing.sizes[name] or 0 for name in model.files if name.endswith(WEIGHTS))
     architecture, n_layer = hf.architecture_of(config, str(hub_id)), hf.n_layer_of(config)
-    plan = _plan_checkpoint(request, Checkpoint(None, str(hub_id), architecture, n_layer, None, weight_bytes), out_type)
-    if plan.outcome.schedule is not None and (reason := hf.unsupported_by_settings(config_file.parent)):
-        raise ConvertError(f"no schedule can apply: {reason}")
-    return plan
+    checkpoint = Checkpoint(None, str(hub_id), architecture, n_layer, None, weight_bytes)
+    return _plan_checkpoint(request, checkpoint, config_file.parent, out_type)
 
 
-def _resolve(choice: ScheduleChoice, n_layer: int, unsupported: str | None) -> Schedule | None:
+def _resolve(choice: ScheduleChoice, layers: ModelLayers, unsupported: str | None) -> Schedule | None:
     if choice is None or choice is False:
         return None
     if unsupported is not None:
         raise ConvertError(f"no schedule can apply: {unsupported}")
-    schedule = choice.schedule(n_layer)
+    schedule = choice.schedule(layers)
     if schedule.is_full:
+        which = f"{len(layers.sliding)} layers{'' if layers.all_slide else ' that can slide'}"
         raise ConvertError(
-            f"in this schedule all {n_layer} layers have full attention, so it does nothing; list fewer --full-layers, "
+            f"in this schedule all {which} have full attention, so it does nothing; list fewer --full-layers, "
             "or pass --no-swaa for a file without a schedule"
         )
     return schedule

@@ -12,6 +12,7 @@ from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
 from swaa_local.model_file.adapter import Adapter
 from swaa_local.schedule.choice import ScheduleChoice, StoredSchedule
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.sources import hub
 
 
@@ -23,7 +24,7 @@ class ConvertError(SWAAError):
 class Request:
     """What is asked for.
 
-    schedule: a choice, or a function that makes one for a model of so many layers, and may read what the source stores.
+    schedule: a choice, or a function that makes one for a model of these layers, and may read what the source stores.
     lora: an adapter to merge into the weights of a checkpoint.
     calibration: what the schedule was found with, to be stored beside it.
     out_type: llama-quantize's name of a weight type, in any case; None: a GGUF's as it is, a checkpoint's 16-bit type.
@@ -31,7 +32,7 @@ class Request:
 
     source: str
     output: Path
-    schedule: ScheduleChoice | Callable[[int, Callable[[], StoredSchedule]], ScheduleChoice] = None
+    schedule: ScheduleChoice | Callable[[ModelLayers, Callable[[], StoredSchedule]], ScheduleChoice] = None
     calibration: str | None = None
     out_type: str | None = None
     pre_tokenizer: str | None = None
@@ -40,8 +41,8 @@ class Request:
     verbose: bool = False
     lora: Adapter | None = None
 
-    def choice(self, n_layer: int, read_stored: Callable[[], StoredSchedule] = StoredSchedule) -> ScheduleChoice:
-        return self.schedule(n_layer, read_stored) if callable(self.schedule) else self.schedule
+    def choice(self, layers: ModelLayers, read_stored: Callable[[], StoredSchedule] = StoredSchedule) -> ScheduleChoice:
+        return self.schedule(layers, read_stored) if callable(self.schedule) else self.schedule
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def run_demo(
     if said := beyond_training(length, info.n_ctx_train):
         view.note(said)
     shown = [(title, words) for title, words in _ROWS if title != WITHOUT_TAIL or of_file.active_tail]
-    variants = parse_variants(",".join(words for _, words in shown), info.n_layer, of_file)
+    variants = parse_variants(",".join(words for _, words in shown), info.layers, of_file)
     rows = [Row(title, variant) for (title, _), variant in zip(shown, variants, strict=True)]
     with ExitStack() as stack:
         answerers = []

@@ -146,11 +146,11 @@ def header_cost(
     n_gpu_layers: int = 0,
 ) -> ContextCost:
     """What a context costs of a model whose cache is a plain one, by its header. Arguments as in `longest_n_ctx`."""
-    schedule = schedule or Schedule.full(info.n_layer)
+    schedule = schedule or Schedule.full(info.layers)
     return ContextCost(
         schedule=schedule,
-        n_embd_k=min(info.n_embd_k),  # of layers that differ, the least
-        n_embd_v=min(info.n_embd_v),
+        n_embd_k=min(filter(None, info.n_embd_k), default=0),  # of layers that differ, the least
+        n_embd_v=min(filter(None, info.n_embd_v), default=0),
         type_k=type_k,
         type_v=type_v,
         n_head=max(info.n_head),

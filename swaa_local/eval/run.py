@@ -82,7 +82,7 @@ def evaluate(request: EvalRequest, watch: Watch = SILENT) -> Evaluation:
     if request.variants is None and (of_file is None or of_file.is_full):
         names, why = without_schedule(info.unsupported)
         watch.note(f"{request.model.name} has no schedule; {why}")
-    variants = parse_variants(names, info.n_layer, of_file)
+    variants = parse_variants(names, info.layers, of_file)
     if any(not variant.is_full for variant in variants) and info.unsupported:
         raise EvalError(info.unsupported)
     _check_memory(request, info, variants)

@@ -73,10 +73,10 @@ def inspect_gguf(
         raise SWAAError(f"a context has at least 1 token, not {n_ctx}")
     if n_ubatch is None:
         windowed = schedule is not None and not schedule.is_full
-        n_ubatch = default_n_ubatch(schedule or Schedule.full(model.n_layer), gpu=windowed and _has_gpu())
+        n_ubatch = default_n_ubatch(schedule or Schedule.full(model.layers), gpu=windowed and _has_gpu())
     full = scheduled = None
     if model.unsupported is None:
-        everything = Schedule.full(model.n_layer)
+        everything = Schedule.full(model.layers)
         full = _cost(model, everything, n_ctx, n_ubatch, type_k, type_v)
         if schedule is not None:
             scheduled = _cost(model, schedule, n_ctx, n_ubatch, type_k, type_v)

@@ -9,7 +9,7 @@ from swaa_local.inspect.listing import ListedModel
 from swaa_local.inspect.run import Cost, Inspection
 from swaa_local.model_file.model_info import ModelInfo, describe_model
 from swaa_local.schedule.cost import full_cells
-from swaa_local.schedule.text import in_words, layer_by_layer
+from swaa_local.schedule.text import in_slides, in_words, layer_by_layer
 from swaa_local.text.printable import printable
 from swaa_local.text.units import format_bytes, format_count
 
@@ -24,11 +24,14 @@ def report(inspection: Inspection) -> str:
         f"layers     {model.n_layer}, {_heads(model)}",
         f"trained to {model.n_ctx_train if model.n_ctx_train is not None else 'an unknown number of'} tokens",
     ]
+    if not model.layers.all_slide:
+        lines.append(f"can slide  {in_slides(model.layers)}")
     if model.n_split > 1:
         lines.append(f"split      into {model.n_split} files, of which this is the first; figures are of all")
     lines.append("")
     if schedule is None:
-        can = "" if model.unsupported else ": full attention everywhere; swaa-local convert adds one"
+        where = " everywhere" if model.layers.all_slide else " where layers can slide"
+        can = "" if model.unsupported else f": full attention{where}; swaa-local convert adds one"
         lines.append(f"schedule   none{can}")
     else:
         first, *rest = layer_by_layer(schedule)
@@ -131,6 +134,8 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
             "n_head_kv": list(model.n_head_kv),
             "head_dim_k": model.head_dim_k,
             "head_dim_v": model.head_dim_v,
+            "layer_kinds": [kind.value for kind in model.layers.kinds],
+            "own_window": model.layers.own_window or None,
             "n_params": model.n_params,
             "file_bytes": model.file_bytes,
             "file_type": model.file_type,

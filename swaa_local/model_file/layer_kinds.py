@@ -61,6 +61,8 @@ _RECURRENT_WITHOUT_KV_HEADS = frozenset(
 # Where a layer without KV heads is recurrent, or has a feed-forward network alone.
 _NEMOTRON_H = frozenset(("nemotron_h", "nemotron_h_moe"))
 
+SHARES_KV = frozenset(("gemma3n", "gemma4"))
+"""Whose last layers read the KV caches of earlier ones."""
 _GEMMA3N_KV_LAYERS = 20
 
 
@@ -110,8 +112,10 @@ def _has_window(architecture: str, n_layer: int, value: Callable[[str], Any]) ->
     pattern = value("attention.sliding_window_pattern")
     if isinstance(pattern, list):
         return _flags(pattern, n_layer)
-    period = pattern if isinstance(pattern, int) and not isinstance(pattern, bool) else known and known.period
-    if known is None or period is None:
+    if known is None:
+        return [False] * n_layer
+    period = pattern if isinstance(pattern, int) else known.period
+    if period is None:
         return [False] * n_layer
     if period == 0:
         return [True] * n_layer
@@ -146,9 +150,9 @@ def _recurrent(architecture: str, n_layer: int, value: Callable[[str], Any]) -> 
 
 def _kv_of(architecture: str, has_window: list[bool], value: Callable[[str], Any]) -> tuple[int, ...]:
     n_layer = len(has_window)
-    n_own = {"gemma3n": _GEMMA3N_KV_LAYERS, "gemma4": n_layer - (value("attention.shared_kv_layers") or 0)}.get(
-        architecture, n_layer
-    )
+    if architecture not in SHARES_KV:
+        return ()
+    n_own = _GEMMA3N_KV_LAYERS if architecture == "gemma3n" else n_layer - (value("attention.shared_kv_layers") or 0)
     if not 2 <= n_own < n_layer:
         return ()
     return tuple(layer if layer < n_own else n_own - (2 if has_window[layer] else 1) for layer in range(n_layer))

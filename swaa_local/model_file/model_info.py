@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from swaa_local.errors import GGUFError
 from swaa_local.model_file.check import bad_value, check_values, describe_value
 from swaa_local.model_file.header import GGUFFile
+from swaa_local.model_file.layer_kinds import layer_kinds
 from swaa_local.model_file.split import KEY_COUNT, open_gguf
 from swaa_local.model_file.unsupported import unsupported_reason
+from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 from swaa_local.text.printable import printable
 from swaa_local.text.units import format_count
-
-# Architectures whose loader in llama.cpp (src/models/*.cpp) turns `attention.sliding_window` into a window of the
-# model's own. Others ignore the key: files of Phi-3 carry one, and upstream runs Phi-3 with full attention.
-# fmt: off
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,9 @@ class ModelInfo:
     """Key and value heads of each layer."""
     head_dim_k: int
     head_dim_v: int
+    head_dim_k_own: int
+    """Where a layer has the model's own window."""
+    head_dim_v_own: int
     n_params: int
     """Elements of all tensors."""
     file_bytes: int
@@ -47,18 +47,24 @@ class ModelInfo:
     has_chat_template: bool
     n_split: int
     """Files the model is split into; 1 if it is whole."""
+    layers: ModelLayers
+    """Which can slide."""
     unsupported: str | None
     """Why no schedule can apply, as far as metadata tell; names the architecture."""
 
     @property
     def n_embd_k(self) -> tuple[int, ...]:
-        """Elements of one token's K in each layer's cache."""
-        return tuple(n * self.head_dim_k for n in self.n_head_kv)
+        """Elements of one token's K in each layer's cache; 0 where there is none."""
+        return self._n_embd(self.head_dim_k, self.head_dim_k_own)
 
     @property
     def n_embd_v(self) -> tuple[int, ...]:
-        """Elements of one token's V in each layer's cache."""
-        return tuple(n * self.head_dim_v for n in self.n_head_kv)
+        """Elements of one token's V in each layer's cache; 0 where there is none."""
+        return self._n_embd(self.head_dim_v, self.head_dim_v_own)
+
+    def _n_embd(self, head_dim: int, head_dim_own: int) -> tuple[int, ...]:
+        dims = {LayerKind.SLIDES: head_dim, LayerKind.OWN_WINDOW: head_dim_own}
+        return tuple(n * dims.get(kind, 0) for n, kind in zip(self.n_head_kv, self.layers.kinds, strict=True))
 
 
 def read_model_info(path: str | os.PathLike[str]) -> ModelInfo:
@@ -93,6 +99,9 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
     n_head = _per_layer(file, f"{architecture}.attention.head_count", n_layer) or (0,) * n_layer
     head_dim = (n_embd or 0) // max(1, n_head[0])
     head_dim_k, head_dim_v = number("attention.key_length"), number("attention.value_length")
+    head_dim_k = head_dim if head_dim_k is None else head_dim_k
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    head_dim_k_own, head_dim_v_own = number("attention.key_length_swa"), number("attention.value_length_swa")
     return ModelInfo(
         architecture=architecture,
         name=_text(file, "general.name"),
@@ -101,13 +110,16 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
         n_embd=n_embd,
         n_head=n_head,
         n_head_kv=_per_layer(file, f"{architecture}.attention.head_count_kv", n_layer) or n_head,
-        head_dim_k=head_dim if head_dim_k is None else head_dim_k,
-        head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+        head_dim_k=head_dim_k,
+        head_dim_v=head_dim_v,
+        head_dim_k_own=head_dim_k if head_dim_k_own is None else head_dim_k_own,
+        head_dim_v_own=head_dim_v if head_dim_v_own is None else head_dim_v_own,
         n_params=sum(tensor.n_elements for tensor in file.tensors),
         file_bytes=file.size,
         file_type=file_type_name(file.get("general.file_type")),
         has_chat_template="tokenizer.chat_template" in file.keys,
         n_split=max(1, _number(file, KEY_COUNT) or 1),
+        layers=layer_kinds(architecture, n_layer, file.get),
         unsupported=unsupported_reason(architecture, file.keys, file.get),
     )
 

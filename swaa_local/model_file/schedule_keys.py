@@ -14,6 +14,7 @@ from swaa_local.model_file.model_info import model_info_of
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.choice import StoredSchedule
 from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule
+from swaa_local.schedule.model_layers import ModelLayers
 
 KEY_PREFIX = "swaa."
 
@@ -40,8 +41,8 @@ SCHEDULE_VERSION = 1
 def read_schedule(path: str | os.PathLike[str]) -> Schedule | None:
     """The schedule that a GGUF stores, or None.
 
-    Raises `GGUFError` naming key and value for an unknown version, a missing key, a wrong type, W = 0, a mode above 2
-    or a number of modes that is not the model's number of layers.
+    Raises `GGUFError` naming key and value for an unknown version, a missing key, a wrong type, W = 0, a mode above 2,
+    one that a layer cannot have, or a number of modes that is not the model's number of layers.
     """
     with open_gguf(path) as file:
         return schedule_of(file)
@@ -65,11 +66,11 @@ def has_schedule_keys(file: GGUFFile) -> bool:
 
 def schedule_of(file: GGUFFile) -> Schedule | None:
     """`read_schedule` for an open file."""
-    return schedule_entries(file, lambda: model_info_of(file).n_layer) if has_schedule_keys(file) else None
+    return schedule_entries(file, lambda: model_info_of(file).layers) if has_schedule_keys(file) else None
 
 
-def schedule_entries(file: GGUFFile, n_layer_of_model: Callable[[], int] | None = None) -> Schedule:
-    """The schedule as the keys say it, of a model or, without its number of layers, of an adapter; errors as of
+def schedule_entries(file: GGUFFile, layers_of_model: Callable[[], ModelLayers] | None = None) -> Schedule:
+    """The schedule as the keys say it, of a model or, without its layers, of an adapter; errors as of
     `read_schedule`."""
 
     def fail(what: str) -> GGUFError:
@@ -104,10 +105,10 @@ def schedule_entries(file: GGUFFile, n_layer_of_model: Callable[[], int] | None 
     found = entry(KEY_LAYER_MODES)
     if found.type is not ValueType.ARRAY or found.item_type is not ValueType.I32:
         raise fail(f"{KEY_LAYER_MODES} is {describe_value(file, found)}, expected an array of i32")
-    n_layer = n_layer_of_model() if n_layer_of_model else found.n_items
-    if found.n_items != n_layer:
-        raise fail(f"{KEY_LAYER_MODES} has {found.n_items} entries, but the model has {n_layer} layers")
-    if n_layer == 0:
+    model = layers_of_model() if layers_of_model else ModelLayers.of(found.n_items)
+    if found.n_items != model.n_layer:
+        raise fail(f"{KEY_LAYER_MODES} has {found.n_items} entries, but the model has {model.n_layer} layers")
+    if not model.n_layer:
         raise fail(f"{KEY_LAYER_MODES} is empty")
     modes = []
     for layer, mode in enumerate(file.get(KEY_LAYER_MODES)):
@@ -116,7 +117,9 @@ def schedule_entries(file: GGUFFile, n_layer_of_model: Callable[[], int] | None 
                 f"{KEY_LAYER_MODES}[{layer}] is {mode}, expected 0 (full), 1 (window in prefill) or 2 (window always)"
             )
         modes.append(LayerMode(mode))
-    return Schedule(window, sinks, tuple(modes), tail)
+    if reason := model.refusal(modes):
+        raise fail(f"{KEY_LAYER_MODES} has {reason}")
+    return Schedule(window, sinks, tuple(modes), tail, model)
 
 
 def calibration_of(file: GGUFFile) -> str | None:

@@ -1,7 +1,7 @@
 """What a user asked for as a schedule, before the model is known: a preset, settings, none, or nothing at all.
 
 A list of layers such as `1::2` has no meaning before the model's depth is known, so a command gets `ScheduleOptions`
-and asks for `config(n_layer)`. Knows nothing of the command line that fills it.
+and asks for `config(layers)`. Knows nothing of the command line that fills it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.schedule.layers import parse_layers
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.presets import Preset
 
 
@@ -50,9 +51,9 @@ class ScheduleOptions:
         return self.preset is not None or self.auto or self.window is not None
 
     def config(
-        self, n_layer: int, read_stored: Callable[[], StoredSchedule] = StoredSchedule
+        self, model: ModelLayers | int, read_stored: Callable[[], StoredSchedule] = StoredSchedule
     ) -> SWAAConfig | Literal[False] | None:
-        """The schedule for a model of this depth; False for --no-swaa, None if nothing was said.
+        """The schedule for a model of these layers; False for --no-swaa, None if nothing was said.
 
         read_stored: gives what the model's file stores; asked only if its tail alone is replaced, or for `auto`. Given
         options replace the preset's. Raises `ScheduleError`.
@@ -70,7 +71,7 @@ class ScheduleOptions:
             return self._checked(replace(stored.config(), prompt_tail=self.tail))
 
         def layers(text: str) -> tuple[int, ...]:
-            return parse_layers(text, n_layer, clip_layers=self.clip_layers)
+            return parse_layers(text, model, clip_layers=self.clip_layers)
 
         window, sinks, full, decode = self.window, self.sinks, self.full_layers, self.fa_decode
         base = SWAAConfig()
@@ -79,7 +80,7 @@ class ScheduleOptions:
         elif self.preset is not None:
             # Layers named by hand replace the preset's, so its depth no longer matters.
             base = (
-                self.preset.config(n_layer, clip_layers=self.clip_layers)
+                self.preset.config(model, clip_layers=self.clip_layers)
                 if full is None
                 else SWAAConfig(
                     self.preset.window, self.preset.sinks, self.preset.fa_decode, prompt_tail=self.preset.tail

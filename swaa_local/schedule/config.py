@@ -7,13 +7,14 @@ Source of the semantics: SWAA, arXiv 2512.10411.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.cost import full_cells, full_pairs, pad_cells, window_keys, window_pairs
+from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 
 # The engine's own limit (llama-swaa.cpp): sums of positions, windows and sinks must fit a 32-bit position.
 MAX_TOKENS = 1 << 30
@@ -26,7 +27,7 @@ class LayerMode(IntEnum):
     """What a layer sees; the values are those of the GGUF and of the engine."""
 
     FULL = 0
-    """Everything, always."""
+    """Everything, always; or what the model's own window or state holds, where a layer cannot slide."""
     PREFILL = 1
     """A window over the prompt, everything for generated tokens ("FA decode")."""
     ALWAYS = 2
@@ -65,12 +66,15 @@ class SWAAConfig:
         set_field(self, "non_sliding_layers", _layers("non_sliding_layers", self.non_sliding_layers))
         set_field(self, "prompt_tail", _tokens("prompt_tail", self.prompt_tail, least=0))
 
-    def schedule(self, n_layer: int, *, clip_layers: bool = False) -> Schedule:
-        """The mode of each of the model's `n_layer` layers.
+    def schedule(self, layers: ModelLayers | int, *, clip_layers: bool = False) -> Schedule:
+        """The mode of each of the model's layers; a number stands for so many that can all slide.
 
         Layers listed past the model's last one are an error (the paper's code ignores them) unless `clip_layers` drops
-        them knowingly. Without a window, all layers are full (`Schedule.is_full`).
+        them knowingly. Layers that cannot slide are full, and FA decode listed for one is an error. Without a window,
+        all layers are full (`Schedule.is_full`).
         """
+        model = ModelLayers.of(layers)
+        n_layer = model.n_layer
         if n_layer < 1:
             raise ScheduleError(f"a model has at least 1 layer, not {n_layer}")
         full = self._within("non_sliding_layers", self.non_sliding_layers, n_layer, clip_layers)
@@ -79,17 +83,20 @@ class SWAAConfig:
             decode = self.force_fa_decode
         else:
             decode = self._within("force_fa_decode", self.force_fa_decode, n_layer, clip_layers)
+        if not isinstance(decode, bool):
+            for layer in sorted(decode - full - set(model.sliding)):
+                raise ScheduleError(f"force_fa_decode lists layer {layer}: {model.why_not(layer)}")
         if self.sliding_window_size is None:
-            return Schedule.full(n_layer)
+            return Schedule.full(model)
 
         def mode(layer: int) -> LayerMode:
-            if layer in full:
+            if layer in full or model.kinds[layer] is not LayerKind.SLIDES:
                 return LayerMode.FULL
             prefill_only = decode if isinstance(decode, bool) else layer in decode
             return LayerMode.PREFILL if prefill_only else LayerMode.ALWAYS
 
         modes = tuple(mode(i) for i in range(n_layer))
-        return Schedule(self.sliding_window_size, self.keep_first, modes, self.prompt_tail)
+        return Schedule(self.sliding_window_size, self.keep_first, modes, self.prompt_tail, model)
 
     @staticmethod
     def _within(name: str, layers: Sequence[int], n_layer: int, clip: bool) -> frozenset[int]:
@@ -106,7 +113,8 @@ class SWAAConfig:
 class Schedule:
     """A schedule resolved for one model: what a GGUF stores and the engine takes.
 
-    Raises `ScheduleError` for values outside the format (a window or sinks out of range, no layers, an unknown mode).
+    Raises `ScheduleError` for values outside the format (a window or sinks out of range, no layers, an unknown mode),
+    and for a mode that a layer of the model cannot have.
     """
 
     window: int
@@ -117,6 +125,8 @@ class Schedule:
     """One per layer."""
     tail: int = 0
     """T in tokens: the last ones of each prompt, which `PREFILL` layers read with full attention."""
+    model: ModelLayers = field(default=ModelLayers(()), compare=False, repr=False)
+    """What the layers are; left out, they can all slide. Schedules that differ in nothing else are equal."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", _tokens("window", self.window, least=1))
@@ -133,11 +143,18 @@ class Schedule:
                     f"layer_modes[{layer}] is {mode}; modes are 0 (full), 1 (window in prefill) and 2 (window always)"
                 ) from None
         object.__setattr__(self, "layer_modes", tuple(modes))
+        if not self.model.kinds:
+            object.__setattr__(self, "model", ModelLayers.of(len(modes)))
+        if self.model.n_layer != len(modes):
+            raise ScheduleError(f"layer_modes has {len(modes)} entries, but the model has {self.model.n_layer} layers")
+        if reason := self.model.refusal(modes):
+            raise ScheduleError(reason)
 
     @classmethod
-    def full(cls, n_layer: int) -> Schedule:
-        """Full attention in every layer, which is what no schedule means."""
-        return cls(window=1, sinks=0, layer_modes=(LayerMode.FULL,) * n_layer)
+    def full(cls, layers: ModelLayers | int) -> Schedule:
+        """Every layer as the model has it, full attention for those that can slide: what no schedule means."""
+        model = ModelLayers.of(layers)
+        return cls(window=1, sinks=0, layer_modes=(LayerMode.FULL,) * model.n_layer, model=model)
 
     @property
     def n_layer(self) -> int:
@@ -154,9 +171,19 @@ class Schedule:
         return all(mode is LayerMode.FULL for mode in self.layer_modes)
 
     @property
+    def is_naive(self) -> bool:
+        """True for a window, always, in all layers that can slide, and nothing else."""
+        return self.sinks == 0 and self.layers(LayerMode.ALWAYS) == self.model.sliding
+
+    @property
     def has_ring(self) -> bool:
         """True if some layer's KV cache is a ring."""
         return LayerMode.ALWAYS in self.layer_modes
+
+    @property
+    def drops_cells(self) -> bool:
+        """True if some layer's KV cache drops what no token sees any more: a ring, or under the model's own window."""
+        return self.has_ring or LayerKind.OWN_WINDOW in self.model.kinds
 
     @property
     def active_tail(self) -> int:
@@ -168,11 +195,11 @@ class Schedule:
         return replace(self, tail=other.tail) == other
 
     def layers(self, mode: LayerMode) -> tuple[int, ...]:
-        """Indices of the layers with this mode."""
-        return tuple(i for i, m in enumerate(self.layer_modes) if m is mode)
+        """Indices of the layers with this mode, of those that can slide."""
+        return tuple(i for i in self.model.sliding if self.layer_modes[i] is mode)
 
     def config(self) -> SWAAConfig:
-        """The same schedule in the paper's terms; `config().schedule(n_layer)` gives it back."""
+        """The same schedule in the paper's terms; `config().schedule(model)` gives it back."""
         if self.is_full:
             return SWAAConfig()
         prefill, always = self.layers(LayerMode.PREFILL), self.layers(LayerMode.ALWAYS)
@@ -195,18 +222,27 @@ class Schedule:
     def kv_cells(
         self, n_ctx: int, *, n_ubatch: int = 512, n_seq_max: int = 1, unified: bool = False
     ) -> tuple[int, ...]:
-        """Cells of each layer's KV cache, per stream."""
+        """Cells of each layer's KV cache, per stream; 0 for a layer without one of its own."""
         full = full_cells(n_ctx, n_seq_max=n_seq_max, unified=unified)
         ring = self.ring_cells(n_ctx, n_ubatch=n_ubatch, n_seq_max=n_seq_max, unified=unified)
-        return tuple(ring if mode is LayerMode.ALWAYS else full for mode in self.layer_modes)
+        own = min(full, pad_cells(self.model.own_window * (n_seq_max if unified else 1) + n_ubatch))
+
+        def cells(layer: int) -> int:
+            if not self.model.reads_own_kv(layer):
+                return 0
+            by_kind = {LayerKind.SLIDES: ring if self.layer_modes[layer] is LayerMode.ALWAYS else full}
+            return (by_kind | {LayerKind.OWN_WINDOW: own}).get(self.model.kinds[layer], 0)
+
+        return tuple(cells(layer) for layer in range(self.n_layer))
 
     def prefill_pairs(self, n_tokens: int) -> tuple[int, ...]:
         """Query-key pairs that each layer must attend to while reading a prompt of `n_tokens` from an empty cache."""
+        own = window_pairs(n_tokens, self.model.own_window, 0)
         full, windowed = full_pairs(n_tokens), window_pairs(n_tokens, self.window, self.sinks)
         n_windowed = max(0, n_tokens - self.tail)
         with_tail = window_pairs(n_windowed, self.window, self.sinks) + full - full_pairs(n_windowed)
         pairs = {LayerMode.FULL: full, LayerMode.PREFILL: with_tail, LayerMode.ALWAYS: windowed}
-        return tuple(pairs[mode] for mode in self.layer_modes)
+        return self._each_layer(pairs, own)
 
     def tail_pairs(self, n_tokens: int) -> int:
         """How many of these pairs, over all layers, there are for the tail alone."""
@@ -215,8 +251,17 @@ class Schedule:
     def decode_keys(self, n_tokens: int) -> tuple[int, ...]:
         """Keys that each layer reads for one generated token at position `n_tokens` (the token itself included)."""
         everything = n_tokens + 1
-        windowed = window_keys(n_tokens, self.window, self.sinks)
-        return tuple(windowed if mode is LayerMode.ALWAYS else everything for mode in self.layer_modes)
+        keys = dict.fromkeys(LayerMode, everything)
+        keys[LayerMode.ALWAYS] = window_keys(n_tokens, self.window, self.sinks)
+        return self._each_layer(keys, window_keys(n_tokens, self.model.own_window, 0))
+
+    def _each_layer(self, by_mode: Mapping[LayerMode, int], own_window: int) -> tuple[int, ...]:
+        """A figure of each layer: by its mode if it can slide, else that of the model's own window, or 0."""
+        of_kind = {LayerKind.OWN_WINDOW: own_window}
+        return tuple(
+            by_mode[mode] if kind is LayerKind.SLIDES else of_kind.get(kind, 0)
+            for mode, kind in zip(self.layer_modes, self.model.kinds, strict=True)
+        )
 
 
 DRAFT_WINDOW = 512

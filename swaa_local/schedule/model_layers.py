@@ -69,10 +69,7 @@ class ModelLayers:
         """Why the layers cannot have these modes, by the values of the GGUF: 0 full, 1 prefill, 2 always; or None."""
         for layer, (kind, mode) in enumerate(zip(self.kinds, modes, strict=True)):
             if kind is not LayerKind.SLIDES and mode != 0:
-                return (
-                    f"layer {layer} cannot slide ({self.in_words(kind)}), so its mode is 0 (full) and not {int(mode)}; "
-                    f"{self._which_slide()}"
-                )
+                return f"mode {int(mode)} for layer {layer}, which takes 0 (full) alone: {self.why_not(layer)}"
         for layer, source in enumerate(self.kv_of):
             if self.kinds[layer] is LayerKind.SLIDES and (modes[layer] == 2) != (modes[source] == 2):
                 return (
@@ -81,6 +78,13 @@ class ModelLayers:
                 )
         return None
 
-    def _which_slide(self) -> str:
-        sliding = ", ".join(map(str, self.sliding))
-        return f"the model's layers that can are {sliding}" if sliding else "no layer of this model can"
+    def why_not(self, layer: int) -> str:
+        """Why this layer, which cannot slide, does not; and which can."""
+        can = ", ".join(map(str, self.sliding))
+        which = f"the model's layers that can are {can}" if can else "no layer of this model can"
+        is_what = {
+            LayerKind.OWN_WINDOW: f"has a window of its own ({self.own_window} tokens)",
+            LayerKind.RECURRENT: "is recurrent",
+            LayerKind.NO_ATTENTION: "has no attention",
+        }
+        return f"layer {layer} {is_what[self.kinds[layer]]} and cannot slide; {which}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import SWAAConfig
 from swaa_local.schedule.layers import parse_layers
+from swaa_local.schedule.model_layers import ModelLayers
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class Preset:
     n_layer: int | None = None
     """Depth of the model it was published for; None: a generic preset for any depth."""
 
-    def config(self, n_layer: int | None = None, *, clip_layers: bool = False) -> SWAAConfig:
-        """The schedule for a model of `n_layer` layers (may be left out where the preset is for one model).
+    def config(self, layers: ModelLayers | int | None = None, *, clip_layers: bool = False) -> SWAAConfig:
+        """The schedule for a model of these layers (may be left out where the preset is for one model).
 
         Raises `ScheduleError` if the preset was published for a model of another depth; `clip_layers` applies it to a
         shorter one knowingly.
         """
-        depth = n_layer if n_layer is not None else self.n_layer
-        if depth is None:
-            raise ScheduleError(f"preset {self.name} fits models of any depth; pass n_layer")
+        wanted = layers if layers is not None else self.n_layer
+        if wanted is None:
+            raise ScheduleError(f"preset {self.name} fits models of any depth; pass the number of layers")
+        model = ModelLayers.of(wanted)
+        depth = model.n_layer
         if self.n_layer is not None and depth != self.n_layer and not (clip_layers and depth < self.n_layer):
             remedy = (
                 "or pass --clip-layers to drop its layers past the last one"
@@ -52,7 +55,7 @@ class Preset:
             sliding_window_size=self.window,
             keep_first=self.sinks,
             force_fa_decode=self.fa_decode,
-            non_sliding_layers=parse_layers(self.full_layers, depth, clip_layers=clip_layers),
+            non_sliding_layers=parse_layers(self.full_layers, model, clip_layers=clip_layers),
             prompt_tail=self.tail,
         )
 

@@ -1,4 +1,7 @@
-"""A schedule for people: in one line, in the words of `--variants`, in letters (F P A), and layer by layer."""
+"""A schedule for people: in one line, in the words of `--variants`, in letters (F P A), and layer by layer.
+
+Layers that cannot slide have letters of their own for people; to the engine and in overrides they are F.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.schedule.layers import compact_layers, format_layers
+from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 from swaa_local.schedule.variants import FA_DECODE, FULL, TAIL
 
 LETTERS = {LayerMode.FULL: "F", LayerMode.PREFILL: "P", LayerMode.ALWAYS: "A"}
@@ -15,6 +19,8 @@ MEANINGS = {
     LayerMode.PREFILL: "window while prefilling, full attention while decoding",
     LayerMode.ALWAYS: "window always, KV cache is a ring",
 }
+KIND_LETTERS = {LayerKind.OWN_WINDOW: "w", LayerKind.RECURRENT: "r", LayerKind.NO_ATTENTION: "-"}
+"""Of layers that cannot slide."""
 _STRIP_WIDTH = 64
 
 
@@ -23,26 +29,41 @@ def letters_of(modes: Sequence[LayerMode]) -> str:
     return "".join(LETTERS[mode] for mode in modes)
 
 
-def layer_strip(modes: Sequence[LayerMode], width: int = _STRIP_WIDTH) -> list[str]:
+def layer_strip(schedule: Schedule, width: int = _STRIP_WIDTH) -> list[str]:
     """One letter a layer, in lines of `width` with the first one's index."""
-    letters = letters_of(modes)
+    letters = "".join(
+        KIND_LETTERS.get(kind, LETTERS[mode])
+        for mode, kind in zip(schedule.layer_modes, schedule.model.kinds, strict=True)
+    )
     margin = len(str(max(0, len(letters) - 1)))
     return [f"{start:>{margin}} {letters[start : start + width]}" for start in range(0, len(letters), width)]
 
 
 def layer_by_layer(schedule: Schedule) -> list[str]:
     """The schedule as text: settings, the strip, and the layers of each mode."""
-    if schedule.is_full:
+    model = schedule.model
+    if schedule.is_full and model.all_slide:
         return [f"full attention in all {schedule.n_layer} layers"]
+    if schedule.is_full:
+        return [f"full attention in all layers that can slide, {in_slides(model)}"]
     tail = f"tail {schedule.tail}, " if schedule.tail else ""
     lines = [f"window {schedule.window}, sinks {schedule.sinks}, {tail}{schedule.n_layer} layers"]
-    lines += ["  " + line for line in layer_strip(schedule.layer_modes)]
+    lines += ["  " + line for line in layer_strip(schedule)]
     for mode in LayerMode:
         if layers := schedule.layers(mode):
-            lines.append(
-                f"  {LETTERS[mode]} {len(layers):>3} x {MEANINGS[mode]}: {compact_layers(layers, schedule.n_layer)}"
-            )
+            lines.append(f"  {LETTERS[mode]} {len(layers):>3} x {MEANINGS[mode]}: {compact_layers(layers, model)}")
+    for kind, letter in KIND_LETTERS.items():
+        if layers := model.of_kind(kind):
+            lines.append(f"  {letter} {len(layers):>3} x {model.in_words(kind)}: {format_layers(layers)}")
     return lines
+
+
+def in_slides(model: ModelLayers) -> str:
+    """Which layers can slide, and what the others have: `4 of 26: 5,11,17,23; others: own window (512 tokens)`."""
+    sliding = model.sliding
+    listed = f": {format_layers(sliding)}" if sliding else ""
+    others = [model.in_words(kind) for kind in KIND_LETTERS if model.of_kind(kind)]
+    return f"{len(sliding)} of {model.n_layer}{listed}" + (f"; others: {', '.join(others)}" if others else "")
 
 
 def in_words(schedule: Schedule) -> str:
@@ -55,7 +76,7 @@ def in_words(schedule: Schedule) -> str:
     if prefill:
         words.append(f"{FA_DECODE} in {format_layers(prefill)}" if always else FA_DECODE)
     if full := schedule.layers(LayerMode.FULL):
-        words.append(compact_layers(full, schedule.n_layer))
+        words.append(compact_layers(full, schedule.model))
     if schedule.tail:
         words.append(f"{TAIL}{schedule.tail}")
     return " ".join(words)
@@ -71,7 +92,7 @@ def in_one_line(schedule: Schedule | None) -> str:
         (schedule.layers(LayerMode.PREFILL), f"window {schedule.window} while reading"),
     ]
     groups = [(layers, what) for layers, what in groups if layers]
-    parts = [f"{_layers_in_words(layers, schedule.n_layer)} {what}" for layers, what in groups]
+    parts = [f"{_layers_in_words(layers, schedule.model)} {what}" for layers, what in groups]
     if len(groups) > 1:
         parts[-1] = f"others {groups[-1][1]}"
     if schedule.sinks:
@@ -81,12 +102,14 @@ def in_one_line(schedule: Schedule | None) -> str:
     return ", ".join(parts)
 
 
-def _layers_in_words(layers: Sequence[int], n_layer: int) -> str:
-    if len(layers) == n_layer:
+def _layers_in_words(layers: Sequence[int], model: ModelLayers) -> str:
+    if len(layers) == model.n_layer:
         return "all layers"
+    if tuple(layers) == model.sliding:
+        return "all layers that can slide"
     if len(layers) == 1:
         return f"layer {layers[0]}"
     for first, word in ((0, "even"), (1, "odd")):
-        if list(layers) == list(range(first, n_layer, 2)):
+        if list(layers) == list(range(first, model.n_layer, 2)):
             return f"{word} layers"
-    return f"layers {compact_layers(layers, n_layer)}"
+    return f"layers {compact_layers(layers, model)}"

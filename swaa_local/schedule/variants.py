@@ -31,6 +31,7 @@ from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import MAX_DRAFT, LayerMode, Schedule, SWAAConfig
 from swaa_local.schedule.cost import KV_TYPES
 from swaa_local.schedule.layers import parse_layers
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.presets import PRESETS, get_preset, is_preset
 
 FULL, FILE, NAIVE, SINKS, LAYERS, FA_DECODE, TAIL = "full", "file", "naive", "sinks", "layers", "fadec", "tail"
@@ -70,14 +71,14 @@ class Variant:
 
     @property
     def is_naive(self) -> bool:
-        """True for a window in all layers and nothing else."""
-        return self.schedule.sinks == 0 and set(self.schedule.layer_modes) == {LayerMode.ALWAYS}
+        """True for a window in all layers that can slide and nothing else."""
+        return self.schedule.is_naive
 
 
 def parse_variants(
-    text: str, n_layer: int, of_file: Schedule | None, *, words: Literal["thinking", "engine"] = "thinking"
+    text: str, model: ModelLayers | int, of_file: Schedule | None, *, words: Literal["thinking", "engine"] = "thinking"
 ) -> list[Variant]:
-    """The variants of a list such as `full,naive,file,w2048 k100 fadec 1::2` for a model of this depth.
+    """The variants of a list such as `full,naive,file,w2048 k100 fadec 1::2` for a model of these layers.
 
     of_file: the schedule that the file has. words: those that say something else than the schedule. Raises
     `ScheduleError`, naming the variant, for unknown words, for what the file lacks, and for a variant that is
@@ -92,7 +93,7 @@ def parse_variants(
         if any(variant.name == name for variant in variants):
             raise ScheduleError(f"variant {name!r} is given twice")
         try:
-            variants.append(_parse(name, n_layer, of_file, words))
+            variants.append(_parse(name, model, of_file, words))
         except ScheduleError as error:
             raise ScheduleError(f"variant {name!r}: {error}") from None
     return variants
@@ -116,16 +117,16 @@ def whole_in_window(variants: Sequence[Variant], n_tokens: int) -> str | None:
     return f"{whole}: longer ones tell what it changes"
 
 
-def _parse(name: str, n_layer: int, of_file: Schedule | None, words: str) -> Variant:
+def _parse(name: str, model: ModelLayers | int, of_file: Schedule | None, words: str) -> Variant:
     if words == "engine":
-        return _parse_engine_words(name, n_layer, of_file)
+        return _parse_engine_words(name, model, of_file)
     rest, _, last = name.rpartition(" ")
     if rest and last in THINK:
-        return Variant(name, _schedule(rest, n_layer, of_file), THINK[last])
-    return Variant(name, _schedule(name, n_layer, of_file))
+        return Variant(name, _schedule(rest, model, of_file), THINK[last])
+    return Variant(name, _schedule(name, model, of_file))
 
 
-def _parse_engine_words(name: str, n_layer: int, of_file: Schedule | None) -> Variant:
+def _parse_engine_words(name: str, model: ModelLayers | int, of_file: Schedule | None) -> Variant:
     said = name.split(" ")
     flash_attn = [word for word in said[1:] if word in FLASH_ATTN]
     cache_types = [word for word in said[1:] if word in KV_TYPES]
@@ -134,7 +135,7 @@ def _parse_engine_words(name: str, n_layer: int, of_file: Schedule | None) -> Va
         if len(group) > 1:
             raise ScheduleError(f"{group[0]!r} and {group[1]!r} exclude each other")
     schedule = _schedule(
-        " ".join(word for word in said if word not in {*flash_attn, *cache_types, *drafts}), n_layer, of_file
+        " ".join(word for word in said if word not in {*flash_attn, *cache_types, *drafts}), model, of_file
     )
     return Variant(
         name,
@@ -157,15 +158,15 @@ def _drafts(word: str) -> AssumedDrafts:
     return AssumedDrafts(n, acceptance)
 
 
-def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
+def _schedule(name: str, model: ModelLayers | int, of_file: Schedule | None) -> Schedule:
     if name == FULL:
-        return Schedule.full(n_layer)
+        return Schedule.full(model)
     if name == FILE:
         return _stored(of_file)
     if is_preset(name):
-        return get_preset(name).config(n_layer).schedule(n_layer)
+        return get_preset(name).config(model).schedule(model)
     if (match := re.fullmatch(r"(\S+) tail(\d+)", name)) and (match[1] == FILE or is_preset(match[1])):
-        return _with_tail(_schedule(match[1], n_layer, of_file), int(match[2]))
+        return _with_tail(_schedule(match[1], model, of_file), int(match[2]))
     window: int | None = None
     sinks, fa_decode, tail = 0, False, 0
     layers: list[int] = []
@@ -188,7 +189,7 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
         elif match := re.fullmatch(r"tail(\d+)", word):
             tail = int(match[1])
         elif re.fullmatch(r"[\d:,-]+", word):
-            layers += parse_layers(word, n_layer)
+            layers += parse_layers(word, model)
         else:
             raise ScheduleError(
                 f"unknown word {word!r}; a variant is full, naive, file, a preset ({', '.join(PRESETS)}), or words "
@@ -198,7 +199,7 @@ def _schedule(name: str, n_layer: int, of_file: Schedule | None) -> Schedule:
         raise ScheduleError("it needs a window: w2048, or naive for that of the file")
     if tail and not fa_decode:
         raise ScheduleError("a tail needs FA decode: fadec")
-    return SWAAConfig(window, sinks, fa_decode, layers, tail).schedule(n_layer)
+    return SWAAConfig(window, sinks, fa_decode, layers, tail).schedule(model)
 
 
 def _with_tail(schedule: Schedule, tail: int) -> Schedule:

@@ -213,20 +213,20 @@ def _refuse_other_models(extra: Sequence[str], env: Mapping[str, str]) -> None:
 
 def schedule_arguments(path: Path, wanted: ScheduleOptions) -> tuple[Schedule | None, list[str]]:
     """The schedule that the server will run, and the arguments that make it so where the file says otherwise."""
-    n_layer = read_model_info(path).n_layer
+    layers = read_model_info(path).layers
     stored = read_stored(path)
     of_file = stored.schedule
-    config = wanted.config(n_layer, lambda: stored)
+    config = wanted.config(layers, lambda: stored)
     if config is None:
         return of_file, []
-    full = Schedule.full(n_layer)
-    schedule = config.schedule(n_layer) if config else full
+    full = Schedule.full(layers)
+    schedule = config.schedule(layers) if config else full
     if schedule == (of_file or full):
         return of_file, []
     letters = letters_of(schedule.layer_modes)
     if len(letters) > _MAX_OVERRIDE:
         raise ServeError(
-            f"the model has {n_layer} layers and llama-server takes a schedule for {_MAX_OVERRIDE} at most; "
+            f"the model has {layers.n_layer} layers and llama-server takes a schedule for {_MAX_OVERRIDE} at most; "
             f"put it into the file instead: swaa-local convert {path} -o OUT.gguf"
         )
     values = (

@@ -27,6 +27,8 @@ from swaa_local.model_file.split import open_gguf
 from swaa_local.report.progress import Reporter
 from swaa_local.schedule.choice import ScheduleOptions, StoredSchedule
 from swaa_local.schedule.config import Schedule
+from swaa_local.schedule.model_layers import ModelLayers
+from swaa_local.schedule.text import in_slides
 from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
 from swaa_local.tune.examples import Renderer
@@ -96,18 +98,30 @@ def find_source(name: str, output: Path, reporter: Reporter) -> Source:
             return Source(name, found.path.parent, found.path, info.n_layer, info.n_ctx_train, stored_of(file))
     assert isinstance(found, LocalCheckpoint)
     checkpoint = found.checkpoint
-    if reason := hf.unsupported_by_settings(found.path):
-        raise TuneError(f"no schedule can apply: {reason}")
+    settings = hf.read_settings(found.path)
+    if settings.unsupported:
+        raise TuneError(f"no schedule can apply: {settings.unsupported}")
+    if settings.layers is not None:
+        _check_layers(settings.layers)
     if checkpoint.n_layer is None:
         raise TuneError(f"{found.path}/config.json does not say how many layers the model has")
     config = json.loads((found.path / "config.json").read_bytes())
     return Source(name, found.path, None, checkpoint.n_layer, config.get("max_position_embeddings"), StoredSchedule())
 
 
+def _check_layers(layers: ModelLayers) -> None:
+    if not layers.all_slide:
+        raise TuneError(
+            "tune masks every layer by the schedule, and not every layer of this model can slide "
+            f"({in_slides(layers)}); it runs with a schedule as it is"
+        )
+
+
 def _check_gguf(file: GGUFFile, info: ModelInfo) -> None:
     """What transformers' own loader does not read, and would leave out without a word."""
     if info.unsupported:
         raise TuneError(f"no schedule can apply: {info.unsupported}")
+    _check_layers(info.layers)
     if info.n_split > 1:
         raise TuneError(f"{file.path} is split; make one file of it: swaa-local convert {file.path} -o WHOLE.gguf")
     scaling = file.get(f"{info.architecture}.rope.scaling.type", "none")

@@ -16,6 +16,7 @@ from swaa_local.calibrate.evidence import Evidence, Limits, Space
 from swaa_local.calibrate.results import Candidate, Scale, Trial
 from swaa_local.calibrate.search import Found, Search
 from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.model_layers import ModelLayers
 
 LENGTH = 16384
 WINDOWS = (1024, 2048, 4096)
@@ -82,7 +83,7 @@ class Model:
 
 
 def search(model: Model, budget_s: float, *, keep: float = 0.98, n_long: int = 3, n_short: int = 2, **kwargs) -> Found:
-    space = Space(model.n_layer, LENGTH, WINDOWS, sinks=100, tail=128)
+    space = Space(ModelLayers.of(model.n_layer), LENGTH, WINDOWS, sinks=100, tail=128)
     return Search(model, space, Limits(keep, budget_s, n_long, n_short, **kwargs)).run()
 
 
@@ -205,7 +206,7 @@ def test_two_runs_come_to_equal_quality():
 def test_a_preset_that_is_best_is_taken():
     preset = Schedule(512, 100, tuple(LayerMode.FULL if i == 4 else LayerMode.PREFILL for i in range(16)), 128)
     model = Model(16, {4: 3.0}, missing=1.0)
-    space = Space(16, LENGTH, WINDOWS, 100, 128, presets=(preset,))
+    space = Space(ModelLayers.of(16), LENGTH, WINDOWS, 100, 128, presets=(preset,))
     found = Search(model, space, Limits(0.98, 400, 3, 2)).run()
     assert chosen(found).schedule.window == 512
 
@@ -233,7 +234,7 @@ def test_a_few_trials_at_full_length_are_enough_for_a_schedule_that_keeps_most(t
 @pytest.mark.parametrize("layer", range(8))
 def test_a_small_model_without_short_prompts_finds_its_layer_in_a_few_trials(trials, layer):
     model = Model(8, {layer: 0.6}, missing=0.6, noise=0.05, trial_s=10)
-    space = Space(8, LENGTH, WINDOWS[:1], 100, 64)
+    space = Space(ModelLayers.of(8), LENGTH, WINDOWS[:1], 100, 64)
     found = Search(model, space, Limits(0.95, 10 * trials, 6, 0)).run()
     assert layer in chosen(found).schedule.layers(LayerMode.FULL)
 
@@ -299,7 +300,7 @@ def test_without_time_for_full_length_short_prompts_decide():
 
 def test_a_schedule_that_sees_less_than_one_that_fails_promises_little_and_one_that_sees_more_than_a_good_one_much():
     model = Model(16, {4: 1.0}, noise=0.004)
-    space = Space(16, LENGTH, WINDOWS, 100, 64)
+    space = Space(ModelLayers.of(16), LENGTH, WINDOWS, 100, 64)
     known = Evidence(space, Limits(0.98, 100, 3, 2))
     for tried in (space.schedule((3, 5), 2048), space.schedule((4,), 1024)):  # the first loses much, the second nothing
         for schedule in (Schedule.full(16), tried):
@@ -340,7 +341,7 @@ def test_what_is_known_decides_when_the_time_is_over():
     before = search(model, 270)
     trials = [model.trial(*each) for each in list(model.made)]
     again = Model(28, THREE_OF_28, clock=300.0)
-    space = Space(28, LENGTH, WINDOWS, sinks=100, tail=128)
+    space = Space(ModelLayers.of(28), LENGTH, WINDOWS, sinks=100, tail=128)
     found = Search(again, space, Limits(0.98, 270, 3, 2), known=trials).run()
     assert again.made == []
     assert chosen(found).schedule == chosen(before).schedule
@@ -359,7 +360,7 @@ def test_a_known_trial_on_other_questions_is_not_compared():
     ]
     model.made.clear()
     model.clock = 0.0
-    space = Space(16, LENGTH, WINDOWS, 100, 128)
+    space = Space(ModelLayers.of(16), LENGTH, WINDOWS, 100, 128)
     Search(model, space, Limits(0.98, 100, 3, 2), known=known).run()
     assert (other.schedule, "long", 0) in model.made
     assert (Schedule.full(16), "long", 0) not in model.made

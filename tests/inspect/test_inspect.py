@@ -12,7 +12,7 @@ from swaa_local import Llama, SWAAConfig
 from swaa_local.chat.commands import run_command
 from swaa_local.chat.session import Session
 from swaa_local.chat.settings import Settings
-from swaa_local.schedule.config import LayerMode
+from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.schedule.layers import compact_layers
 from swaa_local.schedule.text import layer_strip
 from tests.support.gguf_edit import SWAA, i32s, u32, write_header_model
@@ -158,9 +158,9 @@ def test_a_stored_schedule_of_full_layers(tmp_path):
 
 
 def test_no_figures_where_the_cache_is_no_plain_one(tmp_path):
-    path = write_header_model(tmp_path / "m.gguf", {"gemma3.attention.sliding_window": u32(512)}, arch="gemma3")
+    path = write_header_model(tmp_path / "m.gguf", {"llama4.attention.sliding_window": u32(8192)}, arch="llama4")
     text = succeeds("inspect", path)
-    assert "architecture 'gemma3' has a sliding window of its own (512 tokens)" in text
+    assert "architecture 'llama4' attends in chunks of 8192 tokens" in text
     assert "at 4096 tokens" not in text
     assert json.loads(succeeds("inspect", path, "--json"))["full"] is None
 
@@ -192,9 +192,52 @@ def test_missing_file_and_directory(tmp_path):
     assert "Is a directory" in fails("inspect", tmp_path)
 
 
+def write_gemma3(path, keys):
+    """Every third layer is full, the others have a window of 256 tokens; 2 KV heads of dimension 32, 8 layers."""
+    own = {"gemma3.attention.sliding_window": u32(256), "gemma3.attention.sliding_window_pattern": u32(3)}
+    return write_header_model(path, own | keys, arch="gemma3", n_layer=8)
+
+
+def test_layers_with_a_window_of_the_models_own_are_shown_and_counted(tmp_path):
+    modes = [0, 0, 1, 0, 0, 0, 0, 0]
+    schedule = {"swaa.version": u32(1), "swaa.window": u32(512), "swaa.sinks": u32(4), "swaa.layer_modes": i32s(modes)}
+    path = write_gemma3(tmp_path / "m.gguf", schedule)
+    text = succeeds("inspect", path, "-c", "4096", "-ub", "512")
+    assert "can slide  2 of 8: 2,5; others: own window (256 tokens)" in text
+    assert "\n  0 wwPwwFww\n" in text
+    assert "  F   1 x full attention: 5\n" in text
+    assert "  w   6 x own window (256 tokens): 0-1,3-4,6-7\n" in text
+    data = json.loads(succeeds("inspect", path, "-c", "4096", "-ub", "512", "--json"))
+    assert data["model"]["layer_kinds"] == ["own window", "own window", "slides"] * 2 + ["own window"] * 2
+    assert data["model"]["own_window"] == 256
+    assert data["schedule"]["swaa_config"]["non_sliding_layers"] == [5]
+    everything, own = 4096 * 4097 // 2, 256 * 257 // 2 + (4096 - 256) * 256
+    windowed = sum(min(p + 1, 512) + min(4, max(0, p + 1 - 512)) for p in range(4096))
+    assert data["full"]["prefill_pairs"] == 2 * everything + 6 * own
+    assert data["scheduled"]["prefill_pairs"] == everything + windowed + 6 * own
+    assert data["scheduled"]["decode_keys"] == 2 * 4096 + 6 * 256
+    cells = [768, 768, 4096, 768, 768, 4096, 768, 768]
+    assert data["scheduled"]["kv_cells"] == cells
+    assert data["scheduled"]["kv_bytes"] == sum(cells) * 2 * 64 * 2
+
+
+def test_a_mode_for_a_window_of_the_models_own_is_refused(tmp_path):
+    schedule = {"swaa.version": u32(1), "swaa.window": u32(512), "swaa.sinks": u32(4)}
+    path = write_gemma3(tmp_path / "m.gguf", schedule | {"swaa.layer_modes": i32s([0, 0, 1, 2, 0, 0, 0, 0])})
+    line = fails("inspect", path)
+    assert "swaa.layer_modes has mode 2 for layer 3, which takes 0 (full) alone" in line
+    assert "layer 3 has a window of its own (256 tokens) and cannot slide; the model's layers that can are 2, 5" in line
+
+
+def test_without_a_schedule_the_layers_that_can_slide_are_told(tmp_path):
+    text = succeeds("inspect", write_gemma3(tmp_path / "m.gguf", {}))
+    assert "can slide  2 of 8: 2,5" in text
+    assert "none: full attention where layers can slide" in text
+
+
 def test_layer_strip_breaks_long_models_with_their_first_index():
-    assert layer_strip([F, P, A]) == ["0 FPA"]
-    assert layer_strip([F] * 10 + [A] * 5, width=8) == [" 0 FFFFFFFF", " 8 FFAAAAA"]
+    assert layer_strip(Schedule(8, 0, (F, P, A))) == ["0 FPA"]
+    assert layer_strip(Schedule(8, 0, (F,) * 10 + (A,) * 5), width=8) == [" 0 FFFFFFFF", " 8 FFAAAAA"]
 
 
 @pytest.mark.parametrize(

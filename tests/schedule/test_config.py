@@ -11,7 +11,8 @@ import pytest
 from swaa_local.errors import ScheduleError, SWAAError
 from swaa_local.schedule.config import MAX_TOKENS, LayerMode, Schedule, SWAAConfig
 from swaa_local.schedule.cost import full_cells, kv_bytes, window_keys, window_pairs
-from swaa_local.schedule.layers import format_layers, parse_layers
+from swaa_local.schedule.layers import compact_layers, format_layers, parse_layers
+from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 from swaa_local.schedule.presets import DEFAULT_PRESET, GENERIC_PRESETS, PRESETS, get_preset
 
 F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
@@ -278,3 +279,102 @@ def test_presets_have_a_tail_where_decode_is_full_and_the_papers_have_none():
             preset.config(preset.n_layer or 4), prompt_tail=0
         )
         assert not any("tail of" in note for note in paper.notes)
+
+
+# Layers 2, 5 and 8 of 9 slide; the others have windows of their own, of 16 tokens.
+OWN = ModelLayers(tuple(LayerKind.SLIDES if i % 3 == 2 else LayerKind.OWN_WINDOW for i in range(9)), own_window=16)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("1::2", (5,)),
+        ("::2", (2, 8)),
+        ("-1:", (8,)),
+        (":2", (2, 5)),
+        ("5", (5,)),
+        ("0-5", (2, 5)),
+        ("0-1", ()),
+        ("", ()),
+    ],
+)
+def test_layer_lists_of_a_model_with_windows_of_its_own(text, layers):
+    """Slices count the layers that can slide; numbers and ranges are the model's."""
+    assert parse_layers(text, OWN) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4", "'4': layer 4 has a window of its own .16 tokens. and cannot slide; .* can are 2, 5, 8"),
+        ("9", r"'9' goes past the model's 9 layers \(0 to 8\)"),
+        ("3::2", "'3::2' goes past the model's 3 layers that can slide, which slices count"),
+        (":4", "':4' goes past the model's 3 layers that can slide"),
+    ],
+)
+def test_layer_lists_that_a_model_with_windows_of_its_own_cannot_have(text, message):
+    with pytest.raises(ScheduleError, match=message):
+        parse_layers(text, OWN)
+
+
+@pytest.mark.parametrize(
+    ("config", "modes"),
+    [
+        (SWAAConfig(8), (F, F, A) * 3),
+        (SWAAConfig(8, force_fa_decode=True), (F, F, P) * 3),
+        (SWAAConfig(8, force_fa_decode=True, non_sliding_layers=[0, 5]), (F, F, P, F, F, F, F, F, P)),
+        (SWAAConfig(8, force_fa_decode=[2]), (F, F, P, F, F, A, F, F, A)),
+    ],
+)
+def test_layers_with_a_window_of_their_own_keep_it(config, modes):
+    schedule = config.schedule(OWN)
+    assert schedule.layer_modes == modes
+    assert schedule.config().schedule(OWN) == schedule
+    assert sorted(layer for mode in LayerMode for layer in schedule.layers(mode)) == [2, 5, 8]
+
+
+def test_fa_decode_for_a_window_of_the_models_own_is_refused():
+    with pytest.raises(ScheduleError, match="force_fa_decode lists layer 4: layer 4 has a window of its own"):
+        SWAAConfig(8, force_fa_decode=[2, 4]).schedule(OWN)
+    with pytest.raises(ScheduleError, match="mode 1 for layer 0"):
+        Schedule(8, 0, (P,) * 9, model=OWN)
+    with pytest.raises(ScheduleError, match="layer_modes has 3 entries, but the model has 9 layers"):
+        Schedule(8, 0, (P,) * 3, model=OWN)
+
+
+def test_the_layers_are_no_part_of_what_makes_schedules_equal():
+    with_model, without = SWAAConfig(8).schedule(OWN), Schedule(8, 0, (F, F, A) * 3)
+    assert with_model == without
+    assert hash(with_model) == hash(without)
+    assert (with_model.is_naive, without.is_naive) == (True, False)
+
+
+def test_slices_are_written_as_they_are_read():
+    for layers in [(2, 5, 8), (5,), (2, 8), ()]:
+        assert parse_layers(compact_layers(layers, OWN), OWN) == layers
+    many = ModelLayers(tuple(LayerKind.SLIDES if i % 6 == 5 else LayerKind.OWN_WINDOW for i in range(36)), own_window=9)
+    assert compact_layers((11, 23, 35), many) == "1::2"
+    assert compact_layers((5, 11), many) == "5,11"
+
+
+def test_the_cost_of_windows_of_the_models_own():
+    schedule = SWAAConfig(64, keep_first=2, force_fa_decode=True, non_sliding_layers=[2]).schedule(OWN)
+    n = 1000
+    seen = {
+        "own": [min(p + 1, 16) for p in range(n)],
+        "window": [min(p + 1, 64 + min(2, max(0, p + 1 - 64))) for p in range(n)],
+        "all": [p + 1 for p in range(n)],
+    }
+    kinds = ["own", "own", "all", "own", "own", "window", "own", "own", "window"]
+    assert schedule.prefill_pairs(n) == tuple(sum(seen[kind]) for kind in kinds)
+    assert schedule.decode_keys(n - 1) == tuple(16 if kind == "own" else n for kind in kinds)
+    assert schedule.kv_cells(4096, n_ubatch=512) == tuple(768 if kind == "own" else 4096 for kind in kinds)
+    assert Schedule.full(OWN).kv_cells(256, n_ubatch=512) == (256,) * 9
+
+
+def test_a_layer_that_reads_another_ones_cache_has_none():
+    kinds = (LayerKind.OWN_WINDOW, LayerKind.SLIDES) * 2
+    shared = ModelLayers(kinds, own_window=16, kv_of=(0, 1, 0, 1))
+    assert SWAAConfig(8).schedule(shared).kv_cells(4096, n_ubatch=256) == (512, 512, 0, 0)
+    with pytest.raises(ScheduleError, match="layer 3 reads the KV cache of layer 1"):
+        SWAAConfig(8, non_sliding_layers=[1]).schedule(shared)

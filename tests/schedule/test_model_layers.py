@@ -26,13 +26,13 @@ def test_layers_by_kind():
 
 
 @pytest.mark.parametrize("mode", [1, 2])
-@pytest.mark.parametrize(("layer", "what"), [(1, r"own window \(512 tokens\)"), (3, "recurrent")])
+@pytest.mark.parametrize(("layer", "what"), [(1, r"has a window of its own \(512 tokens\)"), (3, "is recurrent")])
 def test_a_mode_for_a_layer_that_cannot_slide_is_refused_by_name(layer, what, mode):
     layers = ModelLayers((W, W, S, R), own_window=512)
     modes = [0, 0, 1, 0]
     assert layers.refusal(modes) is None
     modes[layer] = mode
-    said = rf"layer {layer} cannot slide \({what}\).* not {mode}; .* that can are 2$"
+    said = rf"mode {mode} for layer {layer}, .*: layer {layer} {what} and cannot slide; .* that can are 2$"
     with pytest.raises(AssertionError, match=said):
         raise AssertionError(layers.refusal(modes))
 

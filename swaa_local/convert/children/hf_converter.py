@@ -14,12 +14,15 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swaa_local.convert.children.lora import merge_while_converting
 from swaa_local.convert.children.schedule import add_schedule
 from swaa_local.files.child_process import child_main
+from swaa_local.model_file.layer_kinds import layer_kinds
+from swaa_local.schedule.model_layers import ModelLayers
 
 
 class _LastError(logging.Handler):
@@ -34,7 +37,8 @@ class _LastError(logging.Handler):
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
     """Convert. Events: `writing` with what is being written, `note`, and at a failure `error`.
 
-    A request without a target only asks what the model's settings tell: `unsupported`, if no schedule can apply.
+    A request without a target only asks what the model's settings tell: `unsupported`, why no schedule can apply, and
+    `layers`, the fields of `ModelLayers`.
     """
     converter = Path(request["converter"])
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
@@ -107,8 +111,16 @@ def _judge_settings(directory: Path, emit: Callable[..., None]) -> None:
     model = model_class(directory, gguf.LlamaFileType.MOSTLY_F16, directory / "unused.gguf")
     model.set_gguf_parameters()
     keys = {key: entry.value for key, entry in model.gguf_writer.kv_data[0].items()}
-    if reason := unsupported_reason(model.gguf_writer.arch, keys, keys.get):
-        emit(unsupported=reason)
+    layers = _layers_of(model.gguf_writer.arch, keys)
+    emit(
+        unsupported=unsupported_reason(model.gguf_writer.arch, keys, keys.get),
+        layers=asdict(layers) | {"kinds": [kind.value for kind in layers.kinds]},
+    )
+
+
+def _layers_of(architecture: str, keys: dict[str, Any]) -> ModelLayers:
+    n_layer = keys[f"{architecture}.block_count"] - keys.get(f"{architecture}.nextn_predict_layers", 0)
+    return layer_kinds(architecture, n_layer, keys.get)
 
 
 def _wrap_pre_tokenizer(name: str | None, emit: Callable[..., None]) -> None:
@@ -152,6 +164,9 @@ def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> 
             n_layer = keys[f"{architecture}.block_count"]
             if len(modes) != n_layer:
                 emit(error=f"the schedule has {len(modes)} layers, but the converted model has {n_layer}")
+                raise SystemExit(1)
+            if reason := _layers_of(architecture, keys).refusal(modes):
+                emit(error=f"the schedule has {reason}")
                 raise SystemExit(1)
             add_schedule(self, schedule)
         n_bytes = sum(tensor.nbytes for shard in self.tensors for tensor in shard.values())
