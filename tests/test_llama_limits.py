@@ -155,8 +155,8 @@ def test_what_takes_no_memory_may_be_as_long_as_positions_go(load: Callable[...,
 def test_a_cache_that_is_not_a_plain_one_is_let_through(
     load: Callable[..., Llama], little: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may take much less than it seems to: a model's own windows, recurrent layers."""
-    own = "architecture 'x' has a sliding window of its own"
+    """It may take much less than it seems to, as that of recurrent layers does."""
+    own = "architecture 'x' has recurrent layers"
     monkeypatch.setattr(context_length, "read_model_info", lambda path: replace(read_model_info(path), unsupported=own))
     monkeypatch.setattr(memory, "most_host_bytes", lambda: 1 << 20)
     assert load(n_ctx=4096).n_ctx() == 4096

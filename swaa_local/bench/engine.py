@@ -28,10 +28,9 @@ from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
 from swaa_local.engine.limits import check_numbers
 from swaa_local.engine.options import EngineOptions
-from swaa_local.engine.schedule import apply_draft, apply_schedule, get_schedule
+from swaa_local.engine.schedule import apply_draft, apply_schedule, get_layers, get_schedule
 from swaa_local.errors import DecodeError, ModelLoadError
 from swaa_local.schedule.config import DRAFT_WINDOW
-from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.variants import AssumedDrafts
 from swaa_local.text.units import format_bytes
 
@@ -81,7 +80,7 @@ class BenchModel:
             except BaseException:
                 self.__exit__()
                 raise
-        self.layers = ModelLayers.of(int(_c.llama_model_n_layer(self.model)))
+        self.layers = get_layers(self.model)
         self.n_layer = self.layers.n_layer
         self.n_params = int(_c.llama_model_n_params(self.model))
         self.size_bytes = int(_c.llama_model_size(self.model))
@@ -115,6 +114,7 @@ class BenchModel:
         params.flash_attn_type = _FLASH_ATTN[setting.flash_attn]
         params.type_k = kv_type_id(setting.type_k)
         params.type_v = kv_type_id(setting.type_v)
+        params.swa_full = False  # as llama.cpp's own programs
         return params
 
     def check_memory(self, setting: Setting, size: Size) -> None:

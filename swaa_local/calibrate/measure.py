@@ -57,7 +57,9 @@ class Bench:
             if n_ctx is None:
                 self.llm = Llama(str(model), vocab_only=True, n_ctx=512, **engine.arguments())
             else:
-                self.llm = Llama(str(model), n_ctx=n_ctx, swaa=False, on_prefill=on_prefill, **engine.arguments())
+                # The model's own windows are kept as under a schedule, so that this alone makes the difference.
+                options = {"swaa": False, "swa_full": False, "on_prefill": on_prefill, **engine.arguments()}
+                self.llm = Llama(str(model), n_ctx=n_ctx, **options)
         self._on_prefill = on_prefill
         self._n_warm_up = _GPU_WARM_UP_TOKENS if gpu_layers(engine.n_gpu_layers) > 0 else _WARM_UP_TOKENS
         self._template = ChatTemplate(self.llm)

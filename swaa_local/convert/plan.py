@@ -180,7 +180,8 @@ def _plan_checkpoint(
         layers = ModelLayers.of(checkpoint.n_layer)
         if request.choice(layers) not in (None, False):
             settings = hf.read_settings(folder)  # takes seconds
-            layers = settings.layers or layers
+            if settings.layers is not None and settings.unsupported is None:
+                layers = settings.layers
             schedule = _resolve(request.choice(layers), layers, settings.unsupported)
     elif request.schedule not in (None, False):
         raise ConvertError(

@@ -110,5 +110,5 @@ def check_memory(model: Any, n_ctx: int, schedule: Schedule | None, params: Any,
     # The header tells more of the cache than the engine does, but takes a moment to read.
     info = read_model_info(model.path_model)
     if info.unsupported is None:
-        known = {"n_ubatch": params.n_ubatch, "n_gpu_layers": on_gpu}
+        known = {"n_ubatch": params.n_ubatch, "n_gpu_layers": on_gpu, "swa_full": bool(params.swa_full)}
         memory.check_fits(memory.header_cost(info, schedule, type_k=cost.type_k, type_v=cost.type_v, **known), n_ctx)

@@ -19,6 +19,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import devices
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
+from swaa_local.engine.schedule import get_layers
 from swaa_local.errors import ContextTooLarge
 from swaa_local.model_file.model_info import ModelInfo
 from swaa_local.schedule.config import Schedule
@@ -47,6 +48,7 @@ class ContextCost:
 
     n_embd_k, n_embd_v: elements of one layer's keys and values for one token. n_gpu_layers: layers whose KV cache is on
     the GPU, counted from the last. n_scores: columns of the logits kept on the host per context token, 0 if none are.
+    swa_full: whether windows of the model's own have all cells.
     """
 
     schedule: Schedule
@@ -59,6 +61,7 @@ class ContextCost:
     flash_attn: bool
     n_gpu_layers: int = 0
     n_scores: int = 0
+    swa_full: bool = False
 
     def host(self, n_ctx: int) -> int:
         on_host = self.host_kv(n_ctx) + n_ctx * 4 * (1 + self.n_scores)
@@ -67,7 +70,7 @@ class ContextCost:
     def host_kv(self, n_ctx: int) -> int:
         """What is filled when the context is made, however little is read into it."""
         split = self.schedule.n_layer - self.n_gpu_layers
-        return self.kv(n_ctx, range(split)) + _CELL_BYTES * max(self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch))
+        return self.kv(n_ctx, range(split)) + _CELL_BYTES * max(self._cells(n_ctx))
 
     def gpu(self, n_ctx: int) -> int:
         split = self.schedule.n_layer - self.n_gpu_layers
@@ -75,14 +78,17 @@ class ContextCost:
 
     def kv(self, n_ctx: int, layers: range | None = None) -> int:
         """The KV cache of these layers; default: of all."""
-        cells = self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch)
+        cells = self._cells(n_ctx)
         one_cell = kv_bytes(1, self.n_embd_k, self.n_embd_v, self.type_k, self.type_v)
         return one_cell * sum(cells if layers is None else (cells[i] for i in layers))
+
+    def _cells(self, n_ctx: int) -> tuple[int, ...]:
+        return self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch, swa_full=self.swa_full)
 
     def _graph(self, n_ctx: int) -> int:
         """The part of the compute buffer that grows with the widest layer's cache, which a ring may be: the mask (f32
         and f16), and without flash attention the scores of all heads."""
-        widest = max(self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch))
+        widest = max(self._cells(n_ctx))
         return widest * self.n_ubatch * (6 if self.flash_attn else 8 + 4 * self.n_head)
 
 
@@ -120,7 +126,7 @@ def context_cost(
     n_head = max(1, _c.llama_model_n_head(model))
     head_dim = _c.llama_model_n_embd(model) // n_head
     n_head_kv = max(1, _c.llama_model_n_head_kv(model))
-    schedule = schedule or Schedule.full(max(1, _c.llama_model_n_layer(model)))
+    schedule = schedule or Schedule.full(get_layers(model))
     on_gpu = n_gpu_layers - 1 if params.offload_kqv else 0  # llama.cpp counts the output as one more layer
     return ContextCost(
         schedule=schedule,
@@ -133,6 +139,7 @@ def context_cost(
         flash_attn=params.flash_attn_type != _c.LLAMA_FLASH_ATTN_TYPE_DISABLED,
         n_gpu_layers=max(0, min(on_gpu, schedule.n_layer)),
         n_scores=_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(model)) if logits_all else 0,
+        swa_full=bool(params.swa_full),
     )
 
 
@@ -144,6 +151,7 @@ def header_cost(
     type_k: str = "f16",
     type_v: str = "f16",
     n_gpu_layers: int = 0,
+    swa_full: bool = False,
 ) -> ContextCost:
     """What a context costs of a model whose cache is a plain one, by its header. Arguments as in `longest_n_ctx`."""
     schedule = schedule or Schedule.full(info.layers)
@@ -157,6 +165,7 @@ def header_cost(
         n_ubatch=n_ubatch,
         flash_attn=True,
         n_gpu_layers=max(0, min(n_gpu_layers - 1, schedule.n_layer)),
+        swa_full=swa_full,
     )
 
 

@@ -110,6 +110,10 @@ llama_model_swaa_set_tail = _declare(
     "llama_model_swaa_set_tail", [_c.llama_model_p_ctypes, ctypes.c_uint32], ctypes.c_int32
 )
 
+# int32_t llama_model_swaa_layer(const struct llama_model *, int32_t il)
+# 0: the layer can have any mode; > 0: it has a window of the model's own, of so many tokens; -1: there is no such one.
+llama_model_swaa_layer = _declare("llama_model_swaa_layer", [_c.llama_model_p_ctypes, ctypes.c_int32], ctypes.c_int32)
+
 # void llama_swaa_set_prompt_end(struct llama_context *, llama_seq_id, llama_pos)
 # Positions from `pos` on are decode for this sequence; -1: automatic.
 llama_swaa_set_prompt_end = _declare(
@@ -127,6 +131,10 @@ llama_model_swaa_set_draft = _declare(
 llama_swaa_set_draft_start = _declare(
     "llama_swaa_set_draft_start", [_c.llama_context_p_ctypes, _c.llama_seq_id, _c.llama_pos], ctypes.c_bool
 )
+
+# bool llama_swaa_has_ring(const struct llama_context *)
+# True: what a window has left behind is dropped, and cannot be gone back to.
+llama_swaa_has_ring = _declare("llama_swaa_has_ring", [_c.llama_context_p_ctypes], ctypes.c_bool)
 
 # size_t llama_swaa_kv_bytes(const struct llama_context *)
 # Bytes of the context's KV cache, rings included, by the engine's own accounting.

@@ -3,7 +3,8 @@
 Only cells that were read as a prompt are kept for others: not those of a tail or of generated tokens, which see more.
 A prompt is taken up where its parts would have begun without the cache (`n_ubatch` tokens from the beginning or from
 the end of a document), so that an answer does not depend on the cache, not even by rounding. Where layers have rings,
-a state serves at its very end only. Knows the engine's states of a sequence; nothing of files.
+or windows of the model's own, a state serves at its very end only. Knows the engine's states of a sequence; nothing of
+files.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class CachedPrefixes:
         llm, prompt = self._llm, np.asarray(tokens, np.int32)
         self._ends = tuple(ends)
         held = common_prefix(llm.input_ids[: llm.n_tokens], prompt)
-        ring = llm.schedule is not None and llm.schedule.has_ring
+        ring = llm.drops_cells
         if ring and held < llm.n_tokens and not llm._keep_cells(held):
             held = 0
         for match in self.cache.find(self.key, prompt):
@@ -187,7 +188,7 @@ class CachedPrefixes:
     def _keep(self) -> float:
         started_s = time.perf_counter()
         llm = self._llm
-        ring = llm.schedule is not None and llm.schedule.has_ring
+        ring = llm.drops_cells
         tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
         self.save(tokens, replaces_shorter=not ring)
         self._n_kept = len(tokens)  # also where it could not be: once is enough

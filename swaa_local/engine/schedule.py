@@ -6,6 +6,7 @@ What a schedule is, `schedule.config` knows; when it may be changed, `llama`.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from llama_cpp import llama_cpp as _c
@@ -14,6 +15,7 @@ from swaa_local.engine import log as engine_log
 from swaa_local.engine import native
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import Schedule, SWAAConfig
+from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 
 ScheduleArgument: TypeAlias = SWAAConfig | Schedule | bool | None
 """None: the file's schedule; False: full attention; True is refused."""
@@ -40,24 +42,33 @@ def apply_draft(model: Any, n_seen: int, *, verbose: bool) -> None:
         raise ScheduleError(log.reason or f"the engine cannot draft with {n_seen} tokens (code {code})")
 
 
+def get_layers(model: Any) -> ModelLayers:
+    """Which layers of the model can slide."""
+    own = [native.llama_model_swaa_layer(model, layer) for layer in range(max(1, _c.llama_model_n_layer(model)))]
+    return ModelLayers(tuple(LayerKind.OWN_WINDOW if window > 0 else LayerKind.SLIDES for window in own), max(0, *own))
+
+
 def get_schedule(model: Any) -> Schedule | None:
     """The model's schedule; None for full attention."""
     n_layer = _c.llama_model_n_layer(model)
     window, sinks, modes = ctypes.c_uint32(), ctypes.c_uint32(), (ctypes.c_uint8 * max(1, n_layer))()
     if not native.llama_model_swaa_get(model, ctypes.byref(window), ctypes.byref(sinks), modes, n_layer):
         return None
-    schedule = Schedule(window.value, sinks.value, tuple(modes), int(native.llama_model_swaa_tail(model)))
+    tail = int(native.llama_model_swaa_tail(model))
+    schedule = Schedule(window.value, sinks.value, tuple(modes), tail, get_layers(model))
     return None if schedule.is_full else schedule
 
 
 def resolve_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | None) -> Schedule:
     """What is wanted, for this model's layers. Raises `ScheduleError`."""
-    n_layer = _c.llama_model_n_layer(model)
+    if wanted is None and of_file is not None:
+        return of_file
+    layers = get_layers(model)
     if isinstance(wanted, SWAAConfig):
-        return wanted.schedule(n_layer)
+        return wanted.schedule(layers)
     if isinstance(wanted, Schedule):
-        return wanted
-    return (of_file if wanted is None else None) or Schedule.full(max(1, n_layer))
+        return replace(wanted, model=layers)
+    return Schedule.full(layers)
 
 
 def apply_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | None, *, verbose: bool) -> Schedule | None:
@@ -66,7 +77,7 @@ def apply_schedule(model: Any, wanted: ScheduleArgument, of_file: Schedule | Non
     Raises `ScheduleError` with the engine's reason, or if the schedule does not fit the number of layers.
     """
     wanted = resolve_schedule(model, wanted, of_file)
-    if wanted != (get_schedule(model) or Schedule.full(wanted.n_layer)):
+    if wanted != (get_schedule(model) or Schedule.full(wanted.model)):
         modes = (ctypes.c_uint8 * wanted.n_layer)(*wanted.layer_modes)
         with engine_log.captured(verbose) as log:
             code = native.llama_model_swaa_set(model, wanted.window, wanted.sinks, modes, wanted.n_layer)

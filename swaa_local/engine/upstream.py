@@ -37,6 +37,7 @@ from swaa_local.engine.schedule import (
     apply_draft,
     apply_schedule,
     check_schedule_argument,
+    get_layers,
     get_schedule,
     resolve_schedule,
 )
@@ -47,6 +48,7 @@ from swaa_local.errors import GGUFError, ModelLoadError, SWAAError
 from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
 from swaa_local.schedule.config import DEFAULT_N_BATCH, DRAFT_WINDOW, LayerMode, Schedule, SWAAConfig, default_n_ubatch
+from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.sources.find import fetch_matching
 
 _NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
@@ -126,11 +128,13 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         self._flash_attn = flash_attn
         self._requested_n_ctx = n_ctx or 0
         self._requested_draft_window = draft_window
+        self._requested_swa_full = kwargs.get("swa_full")
         self.draft_window = 0
         self._requested_n_ubatch = n_ubatch
         self._requested_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
         self._adapter_path = lora_path
         self._adapter: LoadedAdapter | None = None
+        self.model_layers = ModelLayers.of(1)
         self.schedule: Schedule | None = None
         self.file_schedule: Schedule | None = None
         self.on_prefill = on_prefill
@@ -193,10 +197,12 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         if self.model_params.vocab_only:
             params.n_ctx = self._requested_n_ctx or _VOCAB_N_CTX
         else:
+            self.model_layers = get_layers(model.model)
             self.file_schedule = get_schedule(model.model)
             self.schedule = apply_schedule(model.model, self._swaa, self.file_schedule, verbose=self.verbose)
             self._choose_parameters()
             self._choose_drafts()
+            self._choose_own_cells()
             params.n_ctx = choose_n_ctx(
                 model, self._requested_n_ctx, self.schedule, params, self.model_params, logits_all=self._logits_all
             )
@@ -215,7 +221,18 @@ class LoadedLlama(SteppingLlama, KnownLlama):
 
     def _keep_cells(self, n_tokens: int) -> bool:
         """Take everything behind the first `n_tokens` out of the cache; False if a ring lacks what they need."""
+        own_window = self.model_layers.own_window
+        if n_tokens and own_window and self.schedule is None and self.draft_window == 0:
+            # Then the cache is llama.cpp's, which does not say what its windows lack.
+            held = _c.llama_memory_seq_pos_min(_c.llama_get_memory(self.ctx), 0)
+            if not 0 <= held <= max(0, n_tokens - own_window + 1):
+                return False
         return bool(self._ctx.kv_cache_seq_rm(-1, n_tokens, -1))
+
+    @property
+    def drops_cells(self) -> bool:
+        """Whether a state of the context serves at its end only: it lacks what windows have left behind."""
+        return (self.schedule or Schedule.full(self.model_layers)).drops_cells
 
     def _make_batch(self, tokens: Sequence[int], n_past: int, n_logits: int) -> Any:
         """The `llama_batch` of these tokens. n_logits: wanted, where not all are kept anyway: of none, of the last
@@ -249,6 +266,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         self._swaa = swaa
         self._choose_parameters()
         self._choose_drafts()
+        self._choose_own_cells()
         self._ctx.close()  # first, so that there is never memory for two
         with crash.step("making a context"), DeferInterrupt(), engine_log.captured(self.verbose) as log:
             try:
@@ -278,6 +296,12 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         if self._requested_draft_window is None and self.schedule and LayerMode.PREFILL in self.schedule.layer_modes:
             self.draft_window = DRAFT_WINDOW
         apply_draft(self._model.model, self.draft_window, verbose=self.verbose)
+
+    def _choose_own_cells(self) -> None:
+        """Whether windows of the model's own keep the cells that they have left behind, where the user chose nothing:
+        not beside a schedule, which is there to be fast and small."""
+        if self._requested_swa_full is None:
+            self.context_params.swa_full = self.schedule is None and self.draft_window == 0
 
     def _load_adapter(self) -> None:
         """Before there is a context: it reserves graphs for the adapters that it finds."""
@@ -361,6 +385,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
             "n_ubatch": self._requested_n_ubatch,
             "speculate": self.speculate,
             "draft_window": self._requested_draft_window,
+            "swa_full": self._requested_swa_full,
             "rpc_servers": self.rpc_servers,
         }
         return super().__getstate__() | said

@@ -297,9 +297,9 @@ def _run_batch(
         # the watch has said so
         warnings.simplefilter("ignore", TrainedLengthWarning)
         warnings.simplefilter("ignore", AdapterWarning)
-        llm = Llama(
-            str(request.model), n_ctx=source.n_ctx(batch), on_prefill=watch.on_prefill, **request.engine.arguments()
-        )
+        # The model's own windows are kept in one way, so that the schedules alone make the difference.
+        options = {"swa_full": False, "on_prefill": watch.on_prefill, **request.engine.arguments()}
+        llm = Llama(str(request.model), n_ctx=source.n_ctx(batch), **options)
     with closing(llm):
         for variant in variants:
             if not (indices := todo[variant.name]):

@@ -97,7 +97,7 @@ def own_window(architecture: str, value: Callable[[str], Any]) -> int:
         return 0
     if said is None:
         return known.default
-    window = max(said, default=0) if isinstance(said, list) else int(said)
+    window = _whole(max(said, default=0) if isinstance(said, list) else said)
     return (known.fixed or window) if window else 0
 
 
@@ -130,7 +130,7 @@ def _recurrent(architecture: str, n_layer: int, value: Callable[[str], Any]) -> 
         return [LayerKind.RECURRENT] * n_layer
     if architecture in _ATTENTION_INTERVAL:
         said = value("attention.recurrent_layers")
-        interval = value("full_attention_interval") or _ATTENTION_INTERVAL[architecture]
+        interval = _whole(value("full_attention_interval")) or _ATTENTION_INTERVAL[architecture]
         if isinstance(said, list):
             flags = _flags(said, n_layer)
         elif said is not None:
@@ -152,10 +152,16 @@ def _kv_of(architecture: str, has_window: list[bool], value: Callable[[str], Any
     n_layer = len(has_window)
     if architecture not in SHARES_KV:
         return ()
-    n_own = _GEMMA3N_KV_LAYERS if architecture == "gemma3n" else n_layer - (value("attention.shared_kv_layers") or 0)
+    n_shared = _whole(value("attention.shared_kv_layers")) or 0
+    n_own = _GEMMA3N_KV_LAYERS if architecture == "gemma3n" else n_layer - n_shared
     if not 2 <= n_own < n_layer:
         return ()
     return tuple(layer if layer < n_own else n_own - (2 if has_window[layer] else 1) for layer in range(n_layer))
+
+
+def _whole(value: Any) -> int | None:
+    """None for what is no whole number, which llama.cpp refuses by itself."""
+    return value if isinstance(value, int) else None
 
 
 def _flags(values: list[Any], n_layer: int) -> list[bool]:

@@ -48,7 +48,7 @@ class ModelInfo:
     n_split: int
     """Files the model is split into; 1 if it is whole."""
     layers: ModelLayers
-    """Which can slide."""
+    """Which can slide; where no schedule can apply, it does not say."""
     unsupported: str | None
     """Why no schedule can apply, as far as metadata tell; names the architecture."""
 
@@ -102,6 +102,7 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
     head_dim_k = head_dim if head_dim_k is None else head_dim_k
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     head_dim_k_own, head_dim_v_own = number("attention.key_length_swa"), number("attention.value_length_swa")
+    unsupported = unsupported_reason(architecture, file.keys, file.get)
     return ModelInfo(
         architecture=architecture,
         name=_text(file, "general.name"),
@@ -119,8 +120,8 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
         file_type=file_type_name(file.get("general.file_type")),
         has_chat_template="tokenizer.chat_template" in file.keys,
         n_split=max(1, _number(file, KEY_COUNT) or 1),
-        layers=layer_kinds(architecture, n_layer, file.get),
-        unsupported=unsupported_reason(architecture, file.keys, file.get),
+        layers=ModelLayers.of(n_layer) if unsupported else layer_kinds(architecture, n_layer, file.get),
+        unsupported=unsupported,
     )
 
 

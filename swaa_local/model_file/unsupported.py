@@ -85,6 +85,5 @@ def unsupported_reason(architecture: str, keys: Mapping[str, Any], get: Callable
     if isinstance(n_layer, int) and n_layer > 0:
         layers = layer_kinds(architecture, n_layer, get)
         if not layers.sliding:
-            kinds = dict.fromkeys(layers.kinds)
-            return because(f"has no layer that can slide: {', '.join(layers.in_words(kind) for kind in kinds)}")
+            return because(f"has no layer that can slide: {layers.kinds_in_words}")
     return None

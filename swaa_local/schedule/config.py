@@ -88,6 +88,8 @@ class SWAAConfig:
                 raise ScheduleError(f"force_fa_decode lists layer {layer}: {model.why_not(layer)}")
         if self.sliding_window_size is None:
             return Schedule.full(model)
+        if not model.sliding:
+            raise ScheduleError(f"no layer of this model can slide: {model.kinds_in_words}")
 
         def mode(layer: int) -> LayerMode:
             if layer in full or model.kinds[layer] is not LayerKind.SLIDES:
@@ -220,12 +222,16 @@ class Schedule:
         return min(pad_cells(held), full_cells(n_ctx, n_seq_max=n_seq_max, unified=unified))
 
     def kv_cells(
-        self, n_ctx: int, *, n_ubatch: int = 512, n_seq_max: int = 1, unified: bool = False
+        self, n_ctx: int, *, n_ubatch: int = 512, n_seq_max: int = 1, unified: bool = False, swa_full: bool = False
     ) -> tuple[int, ...]:
-        """Cells of each layer's KV cache, per stream; 0 for a layer without one of its own."""
+        """Cells of each layer's KV cache, per stream; 0 for a layer without one of its own.
+
+        swa_full: windows of the model's own have all cells too.
+        """
         full = full_cells(n_ctx, n_seq_max=n_seq_max, unified=unified)
         ring = self.ring_cells(n_ctx, n_ubatch=n_ubatch, n_seq_max=n_seq_max, unified=unified)
-        own = min(full, pad_cells(self.model.own_window * (n_seq_max if unified else 1) + n_ubatch))
+        held = self.model.own_window * (n_seq_max if unified else 1) + n_ubatch
+        own = full if swa_full else min(full, pad_cells(held))
 
         def cells(layer: int) -> int:
             if not self.model.reads_own_kv(layer):

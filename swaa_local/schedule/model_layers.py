@@ -65,6 +65,11 @@ class ModelLayers:
         """`own window (1024 tokens)`, `recurrent`."""
         return f"{kind.value} ({self.own_window} tokens)" if kind is LayerKind.OWN_WINDOW else kind.value
 
+    @property
+    def kinds_in_words(self) -> str:
+        """The kinds that there are, each once."""
+        return ", ".join(self.in_words(kind) for kind in dict.fromkeys(self.kinds))
+
     def refusal(self, modes: Sequence[int]) -> str | None:
         """Why the layers cannot have these modes, by the values of the GGUF: 0 full, 1 prefill, 2 always; or None."""
         for layer, (kind, mode) in enumerate(zip(self.kinds, modes, strict=True)):

@@ -245,16 +245,35 @@ def test_an_unknown_pre_tokenizer_has_to_be_named(tmp_path, checkpoints):
     assert read_schedule(out) == SCHEDULE
 
 
-def test_an_architecture_is_refused_before_its_weights_are_written(tmp_path, checkpoints):
-    directory = tmp_path / "olmo2"
+def with_settings(checkpoint: Path, directory: Path, settings: dict[str, object]) -> Path:
+    """The checkpoint with other settings in its config.json."""
     directory.mkdir()
-    for file in (checkpoints / "olmo2").iterdir():
+    for file in checkpoint.iterdir():
         (directory / file.name).symlink_to(file)
-    config = json.loads((directory / "config.json").read_text()) | {"sliding_window": 4096}
+    config = json.loads((directory / "config.json").read_text()) | settings
     (directory / "config.json").unlink()
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_layers_with_windows_of_their_own_are_known_before_the_weights_are_converted(tmp_path, checkpoints):
+    """The list of full layers counts those that can slide: the first of layers 1 and 3."""
+    own = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    directory, out = with_settings(checkpoints / "olmo2", tmp_path / "olmo2", own), tmp_path / "o.gguf"
+    command = ("convert", directory, "-o", out, "--pre-tokenizer", "qwen2", *OPTIONS)
+    assert "  0 wFwP\n" in succeeds(*command, "--dry-run")
+    succeeds(*command)
+    assert read_schedule(out) == Schedule(8, 2, (F, F, F, P))
+    assert read_model_info(out).layers.own_window == 64
+    named = ("convert", directory, "-o", out, "--force", "--window", 8, "--full-layers", "2")
+    assert "layer 2 has a window of its own (64 tokens) and cannot slide" in fails(*named)
+
+
+def test_an_architecture_is_refused_before_its_weights_are_written(tmp_path, checkpoints):
+    own = {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 4}
+    directory = with_settings(checkpoints / "olmo2", tmp_path / "olmo2", own)
     message = fails("convert", directory, "-o", tmp_path / "o.gguf", "--pre-tokenizer", "qwen2", *OPTIONS)
-    assert "architecture 'olmo2' has a sliding window of its own (4096 tokens)" in message
+    assert "architecture 'olmo2' has no layer that can slide: own window (4096 tokens)" in message
     assert nothing_left(tmp_path, "olmo2")
 
 

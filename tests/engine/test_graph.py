@@ -18,7 +18,7 @@ from tests.support.engine import GPU_LAYERS, EngineContext
 from tests.support.masks import Sched
 from tests.support.program import ROOT
 from tests.support.reference_numpy import forward
-from tests.support.tiny import ALWAYS, ARCHES, FULL, PREFILL, random_tokens
+from tests.support.tiny import ALWAYS, FULL, PREFILL, random_tokens
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -200,16 +200,16 @@ def test_a_graph_that_grows_is_planned_once(load_model, modes, n_ubatch):
 
 
 @pytest.mark.skipif(GPU_LAYERS > 0, reason="the digests are of nodes that all run on the CPU")
-@pytest.mark.parametrize("arch", ARCHES)
-def test_without_a_schedule_the_graph_is_upstream_s(tiny_model_factory, arch):
+@pytest.mark.parametrize("name", stock_graph.MODELS)
+def test_without_a_schedule_the_graph_is_upstream_s(tiny_model_factory, name):
     """Node by node, against digests taken from the unpatched build of the pinned version (`stock_graph.py`)."""
     want = json.loads((DATA / "stock_graphs.json").read_text())
-    got = stock_graph.digests(tiny_model_factory(arch=arch))
-    assert got == want[arch]
+    got = stock_graph.digests(tiny_model_factory(**stock_graph.MODELS[name]))
+    assert got == want[name]
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_without_a_schedule_everything_is_bit_identical_to_the_unpatched_build(tiny_model_factory, arch):
+@pytest.mark.parametrize("name", stock_graph.MODELS)
+def test_without_a_schedule_everything_is_bit_identical_to_the_unpatched_build(tiny_model_factory, name):
     """Logits and state files, in a process of its own on the unpatched libraries (SWAA_STOCK_LIB=DIR).
 
     All but flash attention with fewer than 64 tokens, which our kernels compute in F32 where upstream sums an
@@ -219,7 +219,7 @@ def test_without_a_schedule_everything_is_bit_identical_to_the_unpatched_build(t
     stock = os.environ.get("SWAA_STOCK_LIB")
     if not stock:
         pytest.skip("SWAA_STOCK_LIB names no unpatched build of llama.cpp to compare with")
-    path = tiny_model_factory(arch=arch)
+    path = tiny_model_factory(**stock_graph.MODELS[name])
     done = subprocess.run(
         [sys.executable, "-m", stock_graph.__name__, "outputs", str(path)],
         cwd=ROOT,

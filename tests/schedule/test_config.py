@@ -183,7 +183,7 @@ def test_a_preset_for_another_depth_is_refused():
         preset.config(40, clip_layers=True)
     assert preset.config(28, clip_layers=True).non_sliding_layers == tuple(range(1, 28, 2))
     assert "quality" in GENERIC_PRESETS
-    with pytest.raises(ScheduleError, match="pass n_layer"):
+    with pytest.raises(ScheduleError, match="pass the number of layers"):
         get_preset("quality").config()
 
 
@@ -378,3 +378,10 @@ def test_a_layer_that_reads_another_ones_cache_has_none():
     assert SWAAConfig(8).schedule(shared).kv_cells(4096, n_ubatch=256) == (512, 512, 0, 0)
     with pytest.raises(ScheduleError, match="layer 3 reads the KV cache of layer 1"):
         SWAAConfig(8, non_sliding_layers=[1]).schedule(shared)
+
+
+def test_a_window_for_a_model_whose_layers_cannot_slide_is_refused():
+    layers = ModelLayers((LayerKind.OWN_WINDOW, LayerKind.RECURRENT), own_window=16)
+    with pytest.raises(ScheduleError, match=r"no layer of this model can slide: own window \(16 tokens\), recurrent"):
+        SWAAConfig(8).schedule(layers)
+    assert SWAAConfig().schedule(layers).is_full

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.test_schedule import MIXED, PREFILLING, RING, TIE, assert_same
+from tests.serve.test_schedule import MIXED, OWN, OWN_MIXED, OWN_PREFILLING, PREFILLING, RING, TIE, assert_same
 from tests.support.adapters import write_adapter
 from tests.support.engine import GPU_LAYERS
 from tests.support.foreign import FOREIGN
@@ -42,6 +42,10 @@ LAYOUTS = {
     "all modes, each slot its own cache": (MIXED, ("-np", "4", "-no-kvu", "-c", "16384", "-ub", "64")),
     "all modes, slots share a ring without a cell to spare": (TIGHT, ("-np", "2", "-kvu", "-ub", "8")),
     "all modes, drafts longer than an ubatch": (MIXED, ("-np", "1", "-ub", "8", "--spec-window-n-max", "9")),
+    "own windows, no schedule": (None, ("-np", "1")),
+    "own windows, slots share a cache": (OWN_PREFILLING, ("-np", "2", "-kvu")),
+    "own windows, all their cells": (OWN_PREFILLING, ("-np", "1", "--swa-full")),
+    "own windows, a ring": (OWN_MIXED, ("-np", "2", "-no-kvu", "-c", "16384")),
 }
 
 
@@ -68,7 +72,8 @@ class Pair:
 @pytest.fixture(scope="module", params=LAYOUTS)
 def pair(request: pytest.FixtureRequest, tiny_model_factory: Make) -> Iterator[Pair]:
     schedule, options = LAYOUTS[request.param]
-    path = tiny_model_factory(schedule=schedule, n_ctx_train=8192)
+    model = OWN if request.param.startswith("own windows") else {}
+    path = tiny_model_factory(schedule=schedule, n_ctx_train=8192, **model)
     plain = tuple(option for option in options if option not in ("--spec-window-n-max", "9"))
     with serving(path, *SIZES, *options, *DRAFTS) as drafting, serving(path, *SIZES, *plain) as other:
         yield Pair(drafting, other)
@@ -345,9 +350,9 @@ def test_what_cannot_work_is_refused_at_start(tiny_model: Path, why: str) -> Non
 
 
 def test_a_model_that_cannot_draft_is_refused_by_name(tmp_path: Path) -> None:
-    weights, keys = FOREIGN["gemma2"]()
-    path = write_tiny_gguf(tmp_path / "gemma2.gguf", file_arch="gemma2", weights=weights, extra=keys)
-    assert "gemma2" in fails("serve", path, "--port", "0", "-t", "1", *SIZES, *DRAFTS)
+    weights, keys = FOREIGN["llama4"]()
+    path = write_tiny_gguf(tmp_path / "llama4.gguf", file_arch="llama4", weights=weights, extra=keys)
+    assert "llama4" in fails("serve", path, "--port", "0", "-t", "1", *SIZES, *DRAFTS)
 
 
 @pytest.mark.skipif(GPU_LAYERS > 0, reason="this build has a GPU")

@@ -22,7 +22,16 @@ from swaa_local import Llama
 from tests.support.adapters import write_adapter
 from tests.support.program import fails
 from tests.support.serving import Running, serving, together
-from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, TinyShape, random_tokens, tiny_weights
+from tests.support.tiny import (
+    ALWAYS,
+    FULL,
+    PREFILL,
+    ScheduleKeys,
+    TinyShape,
+    random_tokens,
+    tiny_weights,
+    with_own_windows,
+)
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -30,6 +39,9 @@ WINDOW, SINKS = 64, 4
 PREFILLING = ScheduleKeys(WINDOW, SINKS, (PREFILL, FULL, PREFILL, PREFILL))
 RING = ScheduleKeys(WINDOW, SINKS, (ALWAYS,) * 4)
 MIXED = ScheduleKeys(WINDOW, SINKS, (FULL, PREFILL, ALWAYS, ALWAYS))
+OWN = with_own_windows(48, (True, False, True, False))
+OWN_PREFILLING = ScheduleKeys(WINDOW, SINKS, (FULL, PREFILL, FULL, PREFILL))
+OWN_MIXED = ScheduleKeys(WINDOW, SINKS, (FULL, PREFILL, FULL, ALWAYS))
 TIE = 3e-3
 """Difference of two log probabilities that is rounding.
 
@@ -82,12 +94,26 @@ class Alone:
 
 @pytest.fixture(
     scope="module",
-    params=[(PREFILLING, ()), (RING, ()), (MIXED, ("-no-kvu", "-c", "16384"))],
-    ids=["windowed prefill", "ring", "all modes, each slot its own cache"],
+    params=[
+        (PREFILLING, (), {}),
+        (RING, (), {}),
+        (MIXED, ("-no-kvu", "-c", "16384"), {}),
+        (OWN_PREFILLING, (), OWN),
+        (OWN_PREFILLING, ("--swa-full",), OWN),
+        (OWN_MIXED, ("-no-kvu", "-c", "16384"), OWN),
+    ],
+    ids=[
+        "windowed prefill",
+        "ring",
+        "all modes, each slot its own cache",
+        "windowed prefill beside the model's own windows",
+        "the same with all their cells",
+        "a ring beside the model's own windows, each slot its own cache",
+    ],
 )
 def scheduled(request: pytest.FixtureRequest, tiny_model_factory: Make) -> Iterator[tuple[Running, Alone]]:
-    schedule, options = request.param
-    path = tiny_model_factory(schedule=schedule, n_ctx_train=8192)
+    schedule, options, model = request.param
+    path = tiny_model_factory(schedule=schedule, n_ctx_train=8192, **model)
     with serving(path, *SIZES, "-np", "4", *options) as server:
         yield server, Alone(path)
 
@@ -231,11 +257,13 @@ def test_slots_that_change_hands_answer_right(ring: Path) -> None:
 
 @pytest.mark.parametrize("window", [1, WINDOW])
 @pytest.mark.parametrize("options", [("-kvu",), ("-no-kvu", "--ctx-checkpoints", "3")])
+@pytest.mark.parametrize("model", ["plain", "own windows"])
 def test_edited_conversations_in_rings_answer_right(
-    tiny_model_factory: Make, window: int, options: tuple[str, ...]
+    tiny_model_factory: Make, model: str, window: int, options: tuple[str, ...]
 ) -> None:
     """Turns go on, back and elsewhere, at once; cells that a ring has lost must never be missed."""
-    ring = tiny_model_factory(schedule=ScheduleKeys(window, SINKS, RING.layer_modes), n_ctx_train=8192)
+    modes, kind = (RING.layer_modes, {}) if model == "plain" else ((FULL, ALWAYS, FULL, ALWAYS), OWN)
+    ring = tiny_model_factory(schedule=ScheduleKeys(window, SINKS, modes), n_ctx_train=8192, **kind)
     alone, rng = Alone(ring), random.Random(3)
     talks = [random_tokens(rng.randrange(1, 300), seed=i) for i in range(3)]
     n_cached = 0

@@ -237,11 +237,14 @@ def test_an_architecture_is_refused_before_its_weights_are_downloaded(hub, env, 
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
+        "layer_types": ["sliding_attention"] * 4,
     }
     files = {"tokenizer.json": b"{}", "model.safetensors": bytes(1000)}
     hub.repos["org/own-window"] = {"config.json": json.dumps(config).encode()} | files
     message = fails("convert", "org/own-window", "-o", tmp_path / "o.gguf", *OPTIONS, **env)
-    assert "no schedule can apply: architecture 'olmo2' has a sliding window of its own (4096 tokens)" in message
+    assert "no schedule can apply: architecture 'olmo2' has no layer that can slide: own window (4096 tokens)" in (
+        message
+    )
     assert [name for name, _ in hub.bodies()] == ["config.json"]
 
 

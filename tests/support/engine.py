@@ -37,6 +37,8 @@ PATCH_SYMBOLS = (
     "llama_model_swaa_set_draft",
     "llama_swaa_set_draft_start",
     "llama_swaa_kv_bytes",
+    "llama_model_swaa_layer",
+    "llama_swaa_has_ring",
 )
 MISSING_SYMBOLS = [name for name in PATCH_SYMBOLS if not hasattr(_lib, name)]
 
@@ -59,6 +61,10 @@ if not MISSING_SYMBOLS:
     _lib.llama_swaa_set_draft_start.restype = ctypes.c_bool
     _lib.llama_swaa_kv_bytes.argtypes = [ctypes.c_void_p]
     _lib.llama_swaa_kv_bytes.restype = ctypes.c_size_t
+    _lib.llama_model_swaa_layer.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    _lib.llama_model_swaa_layer.restype = ctypes.c_int32
+    _lib.llama_swaa_has_ring.argtypes = [ctypes.c_void_p]
+    _lib.llama_swaa_has_ring.restype = ctypes.c_bool
 
 FLASH = {
     "on": C.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -139,6 +145,10 @@ class EngineModel:
             rc = _lib.llama_model_swaa_set_draft(self.ptr, window, sinks)
         if rc != 0:
             raise EngineError("".join(log))
+
+    def layer(self, layer: int) -> int:
+        """0 if the layer can have any mode, its own window, or -1 without such a layer."""
+        return int(_lib.llama_model_swaa_layer(self.ptr, layer))
 
     @property
     def tail(self) -> int:
@@ -289,6 +299,9 @@ class EngineContext:
 
     def pos_max(self, seq: int = 0) -> int:
         return C.llama_memory_seq_pos_max(self.mem, seq)
+
+    def has_ring(self) -> bool:
+        return bool(_lib.llama_swaa_has_ring(self.ptr))
 
     def kv_bytes(self) -> int:
         return _lib.llama_swaa_kv_bytes(self.ptr)

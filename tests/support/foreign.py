@@ -18,21 +18,10 @@ def _random(*shape: int) -> np.ndarray:
     return (np.random.default_rng(0).standard_normal(shape) / 10).astype(np.float32)
 
 
-def _own_window(*, qk_norm: bool) -> dict[str, np.ndarray]:
-    weights = {k: v for k, v in tiny_weights(_SHAPE).items() if k != "output.weight" and (qk_norm or "_norm" not in k)}
-    for i in range(_SHAPE.n_layer):
-        for name in ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"):
-            weights[f"blk.{i}.{name}.weight"] = _random(_E)
-    weights["output_norm.weight"] = _random(_E)
-    return weights
-
-
-def _gemma2() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    return _own_window(qk_norm=False), {"gemma2.attention.sliding_window": 512}
-
-
-def _gemma3() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    return _own_window(qk_norm=True), {"gemma3.attention.sliding_window": 512}
+def _llama4() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    weights = {k: v for k, v in tiny_weights(_SHAPE).items() if ".attn_q_norm" not in k and ".attn_k_norm" not in k}
+    experts = {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": _FF}
+    return weights, {f"llama4.{k}": v for k, v in {**experts, "interleave_moe_layer_step": 0}.items()}
 
 
 def _mamba() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -110,8 +99,7 @@ def _deepseek2() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 FOREIGN: dict[str, Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]] = {
-    "gemma2": _gemma2,  # own sliding window
-    "gemma3": _gemma3,
+    "llama4": _llama4,  # attends in chunks
     "mamba": _mamba,  # recurrent
     "bert": _bert,  # encoder
     "mpt": _mpt,  # ALiBi

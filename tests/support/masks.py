@@ -6,7 +6,7 @@ Query at position p1, key at position p0, both from 0; `visible` means that the 
     window(W, k):  p0 <= p1  and  (p1 - p0 < W  or  p0 < k)
 
 FULL layers are always full, ALWAYS layers always window, PREFILL layers window for queries that are prefilled and full
-for queries that are decoded.
+for queries that are decoded. Layers with a window of the model's own see window(own, 0), whatever the schedule.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class Sched(NamedTuple):
     window: int
     sinks: int
     layer_modes: tuple[int, ...]
+    own: tuple[int, ...] = ()
+    """The model's own window of each layer, 0 for none: no part of the schedule, but of what is seen."""
 
 
 def full_schedule(n_layer: int) -> Sched:
@@ -35,6 +37,8 @@ def visible(schedule: Sched, layer: int, p1: np.ndarray, p0: np.ndarray, decode:
     p1, p0, decode = p1[:, None], p0[None, :], decode[:, None]
     full = p0 <= p1
     window = full & ((p1 - p0 < schedule.window) | (p0 < schedule.sinks))
+    if schedule.own and schedule.own[layer]:
+        return full & (p1 - p0 < schedule.own[layer])
     mode = schedule.layer_modes[layer]
     return {FULL: full, PREFILL: np.where(decode, full, window), ALWAYS: window}[mode]
 

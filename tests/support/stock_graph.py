@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 
 from tests.support.engine import EngineModel
-from tests.support.tiny import ARCHES, random_tokens, write_tiny_gguf
+from tests.support.tiny import ARCHES, random_tokens, with_own_windows, write_tiny_gguf
 
+MODELS: dict[str, dict[str, Any]] = {arch: {"arch": arch} for arch in ARCHES}
+MODELS["mellum"] = with_own_windows(40, (True, False, True, False))
+"""Keywords of `write_tiny_gguf`."""
 TOKENS = random_tokens(300)
 PROMPT = 192  # ubatches of 64
 CASES: dict[str, dict[str, Any]] = {
@@ -72,7 +75,8 @@ def _digest(data: bytes) -> str:
 def main() -> None:
     if sys.argv[1] == "graphs":
         with tempfile.TemporaryDirectory() as directory:
-            found = {a: digests(write_tiny_gguf(Path(directory) / f"{a}.gguf", arch=a)) for a in ARCHES}
+            path = Path(directory) / "m.gguf"
+            found = {name: digests(write_tiny_gguf(path, **model)) for name, model in MODELS.items()}
         print(json.dumps(found, indent=1))
     else:
         print(json.dumps(outputs(Path(sys.argv[2]))))

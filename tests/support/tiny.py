@@ -66,6 +66,16 @@ class TinyShape:
     n_vocab: int = N_VOCAB
 
 
+def with_own_windows(window: int, has_window: Sequence[bool]) -> dict[str, Any]:
+    """Keywords for `write_tiny_gguf` that make a model whose layers have sliding windows of their own where it says so.
+
+    llama.cpp computes Mellum as Qwen3 MoE with such windows, so `reference_numpy` knows it by that name.
+    """
+    keys = {"sliding_window": window, "sliding_window_pattern": [bool(each) for each in has_window]}
+    extra = {f"mellum.attention.{name}": value for name, value in keys.items()}
+    return {"arch": "qwen3moe", "file_arch": "mellum", "n_layer": len(has_window), "extra": extra}
+
+
 def tiny_weights(shape: TinyShape, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights under their GGUF tensor names, shape (rows = outputs, columns = inputs).
 

@@ -5,7 +5,8 @@
 //     the tokens of each mask in turn (patches "a memory may choose what a layer attends to", "attend with some tokens at a
 //     time"); what it does for a cache without a schedule is done here too
 //   - build_attn_mha(), which divides the tokens of q among the streams of k (ne[3]), and so among the blocks of a window
-//   - llm_graph_input_attn_kv, its set_input() and can_reuse(), which this replaces: an input that no layer uses has no buffer
+//   - llm_graph_input_attn_kv and llm_graph_input_attn_kv_iswa, their set_input() and can_reuse(), which this replaces: an
+//     input that no layer uses has no buffer. of the latter, build_attn() uses the rotations and build_kv() alone
 //   - llama_kv_cache: get_k_storage() and get_v_storage() are [n_embd_gqa, kv_size, n_stream], with the heads of a cell
 //     one after the other; V is transposed without flash attention
 // and of ggml:
@@ -134,6 +135,23 @@ llm_graph_input_attn_swaa::llm_graph_input_attn_swaa(
         }
     }
 
+    if (const auto * own = mctx->get_own()) {
+        own_k_idxs = own->build_input_k_idxs(ctx, ubatch);
+        own_v_idxs = own->build_input_v_idxs(ctx, ubatch);
+
+        const uint32_t n_gather = mctx->get_n_gather_own(ubatch);
+
+        if (n_gather > 0) {
+            own_win_idxs = llama_swaa_new_idxs(ctx, n_gather*n_block, "attn_inp_win_idxs_own");
+            own_kq_mask  = llama_swaa_new_mask(ctx, n_gather, n_tokens, n_block, cparams, "attn_inp_kq_mask_own");
+        } else {
+            own_kq_mask  = llama_swaa_new_mask(ctx, own->get_n_kv(), n_tokens, n_stream, cparams, "attn_inp_kq_mask_own");
+        }
+
+        own_k_rot = own->build_input_k_rot(ctx);
+        own_v_rot = own->build_input_v_rot(ctx);
+    }
+
     // the rotations depend on the head sizes and the cache types, which both caches share
     self_k_rot = (base ? base : ring)->build_input_k_rot(ctx);
     self_v_rot = (base ? base : ring)->build_input_v_rot(ctx);
@@ -179,6 +197,27 @@ void llm_graph_input_attn_swaa::set_input(const llama_ubatch * ubatch) {
         mctx_swaa->get_win_ring().set_input_mask(ring_kq_mask, *ubatch, true);
     } else if (is_used(ring_kq_mask)) {
         ring->set_input_kq_mask(ring_kq_mask, ubatch, true);
+    }
+
+    if (const auto * own = mctx_swaa->get_own()) {
+        if (is_used(own_k_idxs)) {
+            own->set_input_k_idxs(own_k_idxs, ubatch);
+        }
+        if (is_used(own_v_idxs)) {
+            own->set_input_v_idxs(own_v_idxs, ubatch);
+        }
+        if (is_used(own_win_idxs)) {
+            mctx_swaa->get_win_own().set_input_idxs(own_win_idxs);
+            mctx_swaa->get_win_own().set_input_mask(own_kq_mask, *ubatch, true);
+        } else if (is_used(own_kq_mask)) {
+            own->set_input_kq_mask(own_kq_mask, ubatch, true);
+        }
+        if (is_used(own_k_rot)) {
+            own->set_input_k_rot(own_k_rot);
+        }
+        if (is_used(own_v_rot)) {
+            own->set_input_v_rot(own_v_rot);
+        }
     }
 
     if (is_used(self_k_rot)) {
@@ -232,6 +271,11 @@ bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
     if (const auto * ring = mctx_new->get_ring()) {
         res &= ring_k_idxs->ne[0] == n_tokens;
         res &= is_window(ring_win_idxs, ring_kq_mask, mctx_new->get_n_gather_ring(params.ubatch), ring->get_n_kv());
+    }
+
+    if (const auto * own = mctx_new->get_own()) {
+        res &= own_k_idxs->ne[0] == n_tokens;
+        res &= is_window(own_win_idxs, own_kq_mask, mctx_new->get_n_gather_own(params.ubatch), own->get_n_kv());
     }
 
     return res;
@@ -307,15 +351,35 @@ llm_graph_input_attn_kv::attn_kv llm_graph_input_attn_swaa::build_kv(
                 ggml_tensor * v_cur,
                         int   il) const {
     ggml_context * ctx = graph.ctx0;
-    ggml_cgraph  * gf  = graph.gf;
+
+    // a layer that reads the cache of another one has nothing to store
+    const auto store = [&](const llama_kv_cache_context * kv_cur, ggml_tensor * k_idxs, ggml_tensor * v_idxs) {
+        if (k_cur) {
+            ggml_build_forward_expand(graph.gf, kv_cur->cpy_k(ctx, k_cur, k_idxs, il));
+        }
+        if (v_cur) {
+            ggml_build_forward_expand(graph.gf, kv_cur->cpy_v(ctx, v_cur, v_idxs, il));
+        }
+    };
+
+    if (mctx_swaa->get_kv()->is_own(il)) {
+        const auto * own = mctx_swaa->get_own();
+
+        store(own, own_k_idxs, own_v_idxs);
+
+        if (own_win_idxs) {
+            return gather(graph, *mctx_swaa->get_kv()->get_own(), own_win_idxs, own_kq_mask, il);
+        }
+
+        return { own->get_k(ctx, il), own->get_v(ctx, il), { own_kq_mask } };
+    }
 
     const auto mode = mctx_swaa->get_schedule().mode(il);
 
     if (mode == LLAMA_SWAA_MODE_ALWAYS) {
         const auto * ring = mctx_swaa->get_ring();
 
-        ggml_build_forward_expand(gf, ring->cpy_k(ctx, k_cur, ring_k_idxs, il));
-        ggml_build_forward_expand(gf, ring->cpy_v(ctx, v_cur, ring_v_idxs, il));
+        store(ring, ring_k_idxs, ring_v_idxs);
 
         if (ring_win_idxs) {
             return gather(graph, *mctx_swaa->get_kv()->get_ring(), ring_win_idxs, ring_kq_mask, il);
@@ -326,8 +390,7 @@ llm_graph_input_attn_kv::attn_kv llm_graph_input_attn_swaa::build_kv(
 
     const auto * base = mctx_swaa->get_base();
 
-    ggml_build_forward_expand(gf, base->cpy_k(ctx, k_cur, self_k_idxs, il));
-    ggml_build_forward_expand(gf, base->cpy_v(ctx, v_cur, self_v_idxs, il));
+    store(base, self_k_idxs, self_v_idxs);
 
     if (mode == LLAMA_SWAA_MODE_PREFILL ? is_windowed_prefill : is_windowed_full) {
         if (win_idxs) {
@@ -338,7 +401,7 @@ llm_graph_input_attn_kv::attn_kv llm_graph_input_attn_swaa::build_kv(
     }
 
     if (mask_made) {
-        ggml_build_forward_expand(gf, mask_made);
+        ggml_build_forward_expand(graph.gf, mask_made);
     }
 
     attn_kv res = { base->get_k(ctx, il), base->get_v(ctx, il), mask_parts };
@@ -356,4 +419,38 @@ uint32_t llm_graph_input_attn_swaa::n_nodes(uint32_t n_layer, uint32_t n_tokens)
     const uint32_t n_part = (n_tokens + LLAMA_SWAA_N_PART - 1)/LLAMA_SWAA_N_PART;
 
     return n_layer*12*(1 + n_part) + 64;
+}
+
+//
+// llm_graph_input_attn_swaa_iswa
+//
+
+llm_graph_input_attn_swaa_iswa::llm_graph_input_attn_swaa_iswa(
+                ggml_context * ctx,
+          const llama_ubatch & ubatch,
+         const llama_hparams & hparams,
+         const llama_cparams & cparams,
+         const llama_kv_cache_swaa_context * mctx) :
+    llm_graph_input_attn_kv_iswa(hparams, cparams, nullptr),
+    inp(ctx, ubatch, hparams, cparams, mctx) {
+    self_k_rot     = inp.self_k_rot;
+    self_v_rot     = inp.self_v_rot;
+    self_k_rot_swa = inp.own_k_rot;
+    self_v_rot_swa = inp.own_v_rot;
+}
+
+void llm_graph_input_attn_swaa_iswa::set_input(const llama_ubatch * ubatch) {
+    inp.set_input(ubatch);
+}
+
+bool llm_graph_input_attn_swaa_iswa::can_reuse(const llm_graph_params & params) {
+    return inp.can_reuse(params);
+}
+
+llm_graph_input_attn_kv_iswa::attn_kv llm_graph_input_attn_swaa_iswa::build_kv(
+    const llm_graph_context & graph,
+                ggml_tensor * k_cur,
+                ggml_tensor * v_cur,
+                        int   il) const {
+    return inp.build_kv(graph, k_cur, v_cur, il);
 }

@@ -2,8 +2,8 @@
 
 // What a graph of a model with a schedule attends to
 //
-// llama_kv_cache_swaa_context makes this input for llm_graph_context::build_attn_inp_kv(), and build_attn() asks it for the
-// K, V and masks of each layer.
+// llama_kv_cache_swaa_context makes this input for llm_graph_context::build_attn_inp_kv() or build_attn_inp_kv_iswa(), and
+// build_attn() asks it for the K, V and masks of each layer.
 
 #include "llama-graph.h"
 
@@ -55,6 +55,14 @@ public:
     ggml_tensor * ring_win_idxs = nullptr; // as win_idxs
     ggml_tensor * ring_kq_mask  = nullptr; // as win_mask
 
+    // of the layers with a window of the model's own
+    ggml_tensor * own_k_idxs   = nullptr;
+    ggml_tensor * own_v_idxs   = nullptr;
+    ggml_tensor * own_win_idxs = nullptr;
+    ggml_tensor * own_kq_mask  = nullptr;
+    ggml_tensor * own_k_rot    = nullptr;
+    ggml_tensor * own_v_rot    = nullptr;
+
     const llama_kv_cache_swaa_context * mctx_swaa;
 
 private:
@@ -63,4 +71,29 @@ private:
     const bool is_windowed_prefill;
 
     attn_kv gather(const llm_graph_context & graph, const llama_kv_cache & kv_cur, ggml_tensor * idxs, ggml_tensor * mask, int il) const;
+};
+
+//
+// llm_graph_input_attn_swaa_iswa
+//
+
+// the same for the graphs of models with sliding windows of their own
+class llm_graph_input_attn_swaa_iswa : public llm_graph_input_attn_kv_iswa {
+public:
+    llm_graph_input_attn_swaa_iswa(
+                    ggml_context * ctx,
+              const llama_ubatch & ubatch,
+             const llama_hparams & hparams,
+             const llama_cparams & cparams,
+             const llama_kv_cache_swaa_context * mctx);
+    ~llm_graph_input_attn_swaa_iswa() = default;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    attn_kv build_kv(const llm_graph_context & graph, ggml_tensor * k_cur, ggml_tensor * v_cur, int il) const override;
+
+private:
+    llm_graph_input_attn_swaa inp;
 };

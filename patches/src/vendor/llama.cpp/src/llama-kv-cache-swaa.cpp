@@ -1,4 +1,4 @@
-// The KV cache of a model with a schedule: its two caches, the phases of the tokens, and what the ring still holds
+// The KV cache of a model with a schedule: its caches, the phases of the tokens, and what the ring still holds
 //
 // Relies on, of llama.cpp:
 //   - llama_kv_cache with n_sink >= 0, which is a ring (patch "a KV cache that is a ring with sinks"): which cells it
@@ -60,12 +60,24 @@ static bool llama_swaa_is_on_cpu(const llama_model & model) {
     return true;
 }
 
+// the window of the model's own, which is none of the schedule's
+static llama_swaa_schedule llama_swaa_get_own(const llama_model & model) {
+    llama_swaa_schedule res;
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        res.window = std::max(res.window, llama_swaa_own_window(model.hparams, il));
+    }
+    return res;
+}
+
 llama_kv_cache_swaa::llama_kv_cache_swaa(
         const llama_model & model,
                 ggml_type   type_k,
                 ggml_type   type_v,
-      const llama_cparams & cparams) :
-    schedule(llama_swaa_get_schedule(model)), draft(llama_swaa_get_draft(model)), n_ctx(cparams.n_ctx_seq), n_seq_max(cparams.n_seq_max), unified(cparams.kv_unified),
+      const llama_cparams & cparams,
+                     bool   swa_full,
+     const layer_reuse_cb & reuse) :
+    schedule(llama_swaa_get_schedule(model)), draft(llama_swaa_get_draft(model)), own(llama_swaa_get_own(model)), hparams(model.hparams),
+    n_ctx(cparams.n_ctx_seq), n_seq_max(cparams.n_seq_max), unified(cparams.kv_unified),
     v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), on_cpu(llama_swaa_is_on_cpu(model)), prompt_end(LLAMA_MAX_SEQ, -1), draft_start(LLAMA_MAX_SEQ, -1) {
     if (!cparams.causal_attn) {
         throw std::runtime_error("a swaa schedule needs causal attention");
@@ -76,46 +88,90 @@ llama_kv_cache_swaa::llama_kv_cache_swaa(
         LLAMA_LOG_INFO("%s: drafts see a window of %u tokens and %u sinks\n", __func__, draft.window, draft.n_sink);
     }
 
-    const auto is_ring = [&](int32_t il) { return schedule.mode(il) == LLAMA_SWAA_MODE_ALWAYS; };
-    const auto is_base = [&](int32_t il) { return !is_ring(il); };
+    const auto in_own  = [&](int32_t il) { return is_own(il); };
+    const auto in_ring = [&](int32_t il) { return !is_own(il) && schedule.mode(il) == LLAMA_SWAA_MODE_ALWAYS; };
+    const auto in_base = [&](int32_t il) { return !is_own(il) && schedule.mode(il) != LLAMA_SWAA_MODE_ALWAYS; };
 
-    if (schedule.has(LLAMA_SWAA_MODE_FULL) || schedule.has(LLAMA_SWAA_MODE_PREFILL)) {
+    // the window and the ubatch, all of a padded size
+    const auto n_cells = [&](uint64_t n_seen) {
+        const uint32_t n_need = std::min<uint64_t>(n_ctx, n_seen*(unified ? n_seq_max : 1) + cparams.n_ubatch);
+
+        return std::min<uint32_t>(n_ctx, GGML_PAD(n_need, LLAMA_SWAA_N_PAD));
+    };
+
+    if (has_layers(LLAMA_SWAA_MODE_FULL) || has_layers(LLAMA_SWAA_MODE_PREFILL)) {
         LLAMA_LOG_INFO("%s: creating base KV cache, size = %u cells\n", __func__, n_ctx);
 
         kv_base = std::make_unique<llama_kv_cache>(
                 model, model.hparams, type_k, type_v,
                 v_trans, cparams.offload_kqv, unified, n_ctx, n_seq_max, 1,
-                0, LLAMA_SWA_TYPE_NONE, nullptr, is_base, nullptr, nullptr);
+                0, LLAMA_SWA_TYPE_NONE, nullptr, in_base, reuse, nullptr);
     }
 
-    if (schedule.has(LLAMA_SWAA_MODE_ALWAYS)) {
-        const uint64_t n_keep = ((uint64_t) schedule.n_sink + schedule.window)*(unified ? n_seq_max : 1);
-
-        const uint32_t n_need = std::min<uint64_t>(n_ctx, n_keep + cparams.n_ubatch);
-        const uint32_t n_ring = std::min<uint32_t>(n_ctx, GGML_PAD(n_need, LLAMA_SWAA_N_PAD));
+    if (has_layers(LLAMA_SWAA_MODE_ALWAYS)) {
+        const uint32_t n_ring = n_cells((uint64_t) schedule.n_sink + schedule.window);
 
         LLAMA_LOG_INFO("%s: creating ring KV cache, size = %u cells, its positions cannot be shifted\n", __func__, n_ring);
 
         kv_ring = std::make_unique<llama_kv_cache>(
                 model, model.hparams, type_k, type_v,
                 v_trans, cparams.offload_kqv, unified, n_ring, n_seq_max, 1,
-                schedule.window, LLAMA_SWA_TYPE_STANDARD, nullptr, is_ring, nullptr, nullptr, "", (int32_t) schedule.n_sink);
+                schedule.window, LLAMA_SWA_TYPE_STANDARD, nullptr, in_ring, reuse, nullptr, "", (int32_t) schedule.n_sink);
+
+        rings.push_back({ kv_ring.get(), (llama_pos) schedule.window, (llama_pos) schedule.n_sink });
     }
+
+    if (own.window > 0) {
+        const uint32_t n_own = swa_full ? n_ctx : n_cells(own.window);
+
+        LLAMA_LOG_INFO("%s: creating KV cache of the model's own window of %u tokens, size = %u cells\n", __func__, own.window, n_own);
+
+        kv_own = std::make_unique<llama_kv_cache>(
+                model, model.hparams, type_k, type_v,
+                v_trans, cparams.offload_kqv, unified, n_own, n_seq_max, 1,
+                own.window, LLAMA_SWA_TYPE_STANDARD, nullptr, in_own, reuse, nullptr, "", 0);
+
+        rings.push_back({ kv_own.get(), (llama_pos) own.window, 0 });
+    }
+}
+
+std::vector<llama_kv_cache *> llama_kv_cache_swaa::caches() const {
+    std::vector<llama_kv_cache *> res;
+    for (auto * kv : { kv_base.get(), kv_ring.get(), kv_own.get() }) {
+        if (kv) {
+            res.push_back(kv);
+        }
+    }
+    return res;
+}
+
+bool llama_kv_cache_swaa::has_layers(llama_swaa_mode mode) const {
+    for (size_t il = 0; il < schedule.modes.size(); ++il) {
+        if (schedule.modes[il] == mode && !is_own(il)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool llama_kv_cache_swaa::is_own(int32_t il) const {
+    return !llama_swaa_can_slide(hparams, il);
+}
+
+bool llama_kv_cache_swaa::has_ring() const {
+    return kv_ring || (kv_own && kv_own->get_size() < n_ctx);
 }
 
 void llama_kv_cache_swaa::clear(bool data) {
-    if (kv_base) {
-        kv_base->clear(data);
-    }
-    if (kv_ring) {
-        kv_ring->clear(data);
+    for (auto * kv : caches()) {
+        kv->clear(data);
     }
 }
 
-bool llama_kv_cache_swaa::ring_holds(llama_seq_id seq_id, llama_pos pos) const {
-    const auto & seq_pos = kv_ring->get_cells(seq_id).seq_pos_get(seq_id);
+bool llama_kv_cache_swaa::ring::holds(llama_seq_id seq_id, llama_pos pos) const {
+    const auto & seq_pos = kv->get_cells(seq_id).seq_pos_get(seq_id);
 
-    const auto holds = [&](llama_pos p0, llama_pos p1) {
+    const auto has = [&](llama_pos p0, llama_pos p1) {
         auto it = seq_pos.lower_bound({ p0, 0 });
         for (llama_pos p = p0; p < p1; ++p, ++it) {
             if (it == seq_pos.end() || it->first != p) {
@@ -126,10 +182,9 @@ bool llama_kv_cache_swaa::ring_holds(llama_seq_id seq_id, llama_pos pos) const {
     };
 
     // the position before is needed also with a window of 1, it tells where the sequence goes on
-    const llama_pos n_sink = schedule.n_sink;
-    const llama_pos window = std::max(schedule.window, 2u);
+    const llama_pos n_seen = std::max(window, 2);
 
-    return holds(0, std::min(n_sink, pos)) && holds(std::max(0, pos - window + 1), pos);
+    return has(0, std::min(n_sink, pos)) && has(std::max(0, pos - n_seen + 1), pos);
 }
 
 bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -137,9 +192,9 @@ bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
     // with one stream, more sequences can be held than decoded
-    const llama_seq_id n_seq = kv_ring && kv_ring->get_n_stream() == 1 ? LLAMA_MAX_SEQ : n_seq_max;
+    const llama_seq_id n_seq = unified || n_seq_max == 1 ? LLAMA_MAX_SEQ : n_seq_max;
 
-    for (llama_seq_id s = 0; kv_ring && s < n_seq; ++s) {
+    for (llama_seq_id s = 0; !rings.empty() && s < n_seq; ++s) {
         if (seq_id >= 0 && s != seq_id) {
             continue;
         }
@@ -155,13 +210,15 @@ bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
         const int64_t pos_next = is_tail ? p0 : (int64_t) pos_max + 1;
 
-        // what is left has to hold what the next token can see, which a hole in it never does
-        const bool ok = is_tail ? ring_holds(s, p0) :
-            p0 >= (llama_pos) schedule.n_sink && p1 <= std::min<int64_t>(pos_max, pos_next - schedule.window + 1);
+        for (const auto & ring : rings) {
+            // what is left has to hold what the next token can see, which a hole in it never does, unless it can be closed
+            const bool ok = is_tail ? ring.holds(s, p0) : get_can_shift() ||
+                (p0 >= ring.n_sink && p1 <= std::min<int64_t>(pos_max, pos_next - ring.window + 1));
 
-        if (!ok) {
-            LLAMA_LOG_DEBUG("%s: the ring does not hold what position %lld of sequence %d would see\n", __func__, (long long) pos_next, s);
-            return false;
+            if (!ok) {
+                LLAMA_LOG_DEBUG("%s: the ring does not hold what position %lld of sequence %d would see\n", __func__, (long long) pos_next, s);
+                return false;
+            }
         }
     }
 
@@ -174,46 +231,37 @@ bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
     bool res = true;
 
-    if (kv_base) {
-        res = res & kv_base->seq_rm(seq_id, p0, p1);
-    }
-    if (kv_ring) {
-        res = res & kv_ring->seq_rm(seq_id, p0, p1);
+    for (auto * kv : caches()) {
+        res = res & kv->seq_rm(seq_id, p0, p1);
     }
 
     return res;
 }
 
 void llama_kv_cache_swaa::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    if (kv_ring) {
+    for (const auto & ring : rings) {
         const bool is_whole = p0 <= 0 && (p1 < 0 || p1 > seq_pos_max(seq_id_src));
 
-        if (!is_whole && kv_ring->get_stream(seq_id_src) != kv_ring->get_stream(seq_id_dst)) {
+        if (!is_whole && ring.kv->get_stream(seq_id_src) != ring.kv->get_stream(seq_id_dst)) {
             LLAMA_LOG_ERROR("%s: only whole sequences are copied between streams, nothing is copied\n", __func__);
             return;
         }
-        if (!is_whole && p1 >= 0 && !ring_holds(seq_id_src, p1)) {
+        if (!is_whole && p1 >= 0 && !ring.holds(seq_id_src, p1)) {
             LLAMA_LOG_ERROR("%s: the ring does not hold what position %d of sequence %d would see, nothing is copied\n", __func__, p1, seq_id_src);
             return;
         }
     }
 
-    if (kv_base) {
-        kv_base->seq_cp(seq_id_src, seq_id_dst, p0, p1);
-    }
-    if (kv_ring) {
-        kv_ring->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    for (auto * kv : caches()) {
+        kv->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     }
 
     prompt_end[seq_id_dst] = prompt_end[seq_id_src];
 }
 
 void llama_kv_cache_swaa::seq_keep(llama_seq_id seq_id) {
-    if (kv_base) {
-        kv_base->seq_keep(seq_id);
-    }
-    if (kv_ring) {
-        kv_ring->seq_keep(seq_id);
+    for (auto * kv : caches()) {
+        kv->seq_keep(seq_id);
     }
 }
 
@@ -224,7 +272,7 @@ void llama_kv_cache_swaa::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
     // note: what the caller decodes next is not where the sequence ends then, so it is refused
     if (!get_can_shift()) {
-        LLAMA_LOG_ERROR("%s: ignored, the positions of always windowed layers cannot be shifted, see llama_memory_can_shift()\n", __func__);
+        LLAMA_LOG_ERROR("%s: ignored, the positions of a ring cannot be shifted, see llama_memory_can_shift()\n", __func__);
         return;
     }
 
@@ -232,7 +280,9 @@ void llama_kv_cache_swaa::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p
         prompt_end[seq_id] = std::clamp<int64_t>((int64_t) prompt_end[seq_id] + shift, 0, std::numeric_limits<llama_pos>::max());
     }
 
-    kv_base->seq_add(seq_id, p0, p1, shift);
+    for (auto * kv : caches()) {
+        kv->seq_add(seq_id, p0, p1, shift);
+    }
 }
 
 void llama_kv_cache_swaa::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
@@ -241,7 +291,7 @@ void llama_kv_cache_swaa::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p
     }
 
     if (!get_can_shift()) {
-        LLAMA_LOG_ERROR("%s: ignored, the positions of always windowed layers cannot be divided, see llama_memory_can_shift()\n", __func__);
+        LLAMA_LOG_ERROR("%s: ignored, the positions of a ring cannot be divided, see llama_memory_can_shift()\n", __func__);
         return;
     }
 
@@ -249,7 +299,9 @@ void llama_kv_cache_swaa::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p
         prompt_end[seq_id] /= d;
     }
 
-    kv_base->seq_div(seq_id, p0, p1, d);
+    for (auto * kv : caches()) {
+        kv->seq_div(seq_id, p0, p1, d);
+    }
 }
 
 bool llama_kv_cache_swaa::is_prompt_end_in(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
@@ -260,30 +312,33 @@ bool llama_kv_cache_swaa::is_prompt_end_in(llama_seq_id seq_id, llama_pos p0, ll
 }
 
 llama_pos llama_kv_cache_swaa::seq_pos_min(llama_seq_id seq_id) const {
-    if (!kv_ring) {
+    if (rings.empty()) {
         return kv_base->seq_pos_min(seq_id);
     }
 
     llama_pos res = -1;
 
-    const auto & seq_pos = kv_ring->get_cells(seq_id).seq_pos_get(seq_id);
-    for (auto it = seq_pos.rbegin(); it != seq_pos.rend() && (res < 0 || it->first == res - 1); ++it) {
-        res = it->first;
+    for (const auto & ring : rings) {
+        llama_pos start = -1;
+
+        const auto & seq_pos = ring.kv->get_cells(seq_id).seq_pos_get(seq_id);
+        for (auto it = seq_pos.rbegin(); it != seq_pos.rend() && (start < 0 || it->first == start - 1); ++it) {
+            start = it->first;
+        }
+
+        res = std::max(res, start);
     }
 
     return res;
 }
 
 llama_pos llama_kv_cache_swaa::seq_pos_max(llama_seq_id seq_id) const {
-    return kv_ring ? kv_ring->seq_pos_max(seq_id) : kv_base->seq_pos_max(seq_id);
+    return rings.empty() ? kv_base->seq_pos_max(seq_id) : rings[0].kv->seq_pos_max(seq_id);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_swaa::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> mb;
-    for (const auto * kv : { kv_base.get(), kv_ring.get() }) {
-        if (!kv) {
-            continue;
-        }
+    for (const auto * kv : caches()) {
         for (const auto & [buft, size] : kv->memory_breakdown()) {
             mb[buft] += size;
         }
@@ -299,16 +354,20 @@ bool llama_kv_cache_swaa::ring_check(const llama_batch_allocr & balloc) const {
             continue;
         }
 
-        if (!ring_holds(s, pos)) {
-            LLAMA_LOG_ERROR("%s: position %d of sequence %d sees sinks and a window of %u tokens that the ring does not hold, "
-                    "evaluate the sequence again from its start\n", __func__, pos, s, schedule.window);
-            return false;
-        }
+        for (const auto & ring : rings) {
+            if (!ring.holds(s, pos)) {
+                LLAMA_LOG_ERROR("%s: position %d of sequence %d sees sinks and a window of %d tokens that the ring does not hold, "
+                        "evaluate the sequence again from its start\n", __func__, pos, s, ring.window);
+                return false;
+            }
 
-        if (kv_base && kv_base->seq_pos_max(s) != kv_ring->seq_pos_max(s)) {
-            LLAMA_LOG_ERROR("%s: sequence %d ends at position %d in the base cache, but at %d in the ring, "
-                    "evaluate the sequence again from its start\n", __func__, s, kv_base->seq_pos_max(s), kv_ring->seq_pos_max(s));
-            return false;
+            for (const auto * kv : caches()) {
+                if (kv->seq_pos_max(s) != ring.kv->seq_pos_max(s)) {
+                    LLAMA_LOG_ERROR("%s: sequence %d ends at position %d in one cache, but at %d in the ring, "
+                            "evaluate the sequence again from its start\n", __func__, s, kv->seq_pos_max(s), ring.kv->seq_pos_max(s));
+                    return false;
+                }
+            }
         }
     }
 
@@ -347,7 +406,7 @@ std::vector<int32_t> llama_kv_cache_swaa::get_phases(const llama_batch & batch) 
 llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
-    if (kv_ring && !ring_check(balloc)) {
+    if (!rings.empty() && !ring_check(balloc)) {
         return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
     }
 
@@ -400,8 +459,16 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
             }
         }
 
+        slot_info_vec_t sinfos_own;
+        if (kv_own) {
+            sinfos_own = kv_own->prepare(ubatches);
+            if (sinfos_own.empty()) {
+                break;
+            }
+        }
+
         return std::make_unique<llama_kv_cache_swaa_context>(
-                this, std::move(sinfos_base), std::move(sinfos_ring), std::move(ubatches), std::move(phases_ubatch));
+                this, std::move(sinfos_base), std::move(sinfos_ring), std::move(sinfos_own), std::move(ubatches), std::move(phases_ubatch));
     } while (false);
 
     return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
@@ -424,7 +491,7 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_update(llama_context * lctx, 
 }
 
 bool llama_kv_cache_swaa::get_can_shift() const {
-    return !kv_ring && kv_base->get_can_shift();
+    return !kv_ring && kv_base->get_can_shift() && (!kv_own || (kv_own->get_can_shift() && kv_own->get_size() == kv_base->get_size()));
 }
 
 bool llama_kv_cache_swaa::get_can_non_causal() const {
@@ -446,13 +513,12 @@ void llama_kv_cache_swaa::state_write(llama_io_write_i & io, llama_seq_id seq_id
     }
 
     // a partial state leaves out what does not depend on the position that it is taken at, which is the base next to a ring
-    const bool partial = kv_ring && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+    const bool partial = !rings.empty() && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
 
-    if (kv_base && !partial) {
-        kv_base->state_write(io, seq_id, flags);
-    }
-    if (kv_ring) {
-        kv_ring->state_write(io, seq_id, flags);
+    for (const auto * kv : caches()) {
+        if (kv != kv_base.get() || !partial) {
+            kv->state_write(io, seq_id, flags);
+        }
     }
 }
 
@@ -461,27 +527,23 @@ void llama_kv_cache_swaa::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         schedule.state_check(io);
     }
 
-    const bool partial = kv_ring && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+    const bool partial = !rings.empty() && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
 
     try {
-        if (kv_base && !partial) {
-            kv_base->state_read(io, seq_id, flags);
-        }
-        if (kv_ring) {
-            kv_ring->state_read(io, seq_id, flags);
+        for (auto * kv : caches()) {
+            if (kv != kv_base.get() || !partial) {
+                kv->state_read(io, seq_id, flags);
+            }
         }
     } catch (...) {
-        if (kv_ring && seq_id == -1) {
+        if (!rings.empty() && seq_id == -1) {
             LLAMA_LOG_ERROR("%s: the ring has %u cells, and a whole state needs those that it was saved from (see n_ubatch and n_seq_max)\n",
-                    __func__, kv_ring->get_size());
+                    __func__, rings[0].kv->get_size());
         }
 
-        // both or none
-        if (kv_base) {
-            kv_base->state_clear(seq_id);
-        }
-        if (kv_ring) {
-            kv_ring->state_clear(seq_id);
+        // all or none
+        for (auto * kv : caches()) {
+            kv->state_clear(seq_id);
         }
         throw;
     }
@@ -497,6 +559,10 @@ llama_kv_cache * llama_kv_cache_swaa::get_base() const {
 
 llama_kv_cache * llama_kv_cache_swaa::get_ring() const {
     return kv_ring.get();
+}
+
+llama_kv_cache * llama_kv_cache_swaa::get_own() const {
+    return kv_own.get();
 }
 
 void llama_kv_cache_swaa::set_prompt_end(llama_seq_id seq_id, llama_pos pos) {
@@ -528,6 +594,10 @@ const llama_swaa_schedule & llama_kv_cache_swaa::get_view(llama_swaa_phase phase
     return phase == LLAMA_SWAA_PHASE_DRAFT ? draft : schedule;
 }
 
+const llama_swaa_schedule & llama_kv_cache_swaa::get_view_own() const {
+    return own;
+}
+
 bool llama_kv_cache_swaa::is_hiding(const llama_ubatch & ubatch, llama_swaa_phase phase) const {
     const auto & view = get_view(phase);
 
@@ -554,8 +624,8 @@ uint32_t llama_kv_cache_swaa::n_gather(uint32_t n_seen, uint32_t n_kv) const {
     return res < n_kv ? res : 0;
 }
 
-uint32_t llama_kv_cache_swaa::n_seen_max(const llama_kv_cache & kv_cur, uint32_t n_tokens) const {
-    const uint64_t n_seen = (uint64_t) schedule.n_sink + schedule.window - 1;
+uint32_t llama_kv_cache_swaa::n_seen_max(const llama_kv_cache & kv_cur, const llama_swaa_schedule & view, uint32_t n_tokens) const {
+    const uint64_t n_seen = (uint64_t) view.n_sink + view.window - 1;
 
     return std::min<uint64_t>(kv_cur.get_size(), n_seen*(unified ? n_seq_max : 1) + n_tokens);
 }
@@ -569,58 +639,63 @@ llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(llama_memory_status sta
 llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(
         llama_kv_cache_swaa * kv,
         llama_swaa_form form) : kv(kv), form(form), status(LLAMA_MEMORY_STATUS_SUCCESS) {
-    if (kv->get_base()) {
-        ctx_base = kv->get_base()->init_full();
-        status = llama_memory_status_combine(status, ctx_base->get_status());
-    }
-    if (kv->get_ring()) {
-        ctx_ring = kv->get_ring()->init_full();
-        status = llama_memory_status_combine(status, ctx_ring->get_status());
-    }
+    init([](llama_kv_cache * kv_cur) { return kv_cur->init_full(); });
 }
 
 llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(
         llama_kv_cache_swaa * kv,
         llama_context * lctx,
         bool optimize) : kv(kv), status(LLAMA_MEMORY_STATUS_NO_UPDATE) {
-    if (kv->get_base()) {
-        ctx_base = kv->get_base()->init_update(lctx, optimize);
-        status = llama_memory_status_combine(status, ctx_base->get_status());
-    }
-    if (kv->get_ring()) {
-        ctx_ring = kv->get_ring()->init_update(lctx, optimize);
-        status = llama_memory_status_combine(status, ctx_ring->get_status());
-    }
+    init([&](llama_kv_cache * kv_cur) { return kv_cur->init_update(lctx, optimize); });
 }
 
 llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(
         llama_kv_cache_swaa * kv,
         slot_info_vec_t sinfos_base,
         slot_info_vec_t sinfos_ring,
+        slot_info_vec_t sinfos_own,
         std::vector<llama_ubatch> ubatches,
         std::vector<llama_swaa_phase> phases) :
     kv(kv), ubatches(std::move(ubatches)), phases(std::move(phases)), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     // note: here we copy the ubatches, as llama_kv_cache_iswa_context does
-    if (kv->get_base()) {
-        ctx_base = std::make_unique<llama_kv_cache_context>(kv->get_base(), std::move(sinfos_base), this->ubatches);
-        status = llama_memory_status_combine(status, ctx_base->get_status());
-    }
-    if (kv->get_ring()) {
-        ctx_ring = std::make_unique<llama_kv_cache_context>(kv->get_ring(), std::move(sinfos_ring), this->ubatches);
-        status = llama_memory_status_combine(status, ctx_ring->get_status());
-    }
+    init([&](llama_kv_cache * kv_cur) {
+        auto & sinfos = kv_cur == kv->get_base() ? sinfos_base : kv_cur == kv->get_ring() ? sinfos_ring : sinfos_own;
+
+        return std::make_unique<llama_kv_cache_context>(kv_cur, std::move(sinfos), this->ubatches);
+    });
 }
 
 llama_kv_cache_swaa_context::~llama_kv_cache_swaa_context() = default;
 
+template<typename F>
+void llama_kv_cache_swaa_context::init(F f) {
+    const auto one = [&](llama_memory_context_ptr & ctx, llama_kv_cache * kv_cur) {
+        if (kv_cur) {
+            ctx = f(kv_cur);
+            status = llama_memory_status_combine(status, ctx->get_status());
+        }
+    };
+
+    one(ctx_base, kv->get_base());
+    one(ctx_ring, kv->get_ring());
+    one(ctx_own,  kv->get_own());
+}
+
+std::vector<llama_memory_context_i *> llama_kv_cache_swaa_context::contexts() const {
+    std::vector<llama_memory_context_i *> res;
+    for (auto * ctx : { ctx_base.get(), ctx_ring.get(), ctx_own.get() }) {
+        if (ctx) {
+            res.push_back(ctx);
+        }
+    }
+    return res;
+}
+
 bool llama_kv_cache_swaa_context::next() {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    if (ctx_base) {
-        ctx_base->next();
-    }
-    if (ctx_ring) {
-        ctx_ring->next();
+    for (auto * ctx : contexts()) {
+        ctx->next();
     }
 
     return ++i_next < ubatches.size();
@@ -632,20 +707,26 @@ bool llama_kv_cache_swaa_context::apply() {
     bool res = true;
 
     // an update may be due in one of the caches only
-    for (auto * ctx : { ctx_base.get(), ctx_ring.get() }) {
-        if (ctx && ctx->get_status() != LLAMA_MEMORY_STATUS_NO_UPDATE) {
+    for (auto * ctx : contexts()) {
+        if (ctx->get_status() != LLAMA_MEMORY_STATUS_NO_UPDATE) {
             res = res & ctx->apply();
         }
     }
 
     win_base.reset();
     win_ring.reset();
+    win_own .reset();
 
     if (!ubatches.empty() && is_windowed()) {
         win_base = std::make_unique<llama_swaa_window>(*kv->get_base(), kv->get_view(get_phase()), ubatches[i_next]);
     }
-    if (!ubatches.empty() && get_phase() == LLAMA_SWAA_PHASE_PREFILL && ctx_ring && kv->can_gather()) {
-        win_ring = std::make_unique<llama_swaa_window>(*kv->get_ring(), get_schedule(), ubatches[i_next]);
+    if (!ubatches.empty() && get_phase() == LLAMA_SWAA_PHASE_PREFILL && kv->can_gather()) {
+        if (ctx_ring) {
+            win_ring = std::make_unique<llama_swaa_window>(*kv->get_ring(), get_schedule(), ubatches[i_next]);
+        }
+        if (ctx_own) {
+            win_own = std::make_unique<llama_swaa_window>(*kv->get_own(), kv->get_view_own(), ubatches[i_next]);
+        }
     }
 
     return res;
@@ -669,6 +750,14 @@ std::unique_ptr<llm_graph_input_attn_kv> llama_kv_cache_swaa_context::build_attn
     return std::make_unique<llm_graph_input_attn_swaa>(ctx, ubatch, hparams, cparams, this);
 }
 
+std::unique_ptr<llm_graph_input_attn_kv_iswa> llama_kv_cache_swaa_context::build_attn_inp_kv_iswa(
+                ggml_context * ctx,
+          const llama_ubatch & ubatch,
+         const llama_hparams & hparams,
+         const llama_cparams & cparams) const {
+    return std::make_unique<llm_graph_input_attn_swaa_iswa>(ctx, ubatch, hparams, cparams, this);
+}
+
 const llama_swaa_schedule & llama_kv_cache_swaa_context::get_schedule() const {
     return kv->get_schedule();
 }
@@ -679,6 +768,10 @@ const llama_kv_cache_context * llama_kv_cache_swaa_context::get_base() const {
 
 const llama_kv_cache_context * llama_kv_cache_swaa_context::get_ring() const {
     return static_cast<const llama_kv_cache_context *>(ctx_ring.get());
+}
+
+const llama_kv_cache_context * llama_kv_cache_swaa_context::get_own() const {
+    return static_cast<const llama_kv_cache_context *>(ctx_own.get());
 }
 
 llama_swaa_phase llama_kv_cache_swaa_context::get_phase() const {
@@ -695,14 +788,19 @@ bool llama_kv_cache_swaa_context::is_windowed(llama_swaa_mode mode) const {
     const bool has_window = phase == LLAMA_SWAA_PHASE_DRAFT ? mode != LLAMA_SWAA_MODE_ALWAYS :
         phase == LLAMA_SWAA_PHASE_PREFILL && mode == LLAMA_SWAA_MODE_PREFILL;
 
-    return has_window && get_schedule().has(mode) && (ubatches.empty() || kv->is_hiding(ubatches[i_next], phase));
+    return has_window && kv->has_layers(mode) && (ubatches.empty() || kv->is_hiding(ubatches[i_next], phase));
 }
 
 bool llama_kv_cache_swaa_context::is_windowed() const {
     return is_windowed(LLAMA_SWAA_MODE_FULL) || is_windowed(LLAMA_SWAA_MODE_PREFILL);
 }
 
-uint32_t llama_kv_cache_swaa_context::get_n_gather(const llama_kv_cache & kv_cur, const llama_swaa_window * win, const llama_ubatch & ubatch, uint32_t n_kv) const {
+uint32_t llama_kv_cache_swaa_context::get_n_gather(
+        const llama_kv_cache & kv_cur,
+        const llama_swaa_schedule & view,
+        const llama_swaa_window * win,
+        const llama_ubatch & ubatch,
+        uint32_t n_kv) const {
     if (!kv->can_gather()) {
         return 0;
     }
@@ -715,7 +813,7 @@ uint32_t llama_kv_cache_swaa_context::get_n_gather(const llama_kv_cache & kv_cur
     const uint32_t n_widest = (n_kv - 1)/LLAMA_SWAA_N_PAD*LLAMA_SWAA_N_PAD;
 
     const auto n_gather = [&](uint32_t n_tokens) {
-        return kv->n_gather(std::min(kv->n_seen_max(kv_cur, n_tokens), n_widest), n_kv);
+        return kv->n_gather(std::min(kv->n_seen_max(kv_cur, view, n_tokens), n_widest), n_kv);
     };
 
     // a smaller one may have more blocks: the most cells of any ubatch, shared out between the blocks of this one
@@ -739,11 +837,15 @@ uint32_t llama_kv_cache_swaa_context::get_n_gather_base(const llama_ubatch & uba
         return 0;
     }
 
-    return get_n_gather(*kv->get_base(), win_base.get(), ubatch, get_base()->get_n_kv());
+    return get_n_gather(*kv->get_base(), get_schedule(), win_base.get(), ubatch, get_base()->get_n_kv());
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_gather_ring(const llama_ubatch & ubatch) const {
-    return get_phase() == LLAMA_SWAA_PHASE_PREFILL ? get_n_gather(*kv->get_ring(), win_ring.get(), ubatch, get_ring()->get_n_kv()) : 0;
+    return get_phase() == LLAMA_SWAA_PHASE_PREFILL ? get_n_gather(*kv->get_ring(), get_schedule(), win_ring.get(), ubatch, get_ring()->get_n_kv()) : 0;
+}
+
+uint32_t llama_kv_cache_swaa_context::get_n_gather_own(const llama_ubatch & ubatch) const {
+    return get_phase() == LLAMA_SWAA_PHASE_PREFILL ? get_n_gather(*kv->get_own(), kv->get_view_own(), win_own.get(), ubatch, get_own()->get_n_kv()) : 0;
 }
 
 uint32_t llama_kv_cache_swaa_context::get_n_tail(const llama_ubatch & ubatch) const {
@@ -771,8 +873,16 @@ const llama_swaa_window & llama_kv_cache_swaa_context::get_win_ring() const {
     return *win_ring;
 }
 
+const llama_swaa_window & llama_kv_cache_swaa_context::get_win_own() const {
+    return *win_own;
+}
+
 llama_kv_cache_swaa * llama_kv_cache_swaa_context::get_kv() const {
     return kv;
+}
+
+bool llama_swaa_is_memory(llama_memory_t memory) {
+    return dynamic_cast<llama_kv_cache_swaa *>(memory) != nullptr;
 }
 
 //
@@ -792,6 +902,12 @@ bool llama_swaa_set_draft_start(llama_context * ctx, llama_seq_id seq_id, llama_
     auto * kv = dynamic_cast<llama_kv_cache_swaa *>(llama_get_memory(ctx));
 
     return kv && kv->set_draft_start(seq_id, pos);
+}
+
+bool llama_swaa_has_ring(const llama_context * ctx) {
+    const auto * kv = dynamic_cast<const llama_kv_cache_swaa *>(llama_get_memory(ctx));
+
+    return kv && kv->has_ring();
 }
 
 size_t llama_swaa_kv_bytes(const llama_context * ctx) {

@@ -15,10 +15,11 @@
 // llama_kv_cache_swaa
 //
 
-// the KV cache of a model with a schedule (see llama_swaa_schedule), made of up to two instances of llama_kv_cache:
+// the KV cache of a model with a schedule (see llama_swaa_schedule), made of up to three instances of llama_kv_cache:
 //   - base: LLAMA_SWAA_MODE_FULL and LLAMA_SWAA_MODE_PREFILL layers, a cell per position of the context
 //   - ring: LLAMA_SWAA_MODE_ALWAYS layers, cells for the sinks, the window and the ubatch. a cell is reused as soon as
 //           its position cannot be seen anymore, the sinks never are
+//   - own:  layers with a sliding window of the model's own, a ring too, without sinks. the schedule has no part in it
 //
 // the tokens before the prompt end of their sequence are prefilled, the others are decoded, or drafted from a position on that
 // is set. an ubatch does one of these
@@ -37,7 +38,9 @@ public:
             const llama_model & model,
                     ggml_type   type_k,
                     ggml_type   type_v,
-          const llama_cparams & cparams);
+          const llama_cparams & cparams,
+                         bool   swa_full, // all positions of the context have cells in own too
+       const layer_reuse_cb & reuse);
 
     ~llama_kv_cache_swaa() = default;
 
@@ -75,7 +78,7 @@ public:
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
 
-    // with a ring: the start of the last run of positions without a gap
+    // with rings: the start of the last run of positions without a gap that all of them have
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
@@ -93,8 +96,18 @@ public:
 
     const llama_swaa_schedule & get_schedule() const;
 
-    llama_kv_cache * get_base() const; // nullptr if all layers are LLAMA_SWAA_MODE_ALWAYS
-    llama_kv_cache * get_ring() const; // nullptr if no layer is LLAMA_SWAA_MODE_ALWAYS
+    // nullptr if there are no layers for it
+    llama_kv_cache * get_base() const;
+    llama_kv_cache * get_ring() const;
+    llama_kv_cache * get_own()  const;
+
+    // true if positions are dropped that a window has left behind
+    bool has_ring() const;
+
+    // true if a layer that the schedule is for has the mode
+    bool has_layers(llama_swaa_mode mode) const;
+
+    bool is_own(int32_t il) const;
 
     // see llama_swaa_set_prompt_end()
     void set_prompt_end(llama_seq_id seq_id, llama_pos pos);
@@ -104,6 +117,9 @@ public:
 
     // what the tokens of a phase see through their window
     const llama_swaa_schedule & get_view(llama_swaa_phase phase) const;
+
+    // what they see in the layers with a window of the model's own
+    const llama_swaa_schedule & get_view_own() const;
 
     // true if the window of the phase hides something from a token of the ubatch
     bool is_hiding(const llama_ubatch & ubatch, llama_swaa_phase phase) const;
@@ -122,11 +138,14 @@ public:
     uint32_t n_gather(uint32_t n_seen, uint32_t n_kv) const;
 
     // an upper bound for the number of cells that n_tokens tokens can see through the window
-    uint32_t n_seen_max(const llama_kv_cache & kv_cur, uint32_t n_tokens) const;
+    uint32_t n_seen_max(const llama_kv_cache & kv_cur, const llama_swaa_schedule & view, uint32_t n_tokens) const;
 
 private:
     const llama_swaa_schedule schedule; // a copy: a live context keeps its own when the model's is replaced
     const llama_swaa_schedule draft;    // the schedule with the window of the drafts, 0 if there are none
+    const llama_swaa_schedule own;      // the window of the model's own
+
+    const llama_hparams & hparams;
 
     const uint32_t n_ctx; // positions of a sequence
     const uint32_t n_seq_max;
@@ -137,6 +156,23 @@ private:
 
     std::unique_ptr<llama_kv_cache> kv_base;
     std::unique_ptr<llama_kv_cache> kv_ring;
+    std::unique_ptr<llama_kv_cache> kv_own;
+
+    // a cache that drops what its window has left behind
+    struct ring {
+        const llama_kv_cache * kv;
+
+        llama_pos window;
+        llama_pos n_sink;
+
+        // true if it holds all that a token of the sequence at position pos can see before it
+        bool holds(llama_seq_id seq_id, llama_pos pos) const;
+    };
+
+    std::vector<ring> rings;
+
+    // all that there are
+    std::vector<llama_kv_cache *> caches() const;
 
     std::vector<llama_pos> prompt_end;  // [LLAMA_MAX_SEQ] -1: automatic
     std::vector<llama_pos> draft_start; // [LLAMA_MAX_SEQ] -1: nothing is drafted
@@ -146,9 +182,6 @@ private:
 
     // the llama_swaa_phase of each token of the batch
     std::vector<int32_t> get_phases(const llama_batch & batch) const;
-
-    // true if the ring holds all that a token of the sequence at position pos can see before it
-    bool ring_holds(llama_seq_id seq_id, llama_pos pos) const;
 
     bool ring_check(const llama_batch_allocr & balloc) const;
 };
@@ -185,6 +218,7 @@ public:
             llama_kv_cache_swaa * kv,
             slot_info_vec_t sinfos_base,
             slot_info_vec_t sinfos_ring,
+            slot_info_vec_t sinfos_own,
             std::vector<llama_ubatch> ubatches,
             std::vector<llama_swaa_phase> phases);
 
@@ -207,6 +241,12 @@ public:
              const llama_hparams & hparams,
              const llama_cparams & cparams) const override;
 
+    std::unique_ptr<llm_graph_input_attn_kv_iswa> build_attn_inp_kv_iswa(
+                    ggml_context * ctx,
+              const llama_ubatch & ubatch,
+             const llama_hparams & hparams,
+             const llama_cparams & cparams) const override;
+
     //
     // llama_kv_cache_swaa_context specific API
     //
@@ -215,6 +255,7 @@ public:
 
     const llama_kv_cache_context * get_base() const;
     const llama_kv_cache_context * get_ring() const;
+    const llama_kv_cache_context * get_own()  const;
 
     // of the current ubatch
     llama_swaa_phase get_phase() const;
@@ -228,6 +269,7 @@ public:
     // see llama_kv_cache_swaa::n_gather()
     uint32_t get_n_gather_base(const llama_ubatch & ubatch) const;
     uint32_t get_n_gather_ring(const llama_ubatch & ubatch) const;
+    uint32_t get_n_gather_own (const llama_ubatch & ubatch) const;
 
     // see llama_swaa_n_tail(), 0: the mask of the base cache is not shared
     uint32_t get_n_tail(const llama_ubatch & ubatch) const;
@@ -235,6 +277,7 @@ public:
     // of the current ubatch
     const llama_swaa_window & get_win_base() const;
     const llama_swaa_window & get_win_ring() const;
+    const llama_swaa_window & get_win_own()  const;
 
     llama_kv_cache_swaa * get_kv() const;
 
@@ -252,12 +295,29 @@ private:
 
     llama_memory_context_ptr ctx_base;
     llama_memory_context_ptr ctx_ring;
+    llama_memory_context_ptr ctx_own;
 
     llama_memory_status status;
+
+    // all that there are
+    std::vector<llama_memory_context_i *> contexts() const;
+
+    // make them, f: of a cache
+    template<typename F>
+    void init(F f);
 
     // of the current ubatch, if it is prefilled and has to know
     std::unique_ptr<llama_swaa_window> win_base;
     std::unique_ptr<llama_swaa_window> win_ring;
+    std::unique_ptr<llama_swaa_window> win_own;
 
-    uint32_t get_n_gather(const llama_kv_cache & kv_cur, const llama_swaa_window * win, const llama_ubatch & ubatch, uint32_t n_kv) const;
+    uint32_t get_n_gather(
+            const llama_kv_cache & kv_cur,
+            const llama_swaa_schedule & view,
+            const llama_swaa_window * win,
+            const llama_ubatch & ubatch,
+            uint32_t n_kv) const;
 };
+
+// true if the memory is one of these
+bool llama_swaa_is_memory(llama_memory_t memory);

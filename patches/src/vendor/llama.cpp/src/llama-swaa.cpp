@@ -2,8 +2,11 @@
 //
 // Relies on, of llama.cpp:
 //   - llama_model_loader::metadata and kv_overrides, which load_hparams() calls this with once the hparams are known
-//   - of the architectures in llama_swaa_arch_supported(), that the graph attends through build_attn_inp_kv() alone and
-//     that create_memory() gives them a plain KV cache; of others, the hparams that tell why not (swa_type, is_mla(), ...)
+//   - of the architectures in llama_swaa_arch_supported(), that the graph attends through build_attn_inp_kv() or
+//     build_attn_inp_kv_iswa() alone and that create_memory() gives them a plain KV cache or one of each kind of layer; of
+//     others, the hparams that tell why not (swa_type, is_mla(), ...)
+//   - is_swa(), n_swa and swa_type, which tell the windows of the model's own, and n_layer_kv_from_start, after which layers
+//     share KV caches (the reuse callback in create_memory())
 //   - llama_io_write_i and llama_io_read_i: a state begins with n_stream, which is never LLAMA_SWAA_STATE_MAGIC
 
 #include "llama-swaa.h"
@@ -159,14 +162,42 @@ static void llama_swaa_validate_tail(uint32_t n_tail) {
     }
 }
 
-// throws if the values do not make a schedule for a model of n_layer layers
-static void llama_swaa_validate(const llama_swaa_schedule & schedule, uint32_t n_layer) {
+uint32_t llama_swaa_own_window(const llama_hparams & hparams, uint32_t il) {
+    return hparams.swa_type == LLAMA_SWA_TYPE_STANDARD && hparams.is_swa(il) ? std::clamp(hparams.n_swa, 1u, LLAMA_SWAA_MAX_TOKENS) : 0;
+}
+
+bool llama_swaa_can_slide(const llama_hparams & hparams, uint32_t il) {
+    return llama_swaa_own_window(hparams, il) == 0;
+}
+
+uint32_t llama_swaa_kv_layer(const llama_hparams & hparams, uint32_t il) {
+    const int32_t n_own = hparams.n_layer_kv_from_start;
+
+    return n_own < 2 || hparams.has_kv(il) ? il : n_own - (hparams.is_swa(il) ? 2 : 1);
+}
+
+// throws if the values do not make a schedule for the model
+static void llama_swaa_validate(const llama_swaa_schedule & schedule, const llama_hparams & hparams) {
+    const uint32_t n_layer = hparams.n_layer();
+
     if (schedule.modes.size() != n_layer) {
         throw std::runtime_error(format("swaa.layer_modes has %zu entries, but the model has %u layers", schedule.modes.size(), n_layer));
     }
     for (uint32_t il = 0; il < n_layer; ++il) {
         if (schedule.modes[il] > LLAMA_SWAA_MODE_ALWAYS) {
             throw std::runtime_error(format("swaa.layer_modes[%u] = %u, expected 0 (full), 1 (windowed prefill) or 2 (always windowed)", il, schedule.modes[il]));
+        }
+    }
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        if (schedule.modes[il] != LLAMA_SWAA_MODE_FULL && !llama_swaa_can_slide(hparams, il)) {
+            throw std::runtime_error(format("swaa.layer_modes[%u] = %u, but layer %u has a window of its own (%u tokens) and cannot slide: expected 0 (full)",
+                        il, schedule.modes[il], il, llama_swaa_own_window(hparams, il)));
+        }
+
+        const uint32_t il_kv = llama_swaa_kv_layer(hparams, il);
+        if ((schedule.modes[il] == LLAMA_SWAA_MODE_ALWAYS) != (schedule.modes[il_kv] == LLAMA_SWAA_MODE_ALWAYS)) {
+            throw std::runtime_error(format("swaa.layer_modes[%u] = %u and swaa.layer_modes[%u] = %u, but layer %u reads the KV cache of layer %u: expected 2 (always windowed) for both or neither",
+                        il, schedule.modes[il], il_kv, schedule.modes[il_kv], il, il_kv));
         }
     }
     if (schedule.any() && (schedule.window < 1 || schedule.window > LLAMA_SWAA_MAX_TOKENS)) {
@@ -177,7 +208,7 @@ static void llama_swaa_validate(const llama_swaa_schedule & schedule, uint32_t n
     }
 }
 
-static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, uint32_t n_layer) {
+static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, const llama_hparams & hparams) {
     const auto * meta = ml.metadata;
 
     const auto is_ours = [](const std::string & key) { return key.rfind("swaa.", 0) == 0; };
@@ -250,14 +281,16 @@ static llama_swaa_schedule llama_swaa_read(const llama_model_loader & ml, uint32
         }
     }
 
-    llama_swaa_validate(res, n_layer);
+    llama_swaa_validate(res, hparams);
 
     return res.any() ? res : llama_swaa_schedule{};
 }
 
-// the architectures whose graphs attend through build_attn_inp_kv() alone, one plain causal attention per layer
+// the architectures whose graphs attend through build_attn_inp_kv() or build_attn_inp_kv_iswa() alone, one plain causal
+// attention per layer
 static bool llama_swaa_arch_supported(llm_arch arch) {
     switch (arch) {
+        case LLM_ARCH_AFMOE:
         case LLM_ARCH_APERTUS:
         case LLM_ARCH_ARCEE:
         case LLM_ARCH_ARCTIC:
@@ -268,6 +301,8 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
         case LLM_ARCH_CHAMELEON:
         case LLM_ARCH_CHATGLM:
         case LLM_ARCH_CODESHELL:
+        case LLM_ARCH_COHERE2:
+        case LLM_ARCH_COHERE2MOE:
         case LLM_ARCH_COMMAND_R:
         case LLM_ARCH_DBRX:
         case LLM_ARCH_DECI:
@@ -277,29 +312,41 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
         case LLM_ARCH_ERNIE4_5_MOE:
         case LLM_ARCH_EXAONE:
         case LLM_ARCH_EXAONE4:
+        case LLM_ARCH_EXAONE_MOE:
         case LLM_ARCH_FALCON:
         case LLM_ARCH_GEMMA:
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+        case LLM_ARCH_GEMMA3N:
+        case LLM_ARCH_GEMMA4:
         case LLM_ARCH_GLM4:
         case LLM_ARCH_GLM4_MOE:
         case LLM_ARCH_GPT2:
         case LLM_ARCH_GPTNEOX:
         case LLM_ARCH_GRANITE:
         case LLM_ARCH_GRANITE_MOE:
+        case LLM_ARCH_GRANITE_SWA:
         case LLM_ARCH_GROK:
         case LLM_ARCH_GROVEMOE:
         case LLM_ARCH_HUNYUAN_DENSE:
         case LLM_ARCH_HUNYUAN_MOE:
         case LLM_ARCH_INTERNLM2:
         case LLM_ARCH_JAIS2:
+        case LLM_ARCH_LAGUNA:
         case LLM_ARCH_LLAMA:
         case LLM_ARCH_MAINCODER:
+        case LLM_ARCH_MAPLE:
+        case LLM_ARCH_MELLUM:
+        case LLM_ARCH_MIMO2:
         case LLM_ARCH_MINICPM:
         case LLM_ARCH_MINIMAX_M2:
         case LLM_ARCH_MISTRAL3:
+        case LLM_ARCH_MUSE_GLIMMER:
         case LLM_ARCH_NEMOTRON:
         case LLM_ARCH_OLMO:
         case LLM_ARCH_OLMO2:
         case LLM_ARCH_OLMOE:
+        case LLM_ARCH_OPENAI_MOE:
         case LLM_ARCH_OPENELM:
         case LLM_ARCH_ORION:
         case LLM_ARCH_PANGU_EMBED:
@@ -307,16 +354,20 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
         case LLM_ARCH_PHI3:
         case LLM_ARCH_PHIMOE:
         case LLM_ARCH_PLAMO:
+        case LLM_ARCH_PLAMO3:
         case LLM_ARCH_QWEN:
         case LLM_ARCH_QWEN2:
         case LLM_ARCH_QWEN2MOE:
         case LLM_ARCH_QWEN3:
         case LLM_ARCH_QWEN3MOE:
         case LLM_ARCH_SEED_OSS:
+        case LLM_ARCH_SMALLTHINKER:
         case LLM_ARCH_SMOLLM3:
+        case LLM_ARCH_SPARK2_5:
         case LLM_ARCH_STABLELM:
         case LLM_ARCH_STARCODER:
         case LLM_ARCH_STARCODER2:
+        case LLM_ARCH_STEP35:
         case LLM_ARCH_XVERSE:
             return true;
         default:
@@ -333,8 +384,11 @@ static std::string llama_swaa_unsupported(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
         return format("architecture '%s' has recurrent layers", name);
     }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return format("architecture '%s' has a sliding window of its own (%u)", name, hparams.n_swa);
+    if (hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED) {
+        return format("architecture '%s' attends in chunks of %u tokens, which do not slide", name, hparams.n_swa);
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.swa_type != LLAMA_SWA_TYPE_STANDARD) {
+        return format("architecture '%s' has a window of its own that is not causal", name);
     }
     if (hparams.is_mla()) {
         return format("architecture '%s' has multi-head latent attention", name);
@@ -352,14 +406,20 @@ static std::string llama_swaa_unsupported(const llama_model & model) {
         return format("architecture '%s' has %u layers for multi-token prediction", name, hparams.n_layer_nextn);
     }
     if (!llama_swaa_arch_supported(model.arch)) {
-        return format("architecture '%s' is not known to be plain causal attention over one KV cache", name);
+        return format("architecture '%s' is not known to be plain causal attention over a KV cache", name);
     }
 
-    return "";
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (llama_swaa_can_slide(hparams, il)) {
+            return "";
+        }
+    }
+
+    return format("architecture '%s' has a window of its own (%u tokens) in every layer", name, hparams.n_swa);
 }
 
 void llama_swaa_load(llama_model & model, const llama_model_loader & ml) {
-    auto schedule = llama_swaa_read(ml, model.hparams.n_layer());
+    auto schedule = llama_swaa_read(ml, model.hparams);
 
     if (!schedule.any()) {
         return;
@@ -417,7 +477,7 @@ int32_t llama_model_swaa_set(
     schedule.modes.assign(layer_modes, layer_modes + n_layer);
 
     try {
-        llama_swaa_validate(schedule, model->hparams.n_layer());
+        llama_swaa_validate(schedule, model->hparams);
     } catch (const std::exception & e) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
         return -1;
@@ -437,6 +497,14 @@ int32_t llama_model_swaa_set(
     model->swaa = std::move(schedule);
 
     return 0;
+}
+
+int32_t llama_model_swaa_layer(const llama_model * model, int32_t il) {
+    if (il < 0 || il >= (int32_t) model->hparams.n_layer()) {
+        return -1;
+    }
+
+    return llama_swaa_own_window(model->hparams, il);
 }
 
 bool llama_model_swaa_get(

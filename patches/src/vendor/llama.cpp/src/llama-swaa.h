@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+struct llama_hparams;
 struct llama_model;
 struct llama_model_loader;
 struct gguf_context;
@@ -33,6 +34,7 @@ static constexpr uint32_t LLAMA_SWAA_STATE_MAGIC = 0x61617773;
 //
 // a LLAMA_SWAA_MODE_FULL layer is always full, a LLAMA_SWAA_MODE_ALWAYS layer is always windowed and a
 // LLAMA_SWAA_MODE_PREFILL layer is windowed for the tokens of the prompt and full for the generated ones
+// a layer with a sliding window of the model's own keeps that and stands as LLAMA_SWAA_MODE_FULL, see llama_swaa_own_window()
 struct llama_swaa_schedule {
     uint32_t window = 0;
     uint32_t n_sink = 0;
@@ -67,6 +69,15 @@ struct llama_swaa_draft {
     uint32_t window = 0; // 0: there are no drafts
     uint32_t n_sink = 0;
 };
+
+// the sliding window of the model's own that the layer has, 0 if it has none
+uint32_t llama_swaa_own_window(const llama_hparams & hparams, uint32_t il);
+
+// true if the layer can have any mode
+bool llama_swaa_can_slide(const llama_hparams & hparams, uint32_t il);
+
+// the layer whose KV cache the layer attends to, itself in most models
+uint32_t llama_swaa_kv_layer(const llama_hparams & hparams, uint32_t il);
 
 // read the schedule from the keys swaa.* of the model's file, if there are any
 // throws if they are incomplete or malformed or if the model cannot have a schedule

@@ -1,6 +1,6 @@
 // A schedule in the server: what cannot work with it, the tail of a request, and how far back a ring holds what is needed
 //
-// Relies on, of llama.cpp: the C interface alone (llama_model_swaa_get(), llama_model_swaa_tail()); the list of ways to draft,
+// Relies on, of llama.cpp: the C interface alone (llama_model_swaa_get(), llama_swaa_has_ring(), ...); the list of ways to draft,
 // common_speculative_type; and of server-context.cpp the arithmetic of checkpoints, in which n_swa is how many tokens before
 // the next are needed.
 
@@ -25,7 +25,8 @@ static std::vector<uint8_t> server_swaa_modes(const llama_model * model) {
     return res;
 }
 
-bool server_swaa_has_ring(const llama_model * model) {
+// whether the schedule has layers that are always windowed
+static bool server_swaa_has_always(const llama_model * model) {
     const auto modes = server_swaa_modes(model);
 
     return std::find(modes.begin(), modes.end(), LLAMA_SWAA_MODE_ALWAYS) != modes.end();
@@ -62,9 +63,9 @@ int32_t server_swaa_parse_tail(const json & value) {
     return n_tail;
 }
 
-std::string server_swaa_refusal(const llama_model * model, const llama_model * model_dft, const common_params & params) {
-    if (model_dft && server_swaa_has_ring(model_dft)) {
-        return "the draft model has always windowed layers, which cannot take a rejected draft back: take another draft model";
+std::string server_swaa_refusal(const llama_model * model, const llama_context * ctx_dft, const common_params & params) {
+    if (ctx_dft && llama_swaa_has_ring(ctx_dft)) {
+        return "the draft model has a schedule with always windowed layers, or beside windows of its own, which cannot take a rejected draft back: take another draft model";
     }
 
     if (server_swaa_modes(model).empty()) {
@@ -87,7 +88,7 @@ std::string server_swaa_refusal(const llama_model * model, const llama_model * m
         }
     }
 
-    if (!server_swaa_has_ring(model)) {
+    if (!server_swaa_has_always(model)) {
         return "";
     }
 
@@ -122,8 +123,8 @@ std::string server_swaa_refusal_window(const common_params & params) {
     return "";
 }
 
-bool server_swaa_can_roll_back(const llama_model * model, const common_params & params) {
-    if (!server_swaa_has_ring(model)) {
+bool server_swaa_can_roll_back(const llama_context * ctx, const common_params & params) {
+    if (!llama_swaa_has_ring(ctx)) {
         return true;
     }
 
@@ -134,7 +135,7 @@ bool server_swaa_can_roll_back(const llama_model * model, const common_params & 
     return params.n_parallel == 1 ? n_check <= params.n_ubatch : !params.kv_unified && params.n_parallel*n_check <= params.n_ubatch;
 }
 
-int32_t server_swaa_n_back(const llama_model * model, int32_t n_swa) {
+int32_t server_swaa_n_back(const llama_context * ctx, int32_t n_swa) {
     // the next token is one of the window, and the server asks for one more than it needs
-    return n_swa > 0 && server_swaa_has_ring(model) ? std::max(n_swa, 2) - 2 : n_swa;
+    return n_swa > 0 && llama_swaa_has_ring(ctx) ? std::max(n_swa, 2) - 2 : n_swa;
 }

@@ -8,9 +8,6 @@
 
 // Sliding window attention adaptation in the server, see llama_model_swaa_set()
 
-// whether the schedule keeps rings, whose dropped tokens cannot be gone back to
-bool server_swaa_has_ring(const llama_model * model);
-
 // the schedule as the server tells it, null if there is none
 json server_swaa_props(const llama_model * model);
 
@@ -18,15 +15,15 @@ json server_swaa_props(const llama_model * model);
 int32_t server_swaa_parse_tail(const json & value);
 
 // why the server cannot do what the parameters ask for under the schedule of the model, empty: it can
-// model_dft - the draft model or NULL
-std::string server_swaa_refusal(const llama_model * model, const llama_model * model_dft, const common_params & params);
+// ctx_dft - of the draft model or NULL
+std::string server_swaa_refusal(const llama_model * model, const llama_context * ctx_dft, const common_params & params);
 
 // the same for drafts through a window, with or without a schedule
 std::string server_swaa_refusal_window(const common_params & params);
 
 // whether drafts can always be removed from the memory again, or else need checkpoints
-bool server_swaa_can_roll_back(const llama_model * model, const common_params & params);
+bool server_swaa_can_roll_back(const llama_context * ctx, const common_params & params);
 
 // the largest number of tokens before the next one that the memory has to hold
 // a ring holds what the next token sees, so less than n_swa of upstream's caches will do
-int32_t server_swaa_n_back(const llama_model * model, int32_t n_swa);
+int32_t server_swaa_n_back(const llama_context * ctx, int32_t n_swa);
