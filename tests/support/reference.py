@@ -2,8 +2,8 @@
 
 The whole sequence, prompt and answer, goes through in one pass in float64 with eager attention. That is exact: keys
 and values of a prompt token come from its own prefill, whatever is decoded later, and the mask of a PREFILL layer
-depends on the position of the query. A hook hands every attention module the mask of its layer. Knows `masks`, not
-`swaa_local`.
+depends on the position of the query. A hook hands every attention module the mask of its layer; layers with a sliding
+window of their own keep the mask that transformers makes. Knows `masks`, not `swaa_local`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tests.support.masks import Sched, layer_masks
 
 
 class TransformersModel:
-    """A checkpoint in float64 on one thread."""
+    """A checkpoint in float64 on one thread. sliding: the layers that are given masks; None: all."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, sliding: Sequence[int] | None = None) -> None:
         torch.set_num_threads(1)
         auto = transformers.AutoModelForCausalLM
         self.model = auto.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager").eval()
@@ -30,6 +30,7 @@ class TransformersModel:
             self.model.set_experts_implementation("eager")  # the default takes no float64
         self._masks: list[torch.Tensor] = []
         self._asked: set[int] = set()
+        self._sliding = set(range(len(self.model.model.layers)) if sliding is None else sliding)
         for layer, module in enumerate(self.model.model.layers):
             module.self_attn.register_forward_pre_hook(self._give_mask(layer), with_kwargs=True)
 
@@ -38,6 +39,11 @@ class TransformersModel:
             if "attention_mask" not in kwargs:
                 raise RuntimeError("transformers no longer passes attention_mask to self_attn by name")
             self._asked.add(layer)
+            if layer not in self._sliding:
+                given = kwargs["attention_mask"]
+                if given is None or not given[0, 0, -1, 0] < 0:  # what the last query adds to the first key's score
+                    raise RuntimeError(f"transformers gives layer {layer} no window of its own")
+                return args, kwargs
             return args, {**kwargs, "attention_mask": self._masks[layer]}
 
         return hook

@@ -18,10 +18,20 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import safetensors.numpy
 import sentencepiece
 import tokenizers
 import torch
 import transformers
+
+from tests.support.tiny_hf_own import (
+    BPE_KINDS,
+    BYTE_FALLBACK_KINDS,
+    CONFIG_CLASSES,
+    OWN_KINDS,
+    adjusted,
+    missing_tensors,
+)
 
 N_LAYER = 4
 _SIZES = {
@@ -74,11 +84,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
     "granite": ("Granite", {"embedding_multiplier": 0.8, "attention_multiplier": 0.2, "residual_multiplier": 0.9}),
     "phi3": ("Phi3", {"sliding_window": None}),
+    "smollm3": ("SmolLM3", {}),
 }
 """Name -> transformers' class prefix and what its config has beside the common sizes."""
 
 
-_BPE_KINDS = ("qwen3-moe", "olmo2", "glm4")  # upstream's converter takes no SentencePiece vocabulary for these
+# Upstream's converter takes no SentencePiece vocabulary for these.
+_BPE_KINDS = ("qwen3-moe", "olmo2", "glm4", *BPE_KINDS)
 
 _WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "seven", "wizards", "quietly", "forge", "boxes")
 
@@ -115,6 +127,24 @@ def write_bpe(directory: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+def write_byte_fallback(directory: Path) -> int:
+    """tokenizer.json of a BPE that falls back to bytes; its number of tokens."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    parts = [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    tokenizer.decoder = tokenizers.decoders.Sequence(parts)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[*special, *(f"<0x{b:02X}>" for b in range(256))], show_progress=False
+    )
+    tokenizer.train_from_iterator(_text(), trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
 def checkpoints(root: Path, kinds: Iterable[str]) -> dict[str, tuple[Path, Path]]:
     """Checkpoint and GGUF of each kind.
 
@@ -127,11 +157,16 @@ def checkpoints(root: Path, kinds: Iterable[str]) -> dict[str, tuple[Path, Path]
 
 
 def write_checkpoint(directory: Path, kind: str, *, seed: int = 0) -> Path:
-    """One of KINDS, float32."""
+    """One of KINDS or OWN_KINDS, float32."""
     directory.mkdir(parents=True)
-    n_vocab = (write_bpe if kind in _BPE_KINDS else write_sentencepiece)(directory)
-    prefix, special = KINDS[kind]
-    config = getattr(transformers, f"{prefix}Config")(**{**_SIZES, "vocab_size": n_vocab, **special})
+    kinds_of_vocabulary = {write_bpe: _BPE_KINDS, write_byte_fallback: BYTE_FALLBACK_KINDS}
+    write_vocabulary = next((f for f, kinds in kinds_of_vocabulary.items() if kind in kinds), write_sentencepiece)
+    n_vocab = write_vocabulary(directory)
+    prefix, special = (KINDS | OWN_KINDS)[kind]
+    sizes = {**_SIZES, "vocab_size": n_vocab, **special}
+    if "hidden_size_per_layer_input" in special:
+        sizes["vocab_size_per_layer_input"] = n_vocab
+    config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**sizes)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
@@ -139,8 +174,14 @@ def write_checkpoint(directory: Path, kind: str, *, seed: int = 0) -> Path:
             weight = _random_weight(rng, name, tuple(parameter.shape))
             if prefix in ("Olmo2", "Glm4") and "post_" in name:  # norms of what a layer adds: its share of the residual
                 weight *= 0.3
+            if kind in OWN_KINDS:
+                weight = adjusted(prefix, name, weight)
             parameter.copy_(torch.from_numpy(weight))
     model.save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    present = safetensors.numpy.load_file(weights)
+    if missing := missing_tensors(prefix, special, present):
+        safetensors.numpy.save_file({**present, **missing}, weights, metadata={"format": "pt"})
     return directory
 
 
