@@ -100,6 +100,12 @@ llama_model_swaa_get = _declare(
     ctypes.c_bool,
 )
 
+# int32_t llama_model_swaa_n_head_kv(const struct llama_model *, int32_t il)
+# Heads of K and V of a layer; 0: it has no attention.
+llama_model_swaa_n_head_kv = _declare(
+    "llama_model_swaa_n_head_kv", [_c.llama_model_p_ctypes, ctypes.c_int32], ctypes.c_int32
+)
+
 # uint32_t llama_model_swaa_tail(const struct llama_model *)
 # Tokens of the tail; 0 without one. The engine keeps it for programs, which set the prompt end by it.
 llama_model_swaa_tail = _declare("llama_model_swaa_tail", [_c.llama_model_p_ctypes], ctypes.c_uint32)
@@ -111,7 +117,8 @@ llama_model_swaa_set_tail = _declare(
 )
 
 # int32_t llama_model_swaa_layer(const struct llama_model *, int32_t il)
-# 0: the layer can have any mode; > 0: it has a window of the model's own, of so many tokens; -1: there is no such one.
+# 0: the layer can have any mode; > 0: it has a window of the model's own, of so many tokens; -1: there is no such one;
+# -2: it is recurrent; -3: it has no attention.
 llama_model_swaa_layer = _declare("llama_model_swaa_layer", [_c.llama_model_p_ctypes, ctypes.c_int32], ctypes.c_int32)
 
 # void llama_swaa_set_prompt_end(struct llama_context *, llama_seq_id, llama_pos)

@@ -7,6 +7,7 @@
 //   - build_attn_mha(), which divides the tokens of q among the streams of k (ne[3]), and so among the blocks of a window
 //   - llm_graph_input_attn_kv and llm_graph_input_attn_kv_iswa, their set_input() and can_reuse(), which this replaces: an
 //     input that no layer uses has no buffer. of the latter, build_attn() uses the rotations and build_kv() alone
+//   - llm_graph_input_mem_hybrid, whose set_input() and can_reuse() this replaces: what changes there of the recurrent part has to here
 //   - llama_kv_cache: get_k_storage() and get_v_storage() are [n_embd_gqa, kv_size, n_stream], with the heads of a cell
 //     one after the other; V is transposed without flash attention
 // and of ggml:
@@ -19,6 +20,7 @@
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-kv-cache-swaa.h"
+#include "llama-memory-hybrid-swaa.h"
 #include "llama-swaa.h"
 #include "llama-swaa-mask.h"
 
@@ -229,8 +231,10 @@ void llm_graph_input_attn_swaa::set_input(const llama_ubatch * ubatch) {
 }
 
 bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
-    const auto * mctx_new = static_cast<const llama_kv_cache_swaa_context *>(params.mctx);
+    return can_reuse(static_cast<const llama_kv_cache_swaa_context *>(params.mctx), params.ubatch);
+}
 
+bool llm_graph_input_attn_swaa::can_reuse(const llama_kv_cache_swaa_context * mctx_new, const llama_ubatch & ubatch) {
     this->mctx_swaa = mctx_new;
     this->mctx      = mctx_new->get_base();
 
@@ -238,9 +242,9 @@ bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
         return false;
     }
 
-    const uint32_t n_tokens = params.ubatch.n_tokens;
-    const uint32_t n_stream = llama_swaa_n_stream(*mctx_new->get_kv(), params.ubatch);
-    const uint32_t n_block  = llama_swaa_n_block (*mctx_new->get_kv(), params.ubatch);
+    const uint32_t n_tokens = ubatch.n_tokens;
+    const uint32_t n_stream = llama_swaa_n_stream(*mctx_new->get_kv(), ubatch);
+    const uint32_t n_block  = llama_swaa_n_block (*mctx_new->get_kv(), ubatch);
 
     bool res = true;
 
@@ -257,25 +261,25 @@ bool llm_graph_input_attn_swaa::can_reuse(const llm_graph_params & params) {
 
         // without a full layer, a windowed graph does not depend on how much of the cache is in use
         if (self_kq_mask->buffer) {
-            const uint32_t n_tail = mctx_new->get_n_tail(params.ubatch);
+            const uint32_t n_tail = mctx_new->get_n_tail(ubatch);
 
             res &= is_mask(self_kq_mask, base->get_n_kv(), n_stream);
             res &= n_tail == (mask_tail ? mask_tail->ne[0] : 0);
         }
 
         if (is_windowed_full || is_windowed_prefill) {
-            res &= is_window(win_idxs, win_mask, mctx_new->get_n_gather_base(params.ubatch), base->get_n_kv());
+            res &= is_window(win_idxs, win_mask, mctx_new->get_n_gather_base(ubatch), base->get_n_kv());
         }
     }
 
     if (const auto * ring = mctx_new->get_ring()) {
         res &= ring_k_idxs->ne[0] == n_tokens;
-        res &= is_window(ring_win_idxs, ring_kq_mask, mctx_new->get_n_gather_ring(params.ubatch), ring->get_n_kv());
+        res &= is_window(ring_win_idxs, ring_kq_mask, mctx_new->get_n_gather_ring(ubatch), ring->get_n_kv());
     }
 
     if (const auto * own = mctx_new->get_own()) {
         res &= own_k_idxs->ne[0] == n_tokens;
-        res &= is_window(own_win_idxs, own_kq_mask, mctx_new->get_n_gather_own(params.ubatch), own->get_n_kv());
+        res &= is_window(own_win_idxs, own_kq_mask, mctx_new->get_n_gather_own(ubatch), own->get_n_kv());
     }
 
     return res;
@@ -453,4 +457,33 @@ llm_graph_input_attn_kv_iswa::attn_kv llm_graph_input_attn_swaa_iswa::build_kv(
                 ggml_tensor * v_cur,
                         int   il) const {
     return inp.build_kv(graph, k_cur, v_cur, il);
+}
+
+//
+// llm_graph_input_mem_hybrid_swaa
+//
+
+void llm_graph_input_mem_hybrid_swaa::set_input(const llama_ubatch * ubatch) {
+    inp_attn->set_input(ubatch);
+    inp_rs  ->set_input(ubatch);
+}
+
+bool llm_graph_input_mem_hybrid_swaa::can_reuse(const llm_graph_params & params) {
+    const auto * mctx_new = static_cast<const llama_memory_hybrid_swaa_context *>(params.mctx);
+    const auto * recr     = mctx_new->get_recr();
+
+    this->mctx   = mctx_new;
+    inp_rs->mctx = recr;
+
+    bool res = static_cast<llm_graph_input_attn_swaa *>(inp_attn.get())->can_reuse(mctx_new->get_attn_swaa(), params.ubatch);
+
+    res &= inp_rs->s_copy->ne[0] == recr->get_n_rs();
+
+    res &= inp_rs->s_copy_main->ne[0]  == params.ubatch.n_seqs;
+    res &= inp_rs->s_copy_extra->ne[0] == recr->get_n_rs() - params.ubatch.n_seqs;
+
+    res &= inp_rs->head == recr->get_head();
+    res &= inp_rs->rs_z == recr->get_rs_z();
+
+    return res;
 }

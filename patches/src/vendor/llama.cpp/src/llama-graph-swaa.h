@@ -3,7 +3,8 @@
 // What a graph of a model with a schedule attends to
 //
 // llama_kv_cache_swaa_context makes this input for llm_graph_context::build_attn_inp_kv() or build_attn_inp_kv_iswa(), and
-// build_attn() asks it for the K, V and masks of each layer.
+// build_attn() asks it for the K, V and masks of each layer. For a hybrid model build_inp_mem_hybrid() puts it beside that of
+// the recurrent layers.
 
 #include "llama-graph.h"
 
@@ -32,6 +33,9 @@ public:
     void set_input(const llama_ubatch * ubatch) override;
 
     bool can_reuse(const llm_graph_params & params) override;
+
+    // the same for a memory that mctx is a part of
+    bool can_reuse(const llama_kv_cache_swaa_context * mctx_new, const llama_ubatch & ubatch);
 
     attn_kv build_kv(const llm_graph_context & graph, ggml_tensor * k_cur, ggml_tensor * v_cur, int il) const override;
 
@@ -96,4 +100,18 @@ public:
 
 private:
     llm_graph_input_attn_swaa inp;
+};
+
+//
+// llm_graph_input_mem_hybrid_swaa
+//
+
+// the input of a hybrid model with a schedule, whose inp_attn is a llm_graph_input_attn_swaa
+class llm_graph_input_mem_hybrid_swaa : public llm_graph_input_mem_hybrid {
+public:
+    using llm_graph_input_mem_hybrid::llm_graph_input_mem_hybrid;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
 };

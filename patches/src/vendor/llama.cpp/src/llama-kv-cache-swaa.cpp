@@ -7,6 +7,7 @@
 //   - llama_batch_allocr::split_reset() with groups (patch "split a batch between groups of tokens"), and
 //     llama_ubatch::data->batch_idxs, a token's place in the batch
 //   - llama_memory_i::init_full_forms() and get_n_nodes_extra() (patch "reserve a graph of each form that a memory has")
+//   - a batch of tokens has positions in one dimension also with M-RoPE, one of embeddings has them in several
 //   - llama_kv_cache_iswa and its context, which hold two caches in the same manner: what changes there may have to here
 
 #include "llama-kv-cache-swaa.h"
@@ -16,6 +17,7 @@
 #include "llama-graph-swaa.h"
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-memory-hybrid-swaa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -60,6 +62,14 @@ static bool llama_swaa_is_on_cpu(const llama_model & model) {
     return true;
 }
 
+static std::vector<bool> llama_swaa_get_attends(const llama_model & model) {
+    std::vector<bool> res;
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        res.push_back(llama_swaa_has_attn(model, il));
+    }
+    return res;
+}
+
 // the window of the model's own, which is none of the schedule's
 static llama_swaa_schedule llama_swaa_get_own(const llama_model & model) {
     llama_swaa_schedule res;
@@ -78,7 +88,7 @@ llama_kv_cache_swaa::llama_kv_cache_swaa(
      const layer_reuse_cb & reuse) :
     schedule(llama_swaa_get_schedule(model)), draft(llama_swaa_get_draft(model)), own(llama_swaa_get_own(model)), hparams(model.hparams),
     n_ctx(cparams.n_ctx_seq), n_seq_max(cparams.n_seq_max), unified(cparams.kv_unified),
-    v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), on_cpu(llama_swaa_is_on_cpu(model)), prompt_end(LLAMA_MAX_SEQ, -1), draft_start(LLAMA_MAX_SEQ, -1) {
+    v_trans(!cparams.flash_attn), make_mask(llama_swaa_can_make_mask(model)), on_cpu(llama_swaa_is_on_cpu(model)), has_mrope(model.hparams.n_pos_per_embd() > 1), attends(llama_swaa_get_attends(model)), prompt_end(LLAMA_MAX_SEQ, -1), draft_start(LLAMA_MAX_SEQ, -1) {
     if (!cparams.causal_attn) {
         throw std::runtime_error("a swaa schedule needs causal attention");
     }
@@ -88,9 +98,9 @@ llama_kv_cache_swaa::llama_kv_cache_swaa(
         LLAMA_LOG_INFO("%s: drafts see a window of %u tokens and %u sinks\n", __func__, draft.window, draft.n_sink);
     }
 
-    const auto in_own  = [&](int32_t il) { return is_own(il); };
-    const auto in_ring = [&](int32_t il) { return !is_own(il) && schedule.mode(il) == LLAMA_SWAA_MODE_ALWAYS; };
-    const auto in_base = [&](int32_t il) { return !is_own(il) && schedule.mode(il) != LLAMA_SWAA_MODE_ALWAYS; };
+    const auto in_own  = [&](int32_t il) { return has_attn(il) && is_own(il); };
+    const auto in_ring = [&](int32_t il) { return has_attn(il) && !is_own(il) && schedule.mode(il) == LLAMA_SWAA_MODE_ALWAYS; };
+    const auto in_base = [&](int32_t il) { return has_attn(il) && !is_own(il) && schedule.mode(il) != LLAMA_SWAA_MODE_ALWAYS; };
 
     // the window and the ubatch, all of a padded size
     const auto n_cells = [&](uint64_t n_seen) {
@@ -147,11 +157,15 @@ std::vector<llama_kv_cache *> llama_kv_cache_swaa::caches() const {
 
 bool llama_kv_cache_swaa::has_layers(llama_swaa_mode mode) const {
     for (size_t il = 0; il < schedule.modes.size(); ++il) {
-        if (schedule.modes[il] == mode && !is_own(il)) {
+        if (schedule.modes[il] == mode && has_attn(il) && !is_own(il)) {
             return true;
         }
     }
     return false;
+}
+
+bool llama_kv_cache_swaa::has_attn(int32_t il) const {
+    return (size_t) il < attends.size() && attends[il];
 }
 
 bool llama_kv_cache_swaa::is_own(int32_t il) const {
@@ -187,7 +201,7 @@ bool llama_kv_cache_swaa::ring::holds(llama_seq_id seq_id, llama_pos pos) const 
     return has(0, std::min(n_sink, pos)) && has(std::max(0, pos - n_seen + 1), pos);
 }
 
-bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+bool llama_kv_cache_swaa::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     p0 = std::max(0, p0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
@@ -221,6 +235,17 @@ bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
             }
         }
     }
+
+    return true;
+}
+
+bool llama_kv_cache_swaa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (!can_seq_rm(seq_id, p0, p1)) {
+        return false;
+    }
+
+    p0 = std::max(0, p0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
     // the end of a prompt that falls into a hole is where the hole begins
     for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
@@ -272,7 +297,7 @@ void llama_kv_cache_swaa::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
     // note: what the caller decodes next is not where the sequence ends then, so it is refused
     if (!get_can_shift()) {
-        LLAMA_LOG_ERROR("%s: ignored, the positions of a ring cannot be shifted, see llama_memory_can_shift()\n", __func__);
+        LLAMA_LOG_ERROR("%s: ignored, positions of M-RoPE or of a ring cannot be shifted, see llama_memory_can_shift()\n", __func__);
         return;
     }
 
@@ -291,7 +316,7 @@ void llama_kv_cache_swaa::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p
     }
 
     if (!get_can_shift()) {
-        LLAMA_LOG_ERROR("%s: ignored, the positions of a ring cannot be divided, see llama_memory_can_shift()\n", __func__);
+        LLAMA_LOG_ERROR("%s: ignored, positions of M-RoPE or of a ring cannot be divided, see llama_memory_can_shift()\n", __func__);
         return;
     }
 
@@ -403,49 +428,66 @@ std::vector<int32_t> llama_kv_cache_swaa::get_phases(const llama_batch & batch) 
     return res;
 }
 
-llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
-    GGML_UNUSED(embd_all);
+bool llama_kv_cache_swaa::is_foreign(const llama_batch & batch) const {
+    return has_mrope && batch.embd;
+}
+
+llama_memory_status llama_kv_cache_swaa::check_batch(const llama_batch_allocr & balloc) const {
+    if (is_foreign(balloc.get_batch())) {
+        LLAMA_LOG_ERROR("%s: a swaa schedule counts positions of text, and those of images are of another kind (M-RoPE)\n", __func__);
+        return LLAMA_MEMORY_STATUS_FAILED_COMPUTE;
+    }
 
     if (!rings.empty() && !ring_check(balloc)) {
-        return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+        return LLAMA_MEMORY_STATUS_FAILED_COMPUTE;
     }
 
     // without a base cache nothing else limits the positions
     for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
         if (balloc.seq_pos_max(s) >= (llama_pos) n_ctx && !kv_base) {
             LLAMA_LOG_ERROR("%s: position %d of sequence %d is past the context of %u tokens\n", __func__, balloc.seq_pos_max(s), s, n_ctx);
-            return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+            return LLAMA_MEMORY_STATUS_FAILED_PREPARE;
         }
     }
 
+    return LLAMA_MEMORY_STATUS_SUCCESS;
+}
+
+std::optional<llama_swaa_split> llama_kv_cache_swaa::split_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool equal_seqs, bool embd_all) const {
     const auto phases = get_phases(balloc.get_batch());
 
     const bool is_multi = !unified && n_seq_max > 1;
 
-    do {
-        balloc.split_reset(phases);
+    balloc.split_reset(phases);
 
-        std::vector<llama_ubatch>     ubatches;
-        std::vector<llama_swaa_phase> phases_ubatch;
-        while (true) {
-            auto ubatch = is_multi ? balloc.split_equal(n_ubatch, true, 0) : balloc.split_simple(n_ubatch);
+    llama_swaa_split res;
+    while (true) {
+        auto ubatch =
+            equal_seqs && embd_all ? balloc.split_seq(n_ubatch) :
+            equal_seqs || is_multi ? balloc.split_equal(n_ubatch, is_multi, 0) :
+                                     balloc.split_simple(n_ubatch);
 
-            if (ubatch.n_tokens == 0) {
-                break;
-            }
-
-            phases_ubatch.push_back((llama_swaa_phase) phases[ubatch.data->batch_idxs[0]]);
-            ubatches.push_back(std::move(ubatch)); // NOLINT
-        }
-
-        if (balloc.get_n_used() < balloc.get_n_tokens()) {
-            // failed to find a suitable split
+        if (ubatch.n_tokens == 0) {
             break;
         }
 
+        res.phases.push_back((llama_swaa_phase) phases[ubatch.data->batch_idxs[0]]);
+        res.ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        // failed to find a suitable split
+        return {};
+    }
+
+    return res;
+}
+
+llama_memory_context_ptr llama_kv_cache_swaa::init_split(llama_swaa_split split) {
+    do {
         slot_info_vec_t sinfos_base;
         if (kv_base) {
-            sinfos_base = kv_base->prepare(ubatches);
+            sinfos_base = kv_base->prepare(split.ubatches);
             if (sinfos_base.empty()) {
                 break;
             }
@@ -453,7 +495,7 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
 
         slot_info_vec_t sinfos_ring;
         if (kv_ring) {
-            sinfos_ring = kv_ring->prepare(ubatches);
+            sinfos_ring = kv_ring->prepare(split.ubatches);
             if (sinfos_ring.empty()) {
                 break;
             }
@@ -461,17 +503,31 @@ llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & ba
 
         slot_info_vec_t sinfos_own;
         if (kv_own) {
-            sinfos_own = kv_own->prepare(ubatches);
+            sinfos_own = kv_own->prepare(split.ubatches);
             if (sinfos_own.empty()) {
                 break;
             }
         }
 
         return std::make_unique<llama_kv_cache_swaa_context>(
-                this, std::move(sinfos_base), std::move(sinfos_ring), std::move(sinfos_own), std::move(ubatches), std::move(phases_ubatch));
+                this, std::move(sinfos_base), std::move(sinfos_ring), std::move(sinfos_own), std::move(split));
     } while (false);
 
     return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr llama_kv_cache_swaa::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    const auto status = check_batch(balloc);
+    if (status != LLAMA_MEMORY_STATUS_SUCCESS) {
+        return std::make_unique<llama_kv_cache_swaa_context>(status);
+    }
+
+    auto split = split_batch(balloc, n_ubatch, false, embd_all);
+    if (!split) {
+        return std::make_unique<llama_kv_cache_swaa_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+
+    return init_split(std::move(*split));
 }
 
 llama_memory_context_ptr llama_kv_cache_swaa::init_full() {
@@ -542,10 +598,14 @@ void llama_kv_cache_swaa::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         }
 
         // all or none
-        for (auto * kv : caches()) {
-            kv->state_clear(seq_id);
-        }
+        state_clear(seq_id);
         throw;
+    }
+}
+
+void llama_kv_cache_swaa::state_clear(llama_seq_id seq_id) {
+    for (auto * kv : caches()) {
+        kv->state_clear(seq_id);
     }
 }
 
@@ -654,9 +714,8 @@ llama_kv_cache_swaa_context::llama_kv_cache_swaa_context(
         slot_info_vec_t sinfos_base,
         slot_info_vec_t sinfos_ring,
         slot_info_vec_t sinfos_own,
-        std::vector<llama_ubatch> ubatches,
-        std::vector<llama_swaa_phase> phases) :
-    kv(kv), ubatches(std::move(ubatches)), phases(std::move(phases)), status(LLAMA_MEMORY_STATUS_SUCCESS) {
+        llama_swaa_split split) :
+    kv(kv), ubatches(std::move(split.ubatches)), phases(std::move(split.phases)), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     // note: here we copy the ubatches, as llama_kv_cache_iswa_context does
     init([&](llama_kv_cache * kv_cur) {
         auto & sinfos = kv_cur == kv->get_base() ? sinfos_base : kv_cur == kv->get_ring() ? sinfos_ring : sinfos_own;
@@ -889,8 +948,18 @@ bool llama_swaa_is_memory(llama_memory_t memory) {
 // interface implementation
 //
 
+static llama_kv_cache_swaa * llama_swaa_get_kv(const llama_context * ctx) {
+    auto * memory = llama_get_memory(ctx);
+
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_swaa *>(memory)) {
+        return hybrid->get_mem_attn();
+    }
+
+    return dynamic_cast<llama_kv_cache_swaa *>(memory);
+}
+
 void llama_swaa_set_prompt_end(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
-    auto * kv = dynamic_cast<llama_kv_cache_swaa *>(llama_get_memory(ctx));
+    auto * kv = llama_swaa_get_kv(ctx);
 
     // without a schedule the phases have no meaning
     if (kv) {
@@ -899,13 +968,13 @@ void llama_swaa_set_prompt_end(llama_context * ctx, llama_seq_id seq_id, llama_p
 }
 
 bool llama_swaa_set_draft_start(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
-    auto * kv = dynamic_cast<llama_kv_cache_swaa *>(llama_get_memory(ctx));
+    auto * kv = llama_swaa_get_kv(ctx);
 
     return kv && kv->set_draft_start(seq_id, pos);
 }
 
 bool llama_swaa_has_ring(const llama_context * ctx) {
-    const auto * kv = dynamic_cast<const llama_kv_cache_swaa *>(llama_get_memory(ctx));
+    const auto * kv = llama_swaa_get_kv(ctx);
 
     return kv && kv->has_ring();
 }

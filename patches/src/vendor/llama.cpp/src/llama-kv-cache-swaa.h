@@ -2,13 +2,15 @@
 
 // The KV cache of a model with a schedule, see llama-swaa.h, and what a batch does with it
 //
-// llama_model::create_memory() makes it. What attention reads from it is in llama-graph-swaa.h.
+// llama_model::create_memory() makes it, by itself or in a llama_memory_hybrid_swaa. What attention reads from it is in
+// llama-graph-swaa.h.
 
 #include "llama-kv-cache.h"
 #include "llama-swaa.h"
 #include "llama-swaa-mask.h"
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 //
@@ -28,6 +30,12 @@ enum llama_swaa_phase {
     LLAMA_SWAA_PHASE_PREFILL,
     LLAMA_SWAA_PHASE_DECODE,
     LLAMA_SWAA_PHASE_DRAFT,
+};
+
+// a batch divided into ubatches
+struct llama_swaa_split {
+    std::vector<llama_ubatch>     ubatches;
+    std::vector<llama_swaa_phase> phases; // of each ubatch
 };
 
 class llama_kv_cache_swaa : public llama_memory_i {
@@ -107,7 +115,27 @@ public:
     // true if a layer that the schedule is for has the mode
     bool has_layers(llama_swaa_mode mode) const;
 
-    bool is_own(int32_t il) const;
+    // of a layer: whether it has attention, and whether under a window of the model's own
+    bool has_attn(int32_t il) const;
+    bool is_own  (int32_t il) const;
+
+    // the steps of init_batch(), for a memory that this cache is a part of
+
+    // LLAMA_MEMORY_STATUS_SUCCESS if the caches hold what the tokens of the batch see and have positions for them
+    llama_memory_status check_batch(const llama_batch_allocr & balloc) const;
+
+    // ubatches of one phase each. nothing if there are none for all tokens
+    //   equal_seqs - with as many tokens of each sequence
+    //   embd_all   - with equal_seqs: of one sequence
+    std::optional<llama_swaa_split> split_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool equal_seqs, bool embd_all) const;
+
+    llama_memory_context_ptr init_split(llama_swaa_split split);
+
+    // true if seq_rm() would remove the positions, which changes nothing
+    bool can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // as llama_kv_cache::state_clear()
+    void state_clear(llama_seq_id seq_id);
 
     // see llama_swaa_set_prompt_end()
     void set_prompt_end(llama_seq_id seq_id, llama_pos pos);
@@ -153,6 +181,9 @@ private:
     const bool     v_trans;
     const bool     make_mask;
     const bool     on_cpu;
+    const bool     has_mrope;
+
+    const std::vector<bool> attends; // each layer
 
     std::unique_ptr<llama_kv_cache> kv_base;
     std::unique_ptr<llama_kv_cache> kv_ring;
@@ -182,6 +213,9 @@ private:
 
     // the llama_swaa_phase of each token of the batch
     std::vector<int32_t> get_phases(const llama_batch & batch) const;
+
+    // true if the batch has tokens without a text, whose positions are not in a row
+    bool is_foreign(const llama_batch & batch) const;
 
     bool ring_check(const llama_batch_allocr & balloc) const;
 };
@@ -219,8 +253,7 @@ public:
             slot_info_vec_t sinfos_base,
             slot_info_vec_t sinfos_ring,
             slot_info_vec_t sinfos_own,
-            std::vector<llama_ubatch> ubatches,
-            std::vector<llama_swaa_phase> phases);
+            llama_swaa_split split);
 
     virtual ~llama_kv_cache_swaa_context();
 

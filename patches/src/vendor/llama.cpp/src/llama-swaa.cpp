@@ -3,10 +3,12 @@
 // Relies on, of llama.cpp:
 //   - llama_model_loader::metadata and kv_overrides, which load_hparams() calls this with once the hparams are known
 //   - of the architectures in llama_swaa_arch_supported(), that the graph attends through build_attn_inp_kv() or
-//     build_attn_inp_kv_iswa() alone and that create_memory() gives them a plain KV cache or one of each kind of layer; of
-//     others, the hparams that tell why not (swa_type, is_mla(), ...)
+//     build_attn_inp_kv_iswa() alone and that create_memory() gives them a plain KV cache or one of each kind of layer; of those
+//     in llama_swaa_hybrid_supported(), the same of build_inp_mem_hybrid() and llama_memory_hybrid; of others, the hparams that
+//     tell why not (swa_type, is_mla(), ...)
 //   - is_swa(), n_swa and swa_type, which tell the windows of the model's own, and n_layer_kv_from_start, after which layers
 //     share KV caches (the reuse callback in create_memory())
+//   - of hybrid models, which layers create_memory() gives a KV cache (llama_swaa_has_attn())
 //   - llama_io_write_i and llama_io_read_i: a state begins with n_stream, which is never LLAMA_SWAA_STATE_MAGIC
 
 #include "llama-swaa.h"
@@ -176,6 +178,36 @@ uint32_t llama_swaa_kv_layer(const llama_hparams & hparams, uint32_t il) {
     return n_own < 2 || hparams.has_kv(il) ? il : n_own - (hparams.is_swa(il) ? 2 : 1);
 }
 
+bool llama_swaa_has_attn(const llama_model & model, uint32_t il) {
+    const auto & hparams = model.hparams;
+
+    // layers for multi-token prediction are no part of the model's memory
+    if (il >= hparams.n_layer()) {
+        return false;
+    }
+
+    switch (model.arch) {
+        case LLM_ARCH_FALCON_H1:
+            // in all layers, beside a recurrence
+            return true;
+        case LLM_ARCH_NEMOTRON_H:
+        case LLM_ARCH_NEMOTRON_H_MOE:
+            return !hparams.is_recr(il) && hparams.n_ff(il) == 0;
+        default:
+            return !llm_arch_is_hybrid(model.arch) || !hparams.is_recr(il);
+    }
+}
+
+// throws if a layer without attention has a window
+static void llama_swaa_validate_attn(const llama_swaa_schedule & schedule, const llama_model & model) {
+    for (uint32_t il = 0; il < schedule.modes.size(); ++il) {
+        if (schedule.modes[il] != LLAMA_SWAA_MODE_FULL && !llama_swaa_has_attn(model, il)) {
+            throw std::runtime_error(format("swaa.layer_modes[%u] = %u, but layer %u %s and cannot slide: expected 0 (full)",
+                        il, schedule.modes[il], il, model.hparams.is_recr(il) ? "is recurrent" : "has no attention"));
+        }
+    }
+}
+
 // throws if the values do not make a schedule for the model
 static void llama_swaa_validate(const llama_swaa_schedule & schedule, const llama_hparams & hparams) {
     const uint32_t n_layer = hparams.n_layer();
@@ -330,6 +362,7 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
         case LLM_ARCH_GROVEMOE:
         case LLM_ARCH_HUNYUAN_DENSE:
         case LLM_ARCH_HUNYUAN_MOE:
+        case LLM_ARCH_HUNYUAN_VL:
         case LLM_ARCH_INTERNLM2:
         case LLM_ARCH_JAIS2:
         case LLM_ARCH_LAGUNA:
@@ -349,6 +382,7 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
         case LLM_ARCH_OPENAI_MOE:
         case LLM_ARCH_OPENELM:
         case LLM_ARCH_ORION:
+        case LLM_ARCH_PADDLEOCR:
         case LLM_ARCH_PANGU_EMBED:
         case LLM_ARCH_PHI2:
         case LLM_ARCH_PHI3:
@@ -358,8 +392,11 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
         case LLM_ARCH_QWEN:
         case LLM_ARCH_QWEN2:
         case LLM_ARCH_QWEN2MOE:
+        case LLM_ARCH_QWEN2VL:
         case LLM_ARCH_QWEN3:
         case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_QWEN3VL:
+        case LLM_ARCH_QWEN3VLMOE:
         case LLM_ARCH_SEED_OSS:
         case LLM_ARCH_SMALLTHINKER:
         case LLM_ARCH_SMOLLM3:
@@ -375,14 +412,36 @@ static bool llama_swaa_arch_supported(llm_arch arch) {
     }
 }
 
+// the architectures whose graphs attend through build_inp_mem_hybrid() alone, some layers recurrent, one plain causal
+// attention in each of the others or beside the recurrence
+static bool llama_swaa_hybrid_supported(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_FALCON_H1:
+        case LLM_ARCH_GRANITE_HYBRID:
+        case LLM_ARCH_JAMBA:
+        case LLM_ARCH_LFM2:
+        case LLM_ARCH_LFM2MOE:
+        case LLM_ARCH_MINIMAX_01:
+        case LLM_ARCH_NEMOTRON_H:
+        case LLM_ARCH_NEMOTRON_H_MOE:
+        case LLM_ARCH_PLAMO2:
+        case LLM_ARCH_QWEN35:
+        case LLM_ARCH_QWEN35MOE:
+        case LLM_ARCH_QWEN3NEXT:
+            return true;
+        default:
+            return false;
+    }
+}
+
 // the reason why the model cannot have a schedule, empty if it can
 static std::string llama_swaa_unsupported(const llama_model & model) {
     const auto & hparams = model.hparams;
 
     const char * name = llm_arch_name(model.arch);
 
-    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
-        return format("architecture '%s' has recurrent layers", name);
+    if (llm_arch_is_recurrent(model.arch) || (llm_arch_is_hybrid(model.arch) && !llama_swaa_hybrid_supported(model.arch))) {
+        return format("architecture '%s' has recurrent layers, and no others that are known to be plain causal attention", name);
     }
     if (hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED) {
         return format("architecture '%s' attends in chunks of %u tokens, which do not slide", name, hparams.n_swa);
@@ -399,11 +458,11 @@ static std::string llama_swaa_unsupported(const llama_model & model) {
     if (hparams.use_alibi) {
         return format("architecture '%s' uses ALiBi", name);
     }
-    if (hparams.n_pos_per_embd() > 1) {
-        return format("architecture '%s' uses M-RoPE", name);
-    }
-    if (hparams.n_layer_nextn > 0) {
-        return format("architecture '%s' has %u layers for multi-token prediction", name, hparams.n_layer_nextn);
+    if (llm_arch_is_hybrid(model.arch)) {
+        if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+            return format("architecture '%s' has recurrent layers beside a sliding window of its own (%u)", name, hparams.n_swa);
+        }
+        return "";
     }
     if (!llama_swaa_arch_supported(model.arch)) {
         return format("architecture '%s' is not known to be plain causal attention over a KV cache", name);
@@ -429,6 +488,8 @@ void llama_swaa_load(llama_model & model, const llama_model_loader & ml) {
     if (!reason.empty()) {
         throw std::runtime_error(format("the file has a swaa schedule, but the model cannot: %s", reason.c_str()));
     }
+
+    llama_swaa_validate_attn(schedule, model);
 
     LLAMA_LOG_INFO("%s: %s, tail = %u\n", __func__, schedule.str().c_str(), schedule.n_tail);
 
@@ -494,6 +555,13 @@ int32_t llama_model_swaa_set(
         return -2;
     }
 
+    try {
+        llama_swaa_validate_attn(schedule, *model);
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
+        return -1;
+    }
+
     model->swaa = std::move(schedule);
 
     return 0;
@@ -504,7 +572,15 @@ int32_t llama_model_swaa_layer(const llama_model * model, int32_t il) {
         return -1;
     }
 
-    return llama_swaa_own_window(model->hparams, il);
+    if (llama_swaa_has_attn(*model, il)) {
+        return llama_swaa_own_window(model->hparams, il);
+    }
+
+    return model->hparams.is_recr(il) ? -2 : -3;
+}
+
+int32_t llama_model_swaa_n_head_kv(const llama_model * model, int32_t il) {
+    return llama_model_swaa_layer(model, il) >= 0 ? model->hparams.n_head_kv(il) : 0;
 }
 
 bool llama_model_swaa_get(
@@ -564,7 +640,10 @@ int32_t llama_model_swaa_set_draft(llama_model * model, uint32_t window, uint32_
         return -1;
     }
 
-    const std::string reason = window > 0 ? llama_swaa_unsupported(*model) : "";
+    std::string reason = window > 0 ? llama_swaa_unsupported(*model) : "";
+    if (window > 0 && reason.empty() && llm_arch_is_hybrid(model->arch)) {
+        reason = format("architecture '%s' has recurrent layers, whose state cannot take drafts back", llm_arch_name(model->arch));
+    }
     if (!reason.empty()) {
         LLAMA_LOG_ERROR("%s: the model cannot draft through a window: %s\n", __func__, reason.c_str());
         return -2;

@@ -35,6 +35,7 @@ static constexpr uint32_t LLAMA_SWAA_STATE_MAGIC = 0x61617773;
 // a LLAMA_SWAA_MODE_FULL layer is always full, a LLAMA_SWAA_MODE_ALWAYS layer is always windowed and a
 // LLAMA_SWAA_MODE_PREFILL layer is windowed for the tokens of the prompt and full for the generated ones
 // a layer with a sliding window of the model's own keeps that and stands as LLAMA_SWAA_MODE_FULL, see llama_swaa_own_window()
+// a layer without attention, as the recurrent ones of a hybrid model are, stands as LLAMA_SWAA_MODE_FULL
 struct llama_swaa_schedule {
     uint32_t window = 0;
     uint32_t n_sink = 0;
@@ -78,6 +79,9 @@ bool llama_swaa_can_slide(const llama_hparams & hparams, uint32_t il);
 
 // the layer whose KV cache the layer attends to, itself in most models
 uint32_t llama_swaa_kv_layer(const llama_hparams & hparams, uint32_t il);
+
+// true if the layer has attention, and with it a KV cache
+bool llama_swaa_has_attn(const llama_model & model, uint32_t il);
 
 // read the schedule from the keys swaa.* of the model's file, if there are any
 // throws if they are incomplete or malformed or if the model cannot have a schedule

@@ -199,14 +199,13 @@ void server_disk_cache::refresh() {
     }
 }
 
-std::map<std::string, server_disk_cache::entry>::iterator server_disk_cache::find(const llama_tokens & tokens, bool has_ring, size_t & n_common) {
+std::map<std::string, server_disk_cache::entry>::iterator server_disk_cache::find(const llama_tokens & tokens, bool at_checkpoints, size_t & n_common) {
     auto best = entries.end();
 
     n_common = 0;
     for (auto it = entries.begin(); it != entries.end(); ++it) {
         size_t n = disk_common(it->second.tokens, tokens);
-        if (has_ring) {
-            // a ring can be taken up at its checkpoints only
+        if (at_checkpoints) {
             size_t n_at = 0;
             for (const auto n_checkpoint : it->second.checkpoints) {
                 n_at = (size_t) n_checkpoint <= n ? std::max(n_at, (size_t) n_checkpoint) : n_at;
@@ -221,18 +220,18 @@ std::map<std::string, server_disk_cache::entry>::iterator server_disk_cache::fin
     return best;
 }
 
-size_t server_disk_cache::n_common(const llama_tokens & tokens, bool has_ring) {
+size_t server_disk_cache::n_common(const llama_tokens & tokens, bool at_checkpoints) {
     size_t n = 0;
     refresh();
-    find(tokens, has_ring, n);
+    find(tokens, at_checkpoints, n);
     return n;
 }
 
-bool server_disk_cache::load(const llama_tokens & tokens, bool has_ring, llama_context * ctx, llama_seq_id seq_id, server_prompt & prompt) {
+bool server_disk_cache::load(const llama_tokens & tokens, bool at_checkpoints, llama_context * ctx, llama_seq_id seq_id, server_prompt & prompt) {
     const int64_t t_start = ggml_time_us();
 
     size_t n = 0;
-    const auto it = find(tokens, has_ring, n);
+    const auto it = find(tokens, at_checkpoints, n);
     if (it == entries.end()) {
         return false;
     }
@@ -275,7 +274,7 @@ bool server_disk_cache::load(const llama_tokens & tokens, bool has_ring, llama_c
             offset += n_bytes;
         }
 
-        // behind the pure tokens there may be cells of a tail; what a ring cannot give back is replaced by a checkpoint
+        // behind the pure tokens there may be cells of a tail; what a ring or a recurrent state cannot give back is replaced by a checkpoint
         llama_memory_seq_rm(llama_get_memory(ctx), seq_id, cached.size(), -1);
         prompt.tokens.insert(cached);
         prompt.n_pure = prompt.n_disk = cached.size();

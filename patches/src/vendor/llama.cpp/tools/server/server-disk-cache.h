@@ -26,10 +26,11 @@ struct server_disk_cache {
     ~server_disk_cache(); // when everything is written
 
     // tokens that a state on disk has in common with these, worth_tokens at least: else 0
-    size_t n_common(const llama_tokens & tokens, bool has_ring);
+    //   at_checkpoints - it can be taken up at its checkpoints alone, as those of rings and recurrent layers
+    size_t n_common(const llama_tokens & tokens, bool at_checkpoints);
 
     // make the slot hold the state that n_common() found, false: its memory and its prompt are empty now
-    bool load(const llama_tokens & tokens, bool has_ring, llama_context * ctx, llama_seq_id seq_id, server_prompt & prompt);
+    bool load(const llama_tokens & tokens, bool at_checkpoints, llama_context * ctx, llama_seq_id seq_id, server_prompt & prompt);
 
     // whether the pure tokens of a prompt are worth a file
     bool wants(const server_prompt & prompt) const;
@@ -73,5 +74,5 @@ private:
     bool write(job & item);
     void make_room(const std::string & newest);
 
-    std::map<std::string, entry>::iterator find(const llama_tokens & tokens, bool has_ring, size_t & n_common);
+    std::map<std::string, entry>::iterator find(const llama_tokens & tokens, bool at_checkpoints, size_t & n_common);
 };

@@ -32,6 +32,14 @@ static bool server_swaa_has_always(const llama_model * model) {
     return std::find(modes.begin(), modes.end(), LLAMA_SWAA_MODE_ALWAYS) != modes.end();
 }
 
+static bool server_swaa_is_recurrent(const llama_model * model) {
+    return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
+}
+
+bool server_swaa_needs_checkpoints(const llama_context * ctx) {
+    return llama_swaa_has_ring(ctx) || server_swaa_is_recurrent(llama_get_model(ctx));
+}
+
 json server_swaa_props(const llama_model * model) {
     uint32_t window = 0;
     uint32_t n_sink = 0;
@@ -137,5 +145,9 @@ bool server_swaa_can_roll_back(const llama_context * ctx, const common_params & 
 
 int32_t server_swaa_n_back(const llama_context * ctx, int32_t n_swa) {
     // the next token is one of the window, and the server asks for one more than it needs
-    return n_swa > 0 && llama_swaa_has_ring(ctx) ? std::max(n_swa, 2) - 2 : n_swa;
+    if (n_swa == 0 || !llama_swaa_has_ring(ctx)) {
+        return n_swa;
+    }
+
+    return server_swaa_is_recurrent(llama_get_model(ctx)) ? 0 : std::max(n_swa, 2) - 2;
 }
