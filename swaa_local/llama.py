@@ -164,9 +164,9 @@ class Llama(RestoringLlama):
         control = self._control if clock and clock.decoding and len(tokens) == 1 else None
         if self._take_ahead(tokens, control):
             return
-        if not self._keep_cells(start):
-            tokens = [*self.input_ids[:start].tolist(), *tokens]
-            self._forget()
+        kept = self._go_back(start)
+        if kept < start:
+            tokens = [*self.input_ids[kept:start].tolist(), *tokens]
         if clock and not decode:
             clock.cached_tokens = self.n_tokens
         if decode:
@@ -221,8 +221,8 @@ class Llama(RestoringLlama):
                 raise PromptTooLong(len(prompt) + len(answer), self.n_ctx())
             self._check_tokens([*prompt, *answer])
             kept = self._common_prefill(prompt) if reuse else 0
-            if kept and self._keep_cells(kept):
-                self.n_tokens = kept
+            if kept:
+                self._go_back(kept)
             else:
                 self._forget()
             self._eval(prompt[self.n_tokens :], decode=False, ends_prompt=True)
@@ -272,18 +272,25 @@ class Llama(RestoringLlama):
         ends: numbers of tokens, rising, after which a part ends too. all_logits: have those of every token of the part,
         and not only of the last token of all.
         """
+        bounds = [0]
         for first, last in pairwise([0, *ends, len(tokens)]):
             for batch in range(first, last, self.n_batch):
                 for begin in range(batch, min(batch + self.n_batch, last), step):
-                    done = min(begin + step, batch + self.n_batch, last)
-                    n_logits = done - begin if all_logits else int(done == len(tokens))
-                    start = self.n_tokens
-                    self._decode(tokens[begin:done], log, n_logits)
-                    if self.prefixes:
-                        keeping_s = self.prefixes.has_read(start, self._prompt_end)
-                        if self._clock and self._generating:
-                            self._clock.add_time(-keeping_s)  # it is no time of reading
-                    yield done
+                    bounds.append(min(begin + step, batch + self.n_batch, last))
+        # What the next prompt has in common with this one ends at a document, or near its end. And who stops goes on.
+        often = bounds[:: max(1, self.n_batch // step)]
+        worth_keeping = {*ends, *often, *bounds[-3:-1]} - {0, len(tokens)} if self.is_recurrent else set()
+        for begin, done in pairwise(bounds):
+            n_logits = done - begin if all_logits else int(done == len(tokens))
+            start = self.n_tokens
+            self._decode(tokens[begin:done], log, n_logits)
+            if done in worth_keeping:
+                self._checkpoints.keep(self.ctx, self.n_tokens)
+            if self.prefixes:
+                keeping_s = self.prefixes.has_read(start, self._prompt_end)
+                if self._clock and self._generating:
+                    self._clock.add_time(-keeping_s)  # it is no time of reading
+            yield done
 
     def _decode(self, tokens: list[int], log: engine_log.EngineLog, n_logits: int, n_ahead: int = 0) -> None:
         """One `llama_decode` call and its bookkeeping, which Ctrl-C does not divide. n_logits: 0, 1 or all of them.
@@ -306,8 +313,7 @@ class Llama(RestoringLlama):
             else:
                 self._require_eval(True)
                 self._n_logits = 0
-                if not self._keep_cells(n_past):
-                    self._forget()
+                self._go_back(n_past)
         if code != 0:
             raise DecodeError(placement.lost_worker(self.ctx) or log.reason or f"llama_decode returned {code}")
 
@@ -365,9 +371,11 @@ class Llama(RestoringLlama):
                 self._document_ends = document_ends
                 started = time.perf_counter()
                 try:
-                    if self.prefixes and left is None and given.get("reset", True):
+                    if left is None and given.get("reset", True):
                         with self._guard.step():
-                            self.prefixes.begin(text, document_ends, tail=self._tail_of_prompt())
+                            self._take_up(text)
+                            if self.prefixes:
+                                self.prefixes.begin(text, document_ends, tail=self._tail_of_prompt())
                     token = next(upstream)
                 except StopIteration:
                     return

@@ -140,7 +140,7 @@ class Session:
         tail = llm.schedule.active_tail if llm.schedule else 0
         question = self.turns[-1].text if tail else None
         documents = [marked(document) for turn in self.turns for document in turn.documents]
-        if not llm.drops_cells:
+        if not llm.serves_whole:
             documents = documents[-1:]  # what is kept up to there serves for all before it
         prompt = self.template.prompt(
             llm, self.messages(), think=settings.think, question=question, documents=documents

@@ -61,7 +61,8 @@ class DraftingLlama(LoadedLlama):
         """What plans the drafts of a generation; None: there are none. speculate: of the call, else of its caller."""
         asked = self._asked() if speculate is None else check_speculate(speculate)
         asked = self.speculate if asked is None else asked
-        if asked is False or self.context_params.embeddings:
+        self._check_drafts(asked)
+        if asked is False or self.context_params.embeddings or self.is_recurrent:
             return None
         return DraftControl(self._costs if asked == "auto" else None)
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import devices
+from swaa_local.engine import devices, native
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.engine.schedule import get_layers
 from swaa_local.errors import ContextTooLarge
@@ -125,7 +125,8 @@ def context_cost(
     arch = _meta(model, "general.architecture") or ""
     n_head = max(1, _c.llama_model_n_head(model))
     head_dim = _c.llama_model_n_embd(model) // n_head
-    n_head_kv = max(1, _c.llama_model_n_head_kv(model))
+    heads_kv = (native.llama_model_swaa_n_head_kv(model, layer) for layer in range(_c.llama_model_n_layer(model)))
+    n_head_kv = min(filter(None, heads_kv), default=1)  # of layers that differ, the least
     schedule = schedule or Schedule.full(get_layers(model))
     on_gpu = n_gpu_layers - 1 if params.offload_kqv else 0  # llama.cpp counts the output as one more layer
     return ContextCost(

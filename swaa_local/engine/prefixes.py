@@ -3,8 +3,8 @@
 Only cells that were read as a prompt are kept for others: not those of a tail or of generated tokens, which see more.
 A prompt is taken up where its parts would have begun without the cache (`n_ubatch` tokens from the beginning or from
 the end of a document), so that an answer does not depend on the cache, not even by rounding. Where layers have rings,
-or windows of the model's own, a state serves at its very end only. Knows the engine's states of a sequence; nothing of
-files.
+or windows of the model's own, or are recurrent, a state serves at its very end only. Knows the engine's states of a
+sequence; nothing of files.
 """
 
 from __future__ import annotations
@@ -140,11 +140,11 @@ class CachedPrefixes:
         llm, prompt = self._llm, np.asarray(tokens, np.int32)
         self._ends = tuple(ends)
         held = common_prefix(llm.input_ids[: llm.n_tokens], prompt)
-        ring = llm.drops_cells
-        if ring and held < llm.n_tokens and not llm._keep_cells(held):
+        whole = llm.serves_whole
+        if whole and held < llm.n_tokens and not llm._keep_cells(held):
             held = 0
         for match in self.cache.find(self.key, prompt):
-            usable = self._usable(match.n_common, match.n_tokens, len(prompt) - max(1, tail), ring=ring)
+            usable = self._usable(match.n_common, match.n_tokens, len(prompt) - max(1, tail), whole=whole)
             if match.n_tokens > llm.n_ctx() or usable < held + LEAST_TOKENS:
                 continue
             state = self.cache.load(match.path)
@@ -159,10 +159,10 @@ class CachedPrefixes:
             self._n_pure = self._n_kept = usable
             return
 
-    def _usable(self, n_common: int, n_state: int, most: int, *, ring: bool) -> int:
+    def _usable(self, n_common: int, n_state: int, most: int, *, whole: bool) -> int:
         """Tokens of a state that a prompt can begin with. most: one less than the prompt has, which needs logits."""
         n_common = min(n_common, most)
-        if ring:
+        if whole:
             return n_state if n_state <= n_common else 0
         base = max((end for end in self._ends if end <= n_common), default=0)
         n_batch, n_ubatch = self._llm.n_batch, self._llm.context_params.n_ubatch
@@ -188,9 +188,8 @@ class CachedPrefixes:
     def _keep(self) -> float:
         started_s = time.perf_counter()
         llm = self._llm
-        ring = llm.drops_cells
         tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
-        self.save(tokens, replaces_shorter=not ring)
+        self.save(tokens, replaces_shorter=not llm.serves_whole)
         self._n_kept = len(tokens)  # also where it could not be: once is enough
         return time.perf_counter() - started_s
 

@@ -6,18 +6,21 @@ Knows cells and tokens; which of them a prompt may begin with, `prefixes` knows,
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import log as engine_log
 from swaa_local.engine import placement
+from swaa_local.engine.checkpoints import Checkpoints
 from swaa_local.engine.drafts import DraftingLlama
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.prefixes import CachedPrefixes, set_cells
 from swaa_local.errors import StateError
-from swaa_local.prefix_cache.store import PrefixCache
+from swaa_local.prefix_cache.store import PrefixCache, common_prefix
 
 
 class RestoringLlama(DraftingLlama):
@@ -26,6 +29,10 @@ class RestoringLlama(DraftingLlama):
     _prompt_end = 0
     _changes = 0  # of what the context holds, by whomever
     prefixes: CachedPrefixes | None = None
+
+    @functools.cached_property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints()
 
     def set_cache(self, cache: Any) -> None:
         """Take a `PrefixCache`, from which prompts then begin as far as it holds them, or one of upstream's, or None.
@@ -42,10 +49,39 @@ class RestoringLlama(DraftingLlama):
         """Hold nothing any more. cells: empty the cache too; else its prefix may be reused."""
         if cells:
             self._keep_cells(0)
+        self._checkpoints.cut(0)
         self.n_tokens, self._n_logits = 0, 0
         self._ahead = None
         self._require_eval(True)
         self._changes += 1
+
+    def _go_back(self, n_tokens: int) -> int:
+        """Hold the first `n_tokens` tokens, or as many of them as the context can go back to; how many these are."""
+        self._ahead = None
+        kept = n_tokens
+        with DeferInterrupt():
+            if not self._keep_cells(n_tokens):
+                kept = self._checkpoints.latest(n_tokens)
+                if not (kept and self._checkpoints.restore(self.ctx, kept) and self._keep_cells(kept)):
+                    self._forget()
+                    return 0
+            self._checkpoints.cut(kept)
+            if kept < self.n_tokens:
+                self.n_tokens, self._n_logits = kept, 0
+                self._require_eval(True)
+                self._changes += 1
+        return kept
+
+    def _take_up(self, prompt: Sequence[int]) -> None:
+        """Go back to where this prompt goes on, where upstream, which asks for all that they have in common or nothing,
+        would read all of it again."""
+        if not self.is_recurrent:
+            return
+        held = self.input_ids[: self.n_tokens]
+        common = common_prefix(held, np.asarray(prompt, np.int32))
+        if common == self.n_tokens and (common < len(prompt) or not self._requires_eval):
+            return
+        self._go_back(min(common, len(prompt) - 1))
 
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended. Raises `StateError`."""

@@ -44,8 +44,10 @@ def apply_draft(model: Any, n_seen: int, *, verbose: bool) -> None:
 
 def get_layers(model: Any) -> ModelLayers:
     """Which layers of the model can slide."""
-    own = [native.llama_model_swaa_layer(model, layer) for layer in range(max(1, _c.llama_model_n_layer(model)))]
-    return ModelLayers(tuple(LayerKind.OWN_WINDOW if window > 0 else LayerKind.SLIDES for window in own), max(0, *own))
+    told = [native.llama_model_swaa_layer(model, layer) for layer in range(max(1, _c.llama_model_n_layer(model)))]
+    others = {-2: LayerKind.RECURRENT, -3: LayerKind.NO_ATTENTION}
+    kinds = (LayerKind.OWN_WINDOW if each > 0 else others.get(each, LayerKind.SLIDES) for each in told)
+    return ModelLayers(tuple(kinds), max(0, *told))
 
 
 def get_schedule(model: Any) -> Schedule | None:

@@ -44,7 +44,7 @@ from swaa_local.engine.schedule import (
 from swaa_local.engine.upstream_facts import KnownLlama
 from swaa_local.engine.upstream_steps import SteppingLlama
 from swaa_local.engine.workers import WorkerAddress
-from swaa_local.errors import GGUFError, ModelLoadError, SWAAError
+from swaa_local.errors import GGUFError, ModelLoadError, OutOfRange, SWAAError
 from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
 from swaa_local.schedule.config import DEFAULT_N_BATCH, DRAFT_WINDOW, LayerMode, Schedule, SWAAConfig, default_n_ubatch
@@ -129,6 +129,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         self._requested_n_ctx = n_ctx or 0
         self._requested_draft_window = draft_window
         self._requested_swa_full = kwargs.get("swa_full")
+        self._has_draft_model = kwargs.get("draft_model") is not None
         self.draft_window = 0
         self._requested_n_ubatch = n_ubatch
         self._requested_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
@@ -220,7 +221,8 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         self.__dict__["_ctx"] = ctx
 
     def _keep_cells(self, n_tokens: int) -> bool:
-        """Take everything behind the first `n_tokens` out of the cache; False if a ring lacks what they need."""
+        """Take everything behind the first `n_tokens` out of the cache; False, with nothing changed, if a ring lacks
+        what they need, or the state of a recurrent layer holds more."""
         own_window = self.model_layers.own_window
         if n_tokens and own_window and self.schedule is None and self.draft_window == 0:
             # Then the cache is llama.cpp's, which does not say what its windows lack.
@@ -230,9 +232,10 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         return bool(self._ctx.kv_cache_seq_rm(-1, n_tokens, -1))
 
     @property
-    def drops_cells(self) -> bool:
-        """Whether a state of the context serves at its end only: it lacks what windows have left behind."""
-        return (self.schedule or Schedule.full(self.model_layers)).drops_cells
+    def serves_whole(self) -> bool:
+        """Whether a state of the context serves at its end only: it lacks what windows have left behind, or is that of
+        recurrent layers."""
+        return self.is_recurrent or (self.schedule or Schedule.full(self.model_layers)).drops_cells
 
     def _make_batch(self, tokens: Sequence[int], n_past: int, n_logits: int) -> Any:
         """The `llama_batch` of these tokens. n_logits: wanted, where not all are kept anyway: of none, of the last
@@ -293,7 +296,9 @@ class LoadedLlama(SteppingLlama, KnownLlama):
     def _choose_drafts(self) -> None:
         """What drafts see in the next context, where the user chose nothing: they pay where a window is at hand."""
         self.draft_window = self._requested_draft_window or 0
-        if self._requested_draft_window is None and self.schedule and LayerMode.PREFILL in self.schedule.layer_modes:
+        self._check_drafts(self.speculate)
+        reads_windowed = self.schedule is not None and LayerMode.PREFILL in self.schedule.layer_modes
+        if self._requested_draft_window is None and reads_windowed and not self.is_recurrent:
             self.draft_window = DRAFT_WINDOW
         apply_draft(self._model.model, self.draft_window, verbose=self.verbose)
 
@@ -302,6 +307,17 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         not beside a schedule, which is there to be fast and small."""
         if self._requested_swa_full is None:
             self.context_params.swa_full = self.schedule is None and self.draft_window == 0
+
+    def _check_drafts(self, speculate: Speculate | None) -> None:
+        """Raise `OutOfRange` if this asks for drafts that the model could not take back."""
+        if not self.is_recurrent:
+            return
+        if speculate is True or self._has_draft_model:
+            asked = "draft_model is given" if self._has_draft_model else "speculate is True"
+            raise OutOfRange(
+                f"{asked}, but the model has recurrent layers, whose state cannot take rejected drafts back; "
+                'leave it out, or pass speculate="auto", which drafts nothing here'
+            )
 
     def _load_adapter(self) -> None:
         """Before there is a context: it reserves graphs for the adapters that it finds."""

@@ -57,6 +57,12 @@ class KnownLlama(llama_cpp.Llama):
         with self._guard.read():
             return bool(self._model.add_bos_token())
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers are recurrent: their state cannot be cut, nor take tokens back."""
+        with self._guard.read():
+            return bool(_c.llama_model_is_recurrent(self.model) or _c.llama_model_is_hybrid(self.model))
+
     def n_ctx_train(self) -> int:
         """Tokens of context that the model was trained on."""
         with self._guard.read():

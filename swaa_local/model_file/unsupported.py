@@ -22,6 +22,25 @@ _OTHER_ATTENTION = {
 _RECURRENT_KEYS = ("ssm.", "wkv.", "kda.", "shortconv.", "attention.recurrent_layers")
 
 
+# Whose layers that are not recurrent attend plainly.
+_HYBRID = frozenset(
+    (
+        "falcon-h1",
+        "granitehybrid",
+        "jamba",
+        "lfm2",
+        "lfm2moe",
+        "minimax-01",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "plamo2",
+        "qwen35",
+        "qwen35moe",
+        "qwen3next",
+    )
+)
+
+
 _NOT_CAUSAL = frozenset(
     (
         "bert",
@@ -47,9 +66,6 @@ _NOT_CAUSAL = frozenset(
 _ALIBI = frozenset(("bloom", "jais", "jina-bert-v2", "mpt", "refact"))
 
 
-_M_ROPE = frozenset(("paddleocr", "qwen2vl", "qwen35", "qwen35moe", "qwen3vl", "qwen3vlmoe", "qwen4exp"))
-
-
 def unsupported_reason(architecture: str, keys: Mapping[str, Any], get: Callable[[str], Any]) -> str | None:
     """Why no schedule can apply to this architecture, or None if metadata show no reason.
 
@@ -64,8 +80,11 @@ def unsupported_reason(architecture: str, keys: Mapping[str, Any], get: Callable
         return f"architecture {architecture!r} {what}"
 
     prefix = architecture + "."
-    if any(key.startswith(prefix) and key[len(prefix) :].startswith(_RECURRENT_KEYS) for key in keys):
-        return because("has recurrent layers")
+    recurrent = any(key.startswith(prefix) and key[len(prefix) :].startswith(_RECURRENT_KEYS) for key in keys)
+    if recurrent and architecture not in _HYBRID:
+        return because("has recurrent layers, and no others that are known to attend plainly")
+    if recurrent and value("attention.sliding_window"):
+        return because("has recurrent layers beside a sliding window of its own")
     if architecture in _OTHER_ATTENTION and (architecture != "llama4" or own_window(architecture, value)):
         return because(_OTHER_ATTENTION[architecture])
     if value("attention.key_length_mla") or value("attention.kv_lora_rank"):
@@ -74,16 +93,11 @@ def unsupported_reason(architecture: str, keys: Mapping[str, Any], get: Callable
         return because("does not use causal attention")
     if architecture in _ALIBI or value("attention.max_alibi_bias"):
         return because("uses ALiBi instead of RoPE")
-    sections = value("rope.dimension_sections")
-    if architecture in _M_ROPE or (isinstance(sections, list) and len(sections) > 1 and min(sections[:2]) > 0):
-        return because("uses M-RoPE")
     if value("attention.shared_kv_layers") and architecture not in SHARES_KV:
         return because("shares KV caches between layers")
-    if nextn := value("nextn_predict_layers"):
-        return because(f"has {nextn} layers for multi-token prediction")
     n_layer = value("block_count")
     if isinstance(n_layer, int) and n_layer > 0:
-        layers = layer_kinds(architecture, n_layer, get)
+        layers = layer_kinds(architecture, n_layer - (value("nextn_predict_layers") or 0), get)
         if not layers.sliding:
             return because(f"has no layer that can slide: {layers.kinds_in_words}")
     return None

@@ -312,7 +312,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path):
 
 
 def test_a_model_that_takes_no_schedule_is_refused(tmp_path, tiny_model_factory):
-    model = tiny_model_factory(extra={"qwen3.nextn_predict_layers": 1})
+    model = tiny_model_factory(extra={"qwen3.ssm.state_size": 4})
     assert "no schedule can apply" in fails("calibrate", model, cwd=tmp_path)
 
 

@@ -81,9 +81,9 @@ def test_without_a_schedule_known_ones_are_compared(tiny_model, tmp_path):
 
 
 def test_where_no_schedule_can_apply_it_says_why(tiny_model_factory, tmp_path):
-    model = tiny_model_factory(extra={"qwen3.nextn_predict_layers": 1})
+    model = tiny_model_factory(extra={"qwen3.ssm.state_size": 4})
     done = run("eval", model, *split("-n 1 --length 600 -t 1 -o json"), cwd=tmp_path)
-    assert "has no schedule; full attention alone is measured: architecture 'qwen3' has 1 layers" in done.stderr
+    assert "has no schedule; full attention alone is measured: architecture 'qwen3' has recurrent" in done.stderr
 
 
 def test_accuracy_is_counted_from_the_answers(tmp_path):

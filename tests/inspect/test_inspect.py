@@ -79,7 +79,7 @@ def test_the_tail_and_its_share_are_shown(tmp_path):
     assert "tail" not in succeeds("inspect", path, "-c", n).replace(str(path), "")
 
 
-@pytest.mark.parametrize("extra", [{"qwen3.ssm.state_size": 4}, {"qwen3.nextn_predict_layers": 1}])
+@pytest.mark.parametrize("extra", [{"qwen3.ssm.state_size": 4}, {"qwen3.attention.kv_lora_rank": 4}])
 def test_nothing_is_promised_where_no_schedule_can_apply(tiny_model_factory, extra, tmp_path):
     model = tiny_model_factory(extra=extra)
     text = succeeds("inspect", model)

@@ -1,8 +1,8 @@
 """Child process that runs upstream's HF converter, with a pre-tokenizer's name and a schedule handed to it.
 
 Run by checkpoint.py through child.py. It imports upstream's modules from where the patched llama-cpp-python has put
-them and copies none of their code: two methods are wrapped, one that names the pre-tokenizer of a BPE vocabulary by a
-hash, one that begins to write the GGUF.
+them and copies none of their code: three methods are wrapped, one that names the pre-tokenizer of a BPE vocabulary by a
+hash, one that lists the tensors of a Qwen model, and one that begins to write the GGUF.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
     logging.getLogger().addHandler(last_error)
     logging.getLogger().addHandler(logging.StreamHandler())
     logging.getLogger().setLevel(logging.INFO)
+    _take_away_missing_layers()
     if "target" not in request:
         _judge_settings(Path(request["checkpoint"]), emit)
         return
@@ -123,6 +124,23 @@ def _layers_of(architecture: str, keys: dict[str, Any]) -> ModelLayers:
     return layer_kinds(architecture, n_layer, keys.get)
 
 
+def _take_away_missing_layers() -> None:
+    """Qwen3-Next and Qwen3.5 are published with a layer for multi-token prediction, which upstream's converter expects.
+    transformers does not load it, so that it is missing in what was saved after training."""
+    from conversion.qwen import _QwenMtpMixin
+
+    original = _QwenMtpMixin.index_tensors
+
+    @functools.wraps(original)
+    def index_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = original(self, *args, **kwargs)
+        if self.opt_num_mtp_layers == 0:
+            self.no_mtp = True
+        return tensors
+
+    _QwenMtpMixin.index_tensors = index_tensors
+
+
 def _wrap_pre_tokenizer(name: str | None, emit: Callable[..., None]) -> None:
     from conversion.base import TextModel
 
@@ -161,11 +179,11 @@ def _wrap_writer(schedule: dict[str, Any] | None, emit: Callable[..., None]) -> 
                 emit(error=f"no schedule can apply: {reason}; convert without one, or choose another model")
                 raise SystemExit(1)
             modes = schedule["layer_modes"]
-            n_layer = keys[f"{architecture}.block_count"]
-            if len(modes) != n_layer:
-                emit(error=f"the schedule has {len(modes)} layers, but the converted model has {n_layer}")
+            layers = _layers_of(architecture, keys)
+            if len(modes) != layers.n_layer:
+                emit(error=f"the schedule has {len(modes)} layers, but the converted model has {layers.n_layer}")
                 raise SystemExit(1)
-            if reason := _layers_of(architecture, keys).refusal(modes):
+            if reason := layers.refusal(modes):
                 emit(error=f"the schedule has {reason}")
                 raise SystemExit(1)
             add_schedule(self, schedule)
