@@ -3,7 +3,8 @@
 The whole sequence, prompt and answer, goes through in one pass in float64 with eager attention. That is exact: keys
 and values of a prompt token come from its own prefill, whatever is decoded later, and the mask of a PREFILL layer
 depends on the position of the query. A hook hands every attention module the mask of its layer; layers with a sliding
-window of their own keep the mask that transformers makes. Knows `masks`, not `swaa_local`.
+window of their own keep the mask that transformers makes, and recurrent ones have none. Knows `masks`, not
+`swaa_local`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ class TransformersModel:
         self._masks: list[torch.Tensor] = []
         self._asked: set[int] = set()
         self._sliding = set(range(len(self.model.model.layers)) if sliding is None else sliding)
+        self._attending: set[int] = set()
         for layer, module in enumerate(self.model.model.layers):
-            module.self_attn.register_forward_pre_hook(self._give_mask(layer), with_kwargs=True)
+            attention = getattr(module, "self_attn", None) or getattr(module, "mixer", None)
+            # else the layer is recurrent, or has no attention at all
+            if attention is not None and type(attention).__name__.endswith("Attention"):
+                attention.register_forward_pre_hook(self._give_mask(layer), with_kwargs=True)
+                self._attending.add(layer)
 
     def _give_mask(self, layer: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -54,9 +60,11 @@ class TransformersModel:
             torch.from_numpy(np.where(mask, 0.0, np.finfo(np.float64).min))[None, None]
             for mask in layer_masks(schedule, len(tokens), prompt_end)
         ]
+        if len(self._masks) != len(self.model.model.layers):
+            raise RuntimeError(f"a schedule of {len(self._masks)} layers for {len(self.model.model.layers)}")
         self._asked.clear()
         with torch.inference_mode():
             out = self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
-        if self._asked != set(range(len(schedule.layer_modes))):
-            raise RuntimeError(f"only layers {sorted(self._asked)} were given a mask")
+        if self._asked != self._attending:
+            raise RuntimeError(f"only layers {sorted(self._asked)} of {sorted(self._attending)} asked for a mask")
         return out

@@ -34,7 +34,7 @@ from tests.support.tiny_hf_own import (
 )
 
 N_LAYER = 4
-_SIZES = {
+SIZES = {
     "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": N_LAYER,
@@ -163,7 +163,7 @@ def write_checkpoint(directory: Path, kind: str, *, seed: int = 0) -> Path:
     write_vocabulary = next((f for f, kinds in kinds_of_vocabulary.items() if kind in kinds), write_sentencepiece)
     n_vocab = write_vocabulary(directory)
     prefix, special = (KINDS | OWN_KINDS)[kind]
-    sizes = {**_SIZES, "vocab_size": n_vocab, **special}
+    sizes = {**SIZES, "vocab_size": n_vocab, **special}
     if "hidden_size_per_layer_input" in special:
         sizes["vocab_size_per_layer_input"] = n_vocab
     config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**sizes)
@@ -171,7 +171,7 @@ def write_checkpoint(directory: Path, kind: str, *, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            weight = _random_weight(rng, name, tuple(parameter.shape))
+            weight = random_weight(rng, name, tuple(parameter.shape))
             if prefix in ("Olmo2", "Glm4") and "post_" in name:  # norms of what a layer adds: its share of the residual
                 weight *= 0.3
             if kind in OWN_KINDS:
@@ -192,7 +192,7 @@ _GAINS = {
 }
 
 
-def _random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = rng.standard_normal(shape)
     if "norm" in name:
         return (1 + 0.1 * noise).astype(np.float32)
