@@ -77,7 +77,7 @@ def test_a_ring_s_checkpoint_needs_the_rest_of_the_sequence(new_context):
     data = (ctypes.c_uint8 * size)()
     assert C.llama_state_seq_get_data_ext(source.ptr, data, size, 0, partial) == size
     assert C.llama_state_seq_set_data_ext(other.ptr, data, size, 0, partial) == size
-    with pytest.raises(EngineError, match="ends at position -1 in the base cache, but at 199 in the ring"):
+    with pytest.raises(EngineError, match="ends at position -1 in one cache, but at 199 in the ring"):
         other.decode([(1, 200, 0)])
 
 
