@@ -1,18 +1,31 @@
-"""ggml's devices: which there are, what they are called, what they have free.
+"""ggml's devices: which there are, what they are called, what they have free, and for which the engine is built.
 
-Knows ggml's device interface, which every build has; nothing of models. A device is a pointer of ggml's, which lives
-as long as the process.
+Knows ggml's device interface, which every build has, and the names of its libraries; nothing of models. A device is a
+pointer of ggml's, which lives as long as the process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llama_cpp import llama_cpp as _c
 
 _GPU, _IGPU = 1, 2  # ggml_backend_dev_type
+_GPU_BACKENDS = {
+    "cuda": "CUDA",
+    "hip": "ROCm",
+    "metal": "Metal",
+    "musa": "MUSA",
+    "opencl": "OpenCL",
+    "sycl": "SYCL",
+    "vulkan": "Vulkan",
+    "webgpu": "WebGPU",
+}
+"""In the name of the library -> as people know it."""
 _lib = _c._lib
 _size_p = ctypes.POINTER(ctypes.c_size_t)
 
@@ -88,14 +101,33 @@ def is_gpu(device: int) -> bool:
 
 
 def usual() -> list[int]:
-    """This machine's GPUs as llama.cpp chooses them for layers: each once, and integrated ones if there is no other."""
-    discrete = [device for device in gpus() if _dev_type(device) == _GPU]
+    """This machine's GPUs as llama.cpp chooses them for layers: each once, and integrated ones if there is no other.
+
+    Of integrated ones, those of one backend: a second one sees the same.
+    """
+    found = gpus()
+    discrete = [device for device in found if _dev_type(device) == _GPU]
+    integrated = [device for device in found if _dev_reg(device) == _dev_reg(found[0])]
     chosen: dict[bytes | int, int] = {}
-    for device in discrete or gpus():
+    for device in discrete or integrated:
         props = _Props()
         _dev_props(device, ctypes.byref(props))
         chosen.setdefault(props.device_id or device, device)
     return list(chosen.values())
+
+
+def built_for() -> tuple[str, ...]:
+    """The kinds of GPU for which the engine has a backend, as their makers spell them; empty for CPUs alone."""
+    return _backends_in(Path(_lib._name).parent)
+
+
+def _backends_in(libraries: Path) -> tuple[str, ...]:
+    files = [file.name for file in libraries.glob("*ggml-*")]
+    return tuple(
+        name
+        for part, name in _GPU_BACKENDS.items()
+        if any(re.fullmatch(rf"(lib)?ggml-{part}\.(so|dylib|dll)", file) for file in files)
+    )
 
 
 def is_workers(device: int) -> bool:

@@ -222,16 +222,16 @@ def free_host_bytes(*, mapped: int = 0) -> int | None:
 
 
 def free_gpu_bytes(used: Sequence[int] | None = None) -> int | None:
-    """Free memory of all GPUs together, by their drivers' account; None without one or if they do not tell.
+    """Free memory of the GPUs that layers go to, by their drivers' account; None without one or if they do not tell.
 
     used: the devices, where they are others (`placement.with_workers`).
     """
-    return devices.free_bytes(devices.gpus() if used is None else used)
+    return devices.free_bytes(devices.usual() if used is None else used)
 
 
 def gpu_names() -> tuple[str, ...]:
-    """What llama.cpp calls its GPU devices."""
-    return tuple(devices.description_of(device) for device in devices.gpus())
+    """What llama.cpp calls the GPUs that layers go to."""
+    return tuple(devices.description_of(device) for device in devices.usual())
 
 
 def most_host_bytes() -> int | None:
