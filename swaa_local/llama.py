@@ -26,6 +26,7 @@ from swaa_local.engine.draft_control import Costs, DraftControl, Speculate
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.limits import check_number
 from swaa_local.engine.message_form import Form, in_form
+from swaa_local.engine.no_gpu import NoGPUWarning
 from swaa_local.engine.restoring import RestoringLlama
 from swaa_local.engine.run_stats import RunClock, RunStats
 from swaa_local.engine.schedule import ScheduleArgument, check_schedule_argument
@@ -55,6 +56,7 @@ __all__ = [
     "DecodeError",
     "Llama",
     "ModelLoadError",
+    "NoGPUWarning",
     "PromptTooLong",
     "RunStats",
     "StateError",
@@ -77,6 +79,7 @@ class Llama(RestoringLlama):
     n_batch, n_ubatch: tokens of a `llama_decode` call and of its parts. Default 2048 (or n_ubatch) and
         `config.default_n_ubatch`.
     flash_attn: None leaves it to llama.cpp, as its own tools do.
+    n_gpu_layers: where there is no GPU for them, a `NoGPUWarning` says so and why, and they are on the CPU.
     verbose: llama.cpp's log on stderr; off by default, unlike upstream.
     lora_path, lora_scale: a LoRA adapter in GGUF and the factor of what it adds. An `AdapterWarning` names both, where
         it was tuned on another model or for another schedule.

@@ -19,7 +19,7 @@ from swaa_local.chat.terminal import Terminal
 from swaa_local.engine.options import ROPE, EngineOptions
 from swaa_local.engine.threads import IdleCPUs
 from swaa_local.errors import SWAAError
-from swaa_local.llama import Llama
+from swaa_local.llama import Llama, NoGPUWarning
 from swaa_local.model_file.adapter import Adapter
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.schedule_keys import read_stored
@@ -78,6 +78,7 @@ class ModelOpener:
         swaa = False if full else self._swaa
         with warnings.catch_warnings(record=True) as caught, terminal.loading(self._path.name):
             warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
+            warnings.simplefilter("ignore", NoGPUWarning)  # the command line has said so
             llm = Llama(str(self._path), swaa=swaa, n_ctx=self._n_ctx, **self._engine.arguments())
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", self._advice))

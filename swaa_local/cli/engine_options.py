@@ -6,6 +6,7 @@ Names are llama.cpp's. Knows click and the constructor of `Llama`; nothing of sc
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -22,6 +23,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
 _THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS)
+
+
+def _tell_without_gpu(engine: EngineOptions) -> None:
+    """Once for a command; what it then does with `Llama` warns no more."""
+    from swaa_local.engine.no_gpu import NoGPUWarning, without_gpu
+    from swaa_local.report.terminal import TerminalReporter
+
+    warnings.simplefilter("ignore", NoGPUWarning)
+    if not engine.rpc_servers and (said := without_gpu(engine.n_gpu_layers, option="-ngl", verbose=engine.verbose)):
+        TerminalReporter().note(said)
 
 
 def engine_options(command: Command, *, without: Collection[str] = ()) -> Command:
@@ -119,7 +130,10 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         if "speculate" in said:
             said["speculate"] = {"on": True, "off": False, "auto": "auto"}[said["speculate"]]
         crash.watch(f"running {click.get_current_context().info_name}", keep_backtrace=said.get("verbose", False))
-        return command(*args, engine=EngineOptions(**said), **kwargs)
+        engine = EngineOptions(**said)
+        if not kwargs.get("quiet"):
+            _tell_without_gpu(engine)
+        return command(*args, engine=engine, **kwargs)
 
     decorated: Callable[..., Any] = wrapped
     for name, option in reversed(options.items()):

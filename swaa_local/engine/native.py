@@ -16,6 +16,23 @@ from swaa_local.errors import SWAAError
 REMEDY = "run `pip install ./patches` (or `uv sync`) in a checkout of swaa-local to build the patched one"
 
 
+# What a driver brings and no wheel holds: the beginnings of the libraries' names, and where they come from.
+_DRIVERS = {
+    ("libvulkan.", "vulkan-1."): "the Vulkan loader (Debian and Ubuntu: apt-get install libvulkan1; Fedora: dnf "
+    "install vulkan-loader; else the GPU's driver)",
+    ("libcuda.", "nvcuda."): "NVIDIA's driver",
+    ("libcudart.", "libcublas.", "libcublasLt.", "cudart64_", "cublas64_"): "the CUDA toolkit that it was built with",
+}
+
+
+def remedy_of(reason: str) -> str:
+    """What helps where the engine's library does not load. reason: the system's words, which name what is missing."""
+    for names, source in _DRIVERS.items():
+        if any(name in reason for name in names):
+            return f"install {source}, or build without that GPU: unset CMAKE_ARGS, and {REMEDY}"
+    return REMEDY
+
+
 class EngineMissing(SWAAError, ImportError):
     """The patched llama-cpp-python is not installed, or does not load."""
 
@@ -28,7 +45,7 @@ except ImportError as error:
 except (OSError, RuntimeError) as error:  # upstream's loader: no library, or one that does not load
     if hasattr(error, "lacking"):  # llama_cpp._sentinel.UnsuitableCPU, which names its own remedy
         raise EngineMissing(str(error)) from error
-    raise EngineMissing(f"llama-cpp-python's library does not load ({error}); {REMEDY}") from error
+    raise EngineMissing(f"llama-cpp-python's library does not load ({error}); {remedy_of(str(error))}") from error
 
 
 def _load_sentinel() -> ctypes.CDLL | None:

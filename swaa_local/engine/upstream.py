@@ -32,6 +32,7 @@ from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.engine.limits import check_numbers
 from swaa_local.engine.message_form import FormedFormatter
+from swaa_local.engine.no_gpu import NoGPUWarning, without_gpu
 from swaa_local.engine.schedule import (
     ScheduleArgument,
     apply_draft,
@@ -52,6 +53,7 @@ from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.sources.find import fetch_matching
 
 _NO_TEMPLATE = "llama-2"  # upstream's format where the GGUF has no template
+_ALL_LAYERS = 0x7FFFFFFF  # upstream's for an n_gpu_layers of -1
 _VOCAB_N_CTX = 512  # a vocabulary has no context of its own, but upstream makes one of it
 
 RELIED_ON = {
@@ -204,6 +206,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
             self._choose_parameters()
             self._choose_drafts()
             self._choose_own_cells()
+            self._warn_without_gpu()
             params.n_ctx = choose_n_ctx(
                 model, self._requested_n_ctx, self.schedule, params, self.model_params, logits_all=self._logits_all
             )
@@ -318,6 +321,12 @@ class LoadedLlama(SteppingLlama, KnownLlama):
                 f"{asked}, but the model has recurrent layers, whose state cannot take rejected drafts back; "
                 'leave it out, or pass speculate="auto", which drafts nothing here'
             )
+
+    def _warn_without_gpu(self) -> None:
+        asked = self.model_params.n_gpu_layers
+        n_gpu_layers = -1 if asked == _ALL_LAYERS else asked
+        if not self.rpc_servers and (said := without_gpu(n_gpu_layers, option="n_gpu_layers")):
+            warnings.warn(said, NoGPUWarning, stacklevel=5)
 
     def _load_adapter(self) -> None:
         """Before there is a context: it reserves graphs for the adapters that it finds."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from swaa_local.engine.context_length import beyond_training, gpu_layers, shortened
 from swaa_local.engine.limits import MAX_THREADS
 from swaa_local.engine.memory import check_fits, fit_n_ctx, free_host_bytes, header_cost
+from swaa_local.engine.no_gpu import without_gpu
 from swaa_local.errors import SWAAError
 from swaa_local.model_file.model_info import ModelInfo
 from swaa_local.report.progress import Reporter
@@ -40,9 +41,11 @@ def context_arguments(
 ) -> list[str]:
     """The context that the server is to make, where the user does not say and the host cannot hold the model's own.
 
-    llama-server would take for free what is merely there, and be killed. Notes that, and a context that is longer than
-    what the model was trained on. said: what the server will find under one of these names; values that are no numbers
-    are left to it. Raises `ServeLimitError` or `ContextTooLarge`.
+    llama-server would take for free what is merely there, and be killed. Notes that, a context that is longer than
+    what the model was trained on, and a GPU that is missing.
+
+    said: what the server will find under one of these names; values that are no numbers are left to it. Raises
+    `ServeLimitError` or `ContextTooLarge`.
     """
     for names, least, most in _BOUNDS:
         number = _number(said(names))
@@ -51,11 +54,13 @@ def context_arguments(
     n_ctx = _number(said(_N_CTX))
     if n_ctx and (note := beyond_training(n_ctx, info.n_ctx_train)):
         reporter.note(f"{note}; a request gets {info.n_ctx_train} at most")
+    layers = _number(said(_GPU_LAYERS))
+    wanted = -1 if layers is None else layers
+    if not said(RPC) and (note := without_gpu(wanted, option=_GPU_LAYERS[0])):
+        reporter.note(note)
     type_k, type_v = ((said(names) or "f16").lower() for names in (_TYPE_K, _TYPE_V))
     if info.unsupported is not None or type_k not in KV_TYPES or type_v not in KV_TYPES:
         return []
-    layers = _number(said(_GPU_LAYERS))
-    wanted = -1 if layers is None else layers
     on_gpu = gpu_layers(wanted, workers=bool(said(RPC)))
     gpu = gpu_layers(wanted) > 0
     n_ubatch = _number(said(_N_UBATCH)) or default_n_ubatch(schedule or Schedule.full(1), gpu=gpu)
