@@ -37,6 +37,13 @@ _ERROR = re.compile(
     re.VERBOSE,
 )
 _CMAKE_ERROR = re.compile(r"^CMake Error(?: at (?P<where>\S+:\d+))?.*?:\s*(?P<text>.*)$")
+# What CMake says of a GPU's tools that it lacks, and what brings them.
+_LACKS = {
+    re.compile(r"Vulkan|SPIRV-Headers"): "install what builds for Vulkan: Debian and Ubuntu: apt-get install "
+    "libvulkan-dev glslc spirv-headers; Fedora: dnf install vulkan-devel glslc spirv-headers-devel; elsewhere the "
+    "Vulkan SDK",
+    re.compile(r"CUDA Toolkit|CMAKE_CUDA_COMPILER|nvcc"): "install NVIDIA's CUDA toolkit, and put its nvcc on PATH",
+}
 _KILLED = re.compile(r"Killed|signal (?:9|terminated)", re.IGNORECASE)
 
 
@@ -86,6 +93,8 @@ class Findings:
     def summary(self) -> str:
         """The first error, or the last line where no error was found, and what may help."""
         reason = self.reason or self._last or "it said nothing"
+        if self._cmake is not None:
+            reason += next((f" ({advice})" for lacks, advice in _LACKS.items() if lacks.search(reason)), "")
         if self._killed:
             reason += " (a compiler was killed, most likely for lack of memory: set CMAKE_BUILD_PARALLEL_LEVEL=1)"
         return reason

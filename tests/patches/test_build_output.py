@@ -43,6 +43,23 @@ FAILURES = {
         "-- Found Threads\nCMake Error at vendor/x/CMakeLists.txt:12 (message):\n\n  CUDA Toolkit not found\n\n",
         "CMake, vendor/x/CMakeLists.txt:12: CUDA Toolkit not found",
     ),
+    "CMake, no Vulkan": (
+        "-- Including CPU backend\n"
+        "CMake Error at /usr/share/cmake/Modules/FindPackageHandleStandardArgs.cmake:230 (message):\n"
+        "  Could NOT find Vulkan (missing: Vulkan_LIBRARY Vulkan_INCLUDE_DIR glslc)\n",
+        "Could NOT find Vulkan (missing: Vulkan_LIBRARY Vulkan_INCLUDE_DIR glslc) (install what builds for Vulkan: "
+        "Debian and Ubuntu: apt-get install libvulkan-dev glslc spirv-headers;",
+    ),
+    "CMake, no SPIR-V headers": (
+        "CMake Error at vendor/llama.cpp/ggml/src/ggml-vulkan/CMakeLists.txt:14 (find_package):\n"
+        '  Could not find a package configuration file provided by "SPIRV-Headers" with\n'
+        "  any of the following names:\n",
+        "apt-get install libvulkan-dev glslc spirv-headers",
+    ),
+    "CMake, no nvcc": (
+        "CMake Error at CMakeLists.txt:9 (enable_language):\n  No CMAKE_CUDA_COMPILER could be found.\n",
+        "No CMAKE_CUDA_COMPILER could be found. (install NVIDIA's CUDA toolkit",
+    ),
     "a full disk": ("x.cpp: No space left on device\n", "No space left on device"),
     "nothing known": ("this and that\nthe end of it\n\n", "the end of it"),
 }
