@@ -22,13 +22,13 @@ from llama_cpp import llama_cpp as C
 from tests.support.engine import EngineContext, EngineError, EngineModel, assert_close, captured_log
 from tests.support.masks import Sched
 from tests.support.reference_numpy import NumpyModel
-from tests.support.tiny import ALWAYS, FULL, N_VOCAB, PREFILL, TinyShape
+from tests.support.tiny import ALWAYS, FULL, HEAD_DIM, N_VOCAB, PREFILL, TinyShape
 
 N_LAYER = 2
 N_OPERATIONS = 40
 PARTIAL_ONLY, ON_DEVICE = 1, 2  # LLAMA_STATE_SEQ_FLAGS_*
 # K and V type, flash attention, head size, tolerance in sigma. 64: a quantized cache is rotated (Hadamard)
-CACHES = [("F32", "off", 32, 1e-3)] * 6 + [("F16", "on", 32, 2e-2)] * 3 + [("F16", "auto", 32, 2e-2)]
+CACHES = [("F32", "off", HEAD_DIM, 1e-3)] * 6 + [("F16", "on", HEAD_DIM, 2e-2)] * 3 + [("F16", "auto", HEAD_DIM, 2e-2)]
 CACHES += [("Q8_0", "on", 64, 0.12)]
 
 FOUND_DEFECTS = (38, 65, 76, 85, 112, 116, 126, 132)  # of an engine that passed the other tests

@@ -86,6 +86,18 @@ def test_architectures(load_model, arch, name):
             assert_close(ctx.run(TOKENS, PROMPT), want, tolerance, flash)
 
 
+@pytest.mark.parametrize("n_head_kv", [3, 7, 16, 32])
+def test_rows_of_the_cache_of_every_width(load_model, n_head_kv):
+    """A cell's keys are gathered as one row, of as many elements as all its heads have: 192 to 2048, and in F32 too."""
+    dims = {"n_layer": 2, "n_head": n_head_kv, "n_head_kv": n_head_kv, "head_dim": 64}
+    schedule = Sched(24, 4, (PREFILL, ALWAYS))
+    want = forward(TOKENS, schedule, PROMPT, shape=TinyShape(**dims))
+    assert worst_ratio(want, forward(TOKENS, Sched(24, 4, (FULL, FULL)), PROMPT, shape=TinyShape(**dims))) > 20 * F16
+    for kv in ("F16", "F32"):
+        with load_model(schedule, **dims).context(n_batch=64, n_ubatch=64, flash="on", kv=kv) as ctx:
+            assert_close(ctx.run(TOKENS, PROMPT), want, F16, kv)
+
+
 def test_flash_attention_auto(load_model):
     """`auto` settles for the flash path and gives the same logits as `on`, on the CPU to the bit."""
     model = load_model(SCHEDULES["all modes"])

@@ -93,6 +93,21 @@ def captured_log() -> Iterator[list[str]]:
         C.llama_log_set(default_log_callback, ctypes.c_void_p(0))
 
 
+@contextmanager
+def _scheduler_log(wanted: bool) -> Iterator[None]:
+    """A scheduler that is made meanwhile logs each graph that it plans, operation by operation."""
+    before = os.environ.get("GGML_SCHED_DEBUG")
+    if wanted:
+        os.environ["GGML_SCHED_DEBUG"] = "2"
+    try:
+        yield
+    finally:
+        if wanted:
+            os.environ.pop("GGML_SCHED_DEBUG")
+            if before is not None:
+                os.environ["GGML_SCHED_DEBUG"] = before
+
+
 def quantize(path: Path, out: Path, ftype: int) -> None:
     """ftype: one of llama_cpp's LLAMA_FTYPE_*."""
     params = C.llama_model_quantize_default_params()
@@ -184,6 +199,34 @@ class AttentionOp(NamedTuple):
     out: int = 0
 
 
+class PlacedOp(NamedTuple):
+    """One operation of a graph, and where llama.cpp's scheduler put it.
+
+    op: its name, of which the scheduler tells 10 characters. device: of the backend's name, 5. split: the graph is
+    divided into parts that are computed on one device each, and this is in the n-th of them.
+    """
+
+    op: str
+    name: str
+    device: str
+    split: int
+
+
+def parse_placed(log: str) -> list[list[PlacedOp]]:
+    """The operations of each graph that the scheduler planned, by its own log (GGML_SCHED_DEBUG=2)."""
+    graphs: list[list[PlacedOp]] = []
+    for split, op, name, device in re.findall(
+        r"^## SPLIT #(\d+): |^node #\s*\d+ \(\s*(\S+)\):\s+(.*?)\s+\(.{5}\) \[\s*(\S+) ", log, re.MULTILINE
+    ):
+        if split:
+            at = int(split)
+            if at == 0:
+                graphs.append([])
+        else:
+            graphs[-1].append(PlacedOp(op, name, device, at))
+    return graphs
+
+
 class EngineContext:
     """A context with one thread. Positions continue by themselves unless given; all positions' logits are returned."""
 
@@ -200,8 +243,11 @@ class EngineContext:
         unified: bool = False,
         record: bool = False,
         record_nodes: bool = False,
+        record_places: bool = False,
         **params: Any,
     ) -> None:
+        """record: fill `attention` with each call. record_nodes: fill `nodes`. record_places: fill `places`, with one
+        list for each graph that was planned (one that is used again is not)."""
         self.model, self.n_batch = model, n_batch
         p = C.llama_context_default_params()
         p.n_ctx, p.n_batch, p.n_ubatch = n_ctx, n_batch, n_ubatch or n_batch
@@ -214,11 +260,13 @@ class EngineContext:
         self.attention: list[AttentionOp] = []
         self.nodes: list[str] = []
         self._record_nodes = record_nodes
+        self.places: list[list[PlacedOp]] = []
+        self._record_places = record_places
         self._flash: list[tuple[int, int, int, int]] = []
         if record or record_nodes:
             self._callback = C.ggml_backend_sched_eval_callback(self._observe)
             p.cb_eval = self._callback
-        with captured_log() as log:
+        with captured_log() as log, _scheduler_log(record_places):
             self.ptr = C.llama_init_from_model(model.ptr, p)
         self.log = "".join(log)
         if not self.ptr:
@@ -241,6 +289,8 @@ class EngineContext:
             rc = C.llama_decode(self.ptr, batch)
         if rc != 0:
             raise EngineError(f"llama_decode: {rc}\n" + "".join(log))
+        if self._record_places:
+            self.places += parse_placed("".join(log))
         out = np.empty((len(entries), self.model.n_vocab), np.float32)
         for i in range(len(entries)):
             out[i] = np.ctypeslib.as_array(C.llama_get_logits_ith(self.ptr, i), (self.model.n_vocab,))

@@ -10,6 +10,7 @@ and writing have an oracle. Models made by transformers are in `tiny_hf.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ VOCAB: list[str] = _SPECIAL + _USER_DEFINED + _BYTES + _PRINTABLE
 N_VOCAB = len(VOCAB)
 EOT_ID = VOCAB.index("<|im_end|>")
 
+HEAD_DIM = 64 if os.environ.get("SWAA_TEST_GPU_LAYERS", "0") != "0" else 32
+"""Elements of a head. CUDA has no flash attention for heads of 32: llama.cpp would compute it on the CPU."""
+
 ARCHES = ("llama", "qwen2", "qwen3", "qwen3moe")
 
 
@@ -56,7 +60,7 @@ class TinyShape:
     n_embd: int = 128
     n_head: int = 4
     n_head_kv: int = 2
-    head_dim: int = 32
+    head_dim: int = HEAD_DIM
     n_ff: int = 96
     n_expert: int = 4
     n_expert_used: int = 2

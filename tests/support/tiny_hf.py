@@ -24,6 +24,7 @@ import tokenizers
 import torch
 import transformers
 
+from tests.support.tiny import HEAD_DIM
 from tests.support.tiny_hf_own import (
     BPE_KINDS,
     BYTE_FALLBACK_KINDS,
@@ -35,7 +36,7 @@ from tests.support.tiny_hf_own import (
 
 N_LAYER = 4
 SIZES = {
-    "hidden_size": 128,
+    "hidden_size": 4 * HEAD_DIM,
     "intermediate_size": 96,
     "num_hidden_layers": N_LAYER,
     "num_attention_heads": 4,
@@ -62,8 +63,8 @@ _YARN_ROPE = {
     "original_max_position_embeddings": 64,
 }
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3, wide heads": ("Qwen3", {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 1}),
+    "qwen3": ("Qwen3", {"head_dim": HEAD_DIM}),
+    "qwen3, wide heads": ("Qwen3", {"head_dim": 2 * HEAD_DIM, "num_attention_heads": 4, "num_key_value_heads": 1}),
     "qwen2": ("Qwen2", {}),
     "llama": ("Llama", {}),
     "llama, no GQA": ("Llama", {"num_key_value_heads": 4}),
@@ -72,16 +73,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": (
         "Qwen3Moe",
         {
-            "head_dim": 32,
+            "head_dim": HEAD_DIM,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 96,
             "norm_topk_prob": True,
         },
     ),
-    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": HEAD_DIM}),
     "olmo2": ("Olmo2", {}),
-    "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
+    "glm4": ("Glm4", {"head_dim": HEAD_DIM, "attention_bias": True}),
     "granite": ("Granite", {"embedding_multiplier": 0.8, "attention_multiplier": 0.2, "residual_multiplier": 0.9}),
     "phi3": ("Phi3", {"sliding_window": None}),
     "smollm3": ("SmolLM3", {}),
