@@ -26,6 +26,7 @@ from tests.support.parity import (
     check_tail,
     covers_all_pairs,
     grid,
+    subject_of,
 )
 from tests.support.program import succeeds
 from tests.support.tiny_hf import convert_all

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from swaa_local import Llama, SWAAConfig
 from tests.support.engine import GPU_LAYERS, GPU_TOLERANCE, worst_ratio
@@ -26,9 +27,9 @@ from tests.support.tiny_hf import N_LAYER, convert_all, write_checkpoint
 from tests.support.tiny_hf_own import ROUNDING
 
 N_TOKENS, PROMPT = 300, 272
-# Addresses of workers, HOST:PORT, separated by commas: the tests run with all layers there if this is set.
 # Set where the device's driver cannot run a mixture of experts.
 NO_EXPERTS = bool(os.environ.get("SWAA_TEST_NO_EXPERTS"))
+# Addresses of workers, HOST:PORT, separated by commas: the tests run with all layers there if this is set.
 WORKERS = [address for address in os.environ.get("SWAA_TEST_WORKERS", "").split(",") if address]
 
 CONFIGS = {
