@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.support.tiny import HEAD_DIM
 from tests.support.tiny_hf import SIZES, random_weight, write_bpe, write_sentencepiece
 
 
@@ -60,7 +61,7 @@ _PREDICTION = {"mtp_num_hidden_layers": 1}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_expand": 2}
 _NEMOTRON_H = {
-    "head_dim": 32,
+    "head_dim": HEAD_DIM,
     "ssm_state_size": 16,
     "mamba_num_heads": 8,
     "mamba_head_dim": 32,
@@ -103,7 +104,7 @@ HYBRIDS: dict[str, Hybrid] = {
     "falcon-h1": Hybrid(
         "FalconH1Config",
         "FalconH1ForCausalLM",
-        _MAMBA2 | {"mamba_d_ssm": 256, "mamba_d_head": 32, "head_dim": 32},
+        _MAMBA2 | {"mamba_d_ssm": 256, "mamba_d_head": 32, "head_dim": HEAD_DIM},
         (0, 1, 2, 3),
         4,
     ),

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.tiny import HEAD_DIM
+
 _OWN, _FULL = "sliding_attention", "full_attention"
 _NARROW, _WIDE = 14, 60
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
@@ -53,10 +55,10 @@ _YARN = {
     "truncate": True,  # as llama.cpp does
     "original_max_position_embeddings": 64,
 }
-_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, **_TIED}
+_GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, **_TIED}
 _GEMMA3 = {**_GEMMA, **_rope(100.0, 10000.0, rope_type="linear", factor=4.0)}
 _GEMMA4 = {
-    "head_dim": 32,
+    "head_dim": HEAD_DIM,
     "global_head_dim": 64,
     "hidden_size_per_layer_input": 32,
     "final_logit_softcapping": 30.0,  # llama.cpp takes this if there is none
@@ -75,7 +77,7 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3n": (
         "Gemma3n",
         {
-            "head_dim": 32,
+            "head_dim": HEAD_DIM,
             "hidden_size_per_layer_input": 256,  # llama.cpp knows it so, and the next ones
             "laurel_rank": 64,
             "num_kv_shared_layers": 4,
@@ -94,7 +96,7 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": (
         "GptOss",
         {
-            "head_dim": 32,
+            "head_dim": HEAD_DIM,
             "num_local_experts": 4,
             **_ALL_EXPERTS,
             "sliding_window": _NARROW,
@@ -105,7 +107,13 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"rotary_pct": 1.0, "logit_scale": 0.5, "sliding_window": _WIDE, **_TIED} | _types(4, 16)),
     "cohere2-moe": (
         "Cohere2Moe",
-        {"head_dim": 32, "logit_scale": 0.5, "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": _NARROW}
+        {
+            "head_dim": HEAD_DIM,
+            "logit_scale": 0.5,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": _NARROW,
+        }
         | _types(2, 8, full_first=True)
         | _TIED,
     ),
@@ -118,7 +126,7 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": (
         "Afmoe",
         {
-            "head_dim": 32,
+            "head_dim": HEAD_DIM,
             "num_dense_layers": 2,
             "num_experts": 4,
             **_ALL_EXPERTS,
@@ -136,7 +144,7 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_MOE,
             **_ALL_EXPERTS,
-            "head_dim": 32,
+            "head_dim": HEAD_DIM,
             "shared_expert_intermediate_size": 96,
             "sliding_window": _WIDE,
             **_rope(100.0, 10000.0),
@@ -144,7 +152,7 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         | _types(4, 16, full_first=True),
     ),
     # llama.cpp rotates both kinds of its layers alike
-    "mellum": ("Mellum", {**_MOE, "head_dim": 32, "sliding_window": _NARROW, **_rope(1e4, 1e4)} | _types(2, 8)),
+    "mellum": ("Mellum", {**_MOE, "head_dim": HEAD_DIM, "sliding_window": _NARROW, **_rope(1e4, 1e4)} | _types(2, 8)),
     "granite-swa": ("GraniteSWA", {"attention_multiplier": 0.2, "sliding_window": _WIDE} | _types(2, 8)),
 }
 """Name -> transformers' class prefix and what its config has beside the common sizes."""
