@@ -14,6 +14,7 @@ from typing import Any
 
 from swaa_local.errors import GGUFError
 from swaa_local.model_file.header import GGUFFile, KeyValue, ValueType
+from swaa_local.model_file.layer_kinds import SHARES_KV, layer_kinds
 from swaa_local.model_file.split import open_gguf
 from swaa_local.schedule.config import MAX_TOKENS
 from swaa_local.text.printable import printable
@@ -32,8 +33,13 @@ _NUMBERS: dict[str, tuple[int, int]] = {
     "attention.head_count_kv": (0, _MAX_WIDTH),
     "attention.key_length": (0, _MAX_WIDTH),
     "attention.value_length": (0, _MAX_WIDTH),
+    "attention.key_length_swa": (0, _MAX_WIDTH),
+    "attention.value_length_swa": (0, _MAX_WIDTH),
+    "attention.shared_kv_layers": (0, MAX_LAYERS),
     "attention.sliding_window": (0, (1 << 32) - 1),
+    "full_attention_interval": (1, MAX_LAYERS),
     "rope.dimension_count": (0, _MAX_WIDTH),
+    "rope.dimension_count_swa": (0, _MAX_WIDTH),
     "rope.dimension_sections": (0, _MAX_WIDTH),
     "expert_count": (0, MAX_EXPERTS),
     "expert_used_count": (0, MAX_EXPERTS),
@@ -118,6 +124,7 @@ def _type_name(number: int) -> str:
 class _Values:
     def __init__(self, file: GGUFFile, architecture: str) -> None:
         self._file = file
+        self._architecture = architecture
         self._prefix = architecture + "."
 
     def check(self) -> None:
@@ -137,6 +144,7 @@ class _Values:
         if self._first("nextn_predict_layers") >= self._first("block_count", 1):
             raise self._bad("nextn_predict_layers", f"fewer than the model's {self._first('block_count')} layers")
         self._check_heads()
+        self._check_shared_caches()
         self._check_rope()
         self._check_experts()
 
@@ -149,6 +157,24 @@ class _Values:
         for n_head, n_head_kv in pairs:
             if n_head and n_head_kv and n_head % n_head_kv:
                 raise self._bad("attention.head_count_kv", f"a divisor of the {n_head} heads")
+
+    def _check_shared_caches(self) -> None:
+        """The last layers read the caches of two earlier ones: one with a window, and one without."""
+        n_layer = self._first("block_count")
+        if self._architecture not in SHARES_KV or not n_layer:
+            return
+        if self._first("attention.shared_kv_layers") > max(0, n_layer - 2):
+            raise self._bad(
+                "attention.shared_kv_layers", f"at most {max(0, n_layer - 2)} of the model's {n_layer} layers"
+            )
+        layers = layer_kinds(self._architecture, n_layer, self._file.get)
+        if any(layers.kinds[layer] is not layers.kinds[source] for layer, source in enumerate(layers.kv_of)):
+            key = "attention.sliding_window_pattern"
+            if self._value(key) is None:
+                key = (
+                    "block_count" if self._value("attention.shared_kv_layers") is None else "attention.shared_kv_layers"
+                )
+            raise self._bad(key, "a layer with a window and one without it before those that share their caches")
 
     def _check_rope(self) -> None:
         """RoPE turns pairs of a head's elements."""

@@ -130,7 +130,8 @@ def _recurrent(architecture: str, n_layer: int, value: Callable[[str], Any]) -> 
         return [LayerKind.RECURRENT] * n_layer
     if architecture in _ATTENTION_INTERVAL:
         said = value("attention.recurrent_layers")
-        interval = _whole(value("full_attention_interval")) or _ATTENTION_INTERVAL[architecture]
+        said_interval = _whole(value("full_attention_interval"))
+        interval = _ATTENTION_INTERVAL[architecture] if said_interval is None else max(1, said_interval)
         if isinstance(said, list):
             flags = _flags(said, n_layer)
         elif said is not None:

@@ -153,6 +153,35 @@ def test_values_that_are_none(tmp_path, keys, message):
         check_gguf(path)
 
 
+SHARED = {"attention.sliding_window": u32(512), "attention.shared_kv_layers": u32(2)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys", "message"),
+    [
+        ("qwen3next", {"full_attention_interval": u32(0)}, r"full_attention_interval is 0 \(u32\), expected 1 to 512"),
+        ("minimax-01", {"full_attention_interval": i32s([0])}, "full_attention_interval is an array"),
+        ("gemma4", {"attention.shared_kv_layers": u32(3)}, r"shared_kv_layers is 3 \(u32\), expected at most 2 of"),
+        ("gemma4", {"attention.key_length_swa": Typed(-8, T.INT32)}, r"key_length_swa is -8 \(i32\), expected 0 to"),
+        (
+            "gemma4",
+            SHARED | {"attention.sliding_window_pattern": i32s([0, 1, 1, 0])},
+            "sliding_window_pattern is an array of 4 i32, expected a layer with a window and one without",
+        ),
+    ],
+)
+def test_values_that_layers_of_two_kinds_cannot_have(tmp_path, arch, keys, message):
+    """llama.cpp divides by the first, and asserts on what comes of the others."""
+    path = write_header_model(tmp_path / "m.gguf", {f"{arch}.{name}": value for name, value in keys.items()}, arch=arch)
+    with pytest.raises(GGUFError, match=message):
+        check_gguf(path)
+
+
+def test_layers_of_two_kinds_before_those_that_share(tmp_path):
+    keys = SHARED | {"attention.sliding_window_pattern": i32s([1, 0, 1, 0])}
+    check_gguf(write_header_model(tmp_path / "m.gguf", {f"gemma4.{k}": v for k, v in keys.items()}, arch="gemma4"))
+
+
 @pytest.mark.parametrize(
     ("name", "dims", "kind", "message"),
     [
