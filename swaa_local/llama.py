@@ -92,8 +92,8 @@ class Llama(RestoringLlama):
     speculate: whether generated tokens are drafted and then checked several at once: "auto" (the default) where it is
         measured to pay, True wherever there is something to draft, or False. A keyword of every generating method,
         too, and then for that call. The text is the one that there is without, for every sampler and seed: to the bit
-        on x86 CPUs, and elsewhere as far as rounding that differs with the size of a batch does not tip a close choice.
-        See docs/speculate.md.
+        on x86 CPUs with flash attention and most quantized weights, and elsewhere as far as rounding that differs with
+        the size of a batch does not tip a close choice. See docs/speculate.md.
     draft_window: tokens that drafts see, in every layer that keeps the whole text. Default 512 with a schedule that has
         layers windowed while prefilling, else 0: nothing is drafted but what the text repeats.
 

@@ -78,14 +78,18 @@ def _quality_cost(result: Calibration, cost: str) -> Any:
     ax = figure.subplots()
     timed = [each for each in result.candidates if each.prefill is not None]
     front = front_of(timed, cost)
-    rest = [each for each in timed if each not in front and not _is_naive(each) and each.schedule != result.searched]
+    rest = [
+        each for each in timed if each not in front and not each.schedule.is_naive and each.schedule != result.searched
+    ]
     _points(ax, price, rest, "tried", color="0.6", marker="o", size=4)
     if front:
         ax.plot([price(each) for each in front], [each.quality.value for each in front], color="C0", zorder=1)
     _points(
         ax, price, [each for each in front if each.schedule != result.searched], "front", color="C0", marker="o", size=5
     )
-    _points(ax, price, [each for each in timed if _is_naive(each)], "window alone", color="C3", marker="X", size=8)
+    _points(
+        ax, price, [each for each in timed if each.schedule.is_naive], "window alone", color="C3", marker="X", size=8
+    )
     _points(
         ax,
         price,
@@ -135,10 +139,6 @@ def _points(
         label=label,
         zorder=2,
     )
-
-
-def _is_naive(candidate: Candidate) -> bool:
-    return candidate.schedule.is_naive
 
 
 def _layers(result: Calibration) -> Any:

@@ -63,7 +63,7 @@ def plan(
                     f"a question of {request.questions} needs {needed} tokens but --length is {length}; pass --length "
                     f"{needed} or shorten its text"
                 )
-        if said := beyond_training(length, info.n_ctx_train):
+        if not request.engine.scales_rope and (said := beyond_training(length, info.n_ctx_train)):
             watch.note(said)
         windows = tuple(sorted(set(request.windows or [max(1, length // part) for part in (16, 8, 4)])))
         if windows[-1] > length // 2:

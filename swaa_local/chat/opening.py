@@ -29,14 +29,8 @@ from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.sources.find import find_gguf
 
-_ENGINE = (
-    "n_batch",
-    "n_ubatch",
-    "flash_attn",
-    "type_k",
-    "type_v",
-    *ROPE,
-)  # of `EngineOptions`, what is kept in a setup
+# Of `EngineOptions`, what is kept in a setup.
+_ENGINE = ("n_batch", "n_ubatch", "flash_attn", "type_k", "type_v", *ROPE)
 
 
 class ModelOpener:

@@ -5,13 +5,12 @@ Knows what was asked for and what differs; how a model is opened, `opening` know
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from swaa_local.chat.settings import Settings
-from swaa_local.engine.options import ROPE_SCALINGS
+from swaa_local.engine.options import ROPE_SCALES, ROPE_SCALINGS
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.cost import KV_TYPES
@@ -66,7 +65,7 @@ class Setup:
                 raise ValueError(f"{name} is {value!r}")
             if name == "rope_scaling" and value is not None and value not in ROPE_SCALINGS:
                 raise ValueError(f"{name} is {value!r}")
-            if name == "rope_scale" and value is not None and not 0 < value < math.inf:
+            if name == "rope_scale" and value is not None and not ROPE_SCALES[0] <= value <= ROPE_SCALES[1]:
                 raise ValueError(f"{name} is {value!r}")
         if (schedule := known.get("schedule")) is not None:
             try:

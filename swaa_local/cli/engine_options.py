@@ -16,7 +16,7 @@ import click
 from swaa_local.cli.click_types import LORA, SPLIT, WORKERS, Number, Real, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
-from swaa_local.engine.options import ROPE_SCALINGS, SPLIT_MODES, EngineOptions
+from swaa_local.engine.options import ROPE_SCALES, ROPE_SCALINGS, SPLIT_MODES, EngineOptions
 from swaa_local.schedule.cost import KV_TYPES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -101,7 +101,7 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         ),
         "rope_scale": click.option(
             "--rope-scale",
-            type=Real(0, min_open=True),
+            type=Real(*ROPE_SCALES),
             metavar="FACTOR",
             help="By what to stretch what it was trained on [the model's].",
         ),

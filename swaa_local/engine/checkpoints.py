@@ -14,7 +14,7 @@ import numpy as np
 from llama_cpp import llama_cpp as _c
 
 MOST_BYTES = 256 << 20
-"""Of all that is kept; the last two are kept in any case, unless one alone takes more."""
+"""Of all that is kept, or the last two if these take more; none that takes more by itself."""
 _LEAST = 2
 _FLAGS = _c.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _u8_p = ctypes.POINTER(ctypes.c_uint8)
@@ -31,12 +31,15 @@ class Checkpoints:
         size = _c.llama_state_seq_get_size_ext(ctx, 0, _FLAGS)
         if not 0 < size <= MOST_BYTES:
             return
-        state = np.empty(size, np.uint8)
+        while len(self._kept) >= _LEAST and sum(each.nbytes for each in self._kept.values()) + size > MOST_BYTES:
+            del self._kept[min(self._kept)]
+        try:
+            state = np.empty(size, np.uint8)
+        except MemoryError:
+            return  # it is read again, then
         if _c.llama_state_seq_get_data_ext(ctx, state.ctypes.data_as(_u8_p), size, 0, _FLAGS) != size:
             return
         self._kept[n_tokens] = state
-        while len(self._kept) > _LEAST and sum(each.nbytes for each in self._kept.values()) > MOST_BYTES:
-            del self._kept[min(self._kept)]
 
     def cut(self, n_tokens: int) -> None:
         """Drop those of more tokens: what followed these is gone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from llama_cpp import llama_cpp as _c
@@ -117,7 +117,7 @@ class DraftingLlama(LoadedLlama):
             tokens = self._draft(token, plan.n)
             control.add_drafted(len(tokens), time.perf_counter() - started)
         started = time.perf_counter()
-        with self._threads_of_decode():
+        with self._threads_of_decode() if tokens else nullcontext():
             self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
             _c.llama_synchronize(self.ctx)
         control.add_pass(1 + len(tokens), time.perf_counter() - started)
@@ -138,8 +138,8 @@ class DraftingLlama(LoadedLlama):
         if n_threads == n_threads_batch:
             yield
             return
-        _c.llama_set_n_threads(self.ctx, n_threads, n_threads)
         try:
+            _c.llama_set_n_threads(self.ctx, n_threads, n_threads)
             yield
         finally:
             _c.llama_set_n_threads(self.ctx, n_threads, n_threads_batch)

@@ -16,6 +16,8 @@ ROPE_SCALINGS = ("none", "linear", "yarn")
 
 ROPE = ("rope_scaling", "rope_scale", "yarn_orig_ctx")
 """The fields that say how RoPE is scaled."""
+ROPE_SCALES = (2.0**-20, 2.0**20)
+"""Least and most of `rope_scale`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class EngineOptions:
             "rope_freq_scale": 1 / self.rope_scale if self.rope_scale else 0.0,
             "yarn_orig_ctx": self.yarn_orig_ctx or 0,
         }
+
+    @property
+    def scales_rope(self) -> bool:
+        """Whether the user meets longer texts than the model was trained on, by their own word."""
+        return self.rope_scale is not None or self.rope_scaling not in (None, "none")
 
     def placement(self) -> dict[str, Any]:
         """Those of the keywords that say on which device a layer is."""

@@ -70,6 +70,8 @@ def cells_key(llm: DraftingLlama, identity: Identity) -> str:
         "overrides": repr(llm.kv_overrides),
         "gpu": gpu_layers(llm.model_params.n_gpu_layers) > 0,
         "workers": list(llm.rpc_servers),
+        # which cells of its own windows a model keeps
+        "swa_full": bool(params.swa_full) if llm.model_layers.own_window else None,
         # some models have other RoPE factors for contexts that are longer than these
         "long": llm.n_ctx() > (trained or llm.n_ctx_train()),
         # parts begin anew with each batch

@@ -238,7 +238,8 @@ class LoadedLlama(SteppingLlama, KnownLlama):
     def serves_whole(self) -> bool:
         """Whether a state of the context serves at its end only: it lacks what windows have left behind, or is that of
         recurrent layers."""
-        return self.is_recurrent or (self.schedule or Schedule.full(self.model_layers)).drops_cells
+        drops_own = bool(self.model_layers.own_window) and not self.context_params.swa_full
+        return self.is_recurrent or drops_own or (self.schedule is not None and self.schedule.has_ring)
 
     def _make_batch(self, tokens: Sequence[int], n_past: int, n_logits: int) -> Any:
         """The `llama_batch` of these tokens. n_logits: wanted, where not all are kept anyway: of none, of the last
@@ -319,7 +320,7 @@ class LoadedLlama(SteppingLlama, KnownLlama):
             asked = "draft_model is given" if self._has_draft_model else "speculate is True"
             raise OutOfRange(
                 f"{asked}, but the model has recurrent layers, whose state cannot take rejected drafts back; "
-                'leave it out, or pass speculate="auto", which drafts nothing here'
+                'leave it out, or pass speculate="auto" (--speculate auto), which drafts nothing here'
             )
 
     def _warn_without_gpu(self) -> None:

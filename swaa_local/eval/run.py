@@ -242,7 +242,7 @@ class _Source:
     def _note_length(self, n_tokens: int) -> None:
         from swaa_local.engine.context_length import beyond_training
 
-        if said := beyond_training(n_tokens, self._n_ctx_train):
+        if not self._request.engine.scales_rope and (said := beyond_training(n_tokens, self._n_ctx_train)):
             self._watch.note(said)
 
     def _limit(self, question: Question) -> int:

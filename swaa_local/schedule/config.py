@@ -183,11 +183,6 @@ class Schedule:
         return LayerMode.ALWAYS in self.layer_modes
 
     @property
-    def drops_cells(self) -> bool:
-        """True if some layer's KV cache drops what no token sees any more: a ring, or under the model's own window."""
-        return self.has_ring or LayerKind.OWN_WINDOW in self.model.kinds
-
-    @property
     def active_tail(self) -> int:
         """The tail, where some layer has a use for it; else 0."""
         return self.tail if LayerMode.PREFILL in self.layer_modes else 0

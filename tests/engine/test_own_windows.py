@@ -14,6 +14,7 @@ import pytest
 from llama_cpp.llama_cpp import llama_model_n_swa
 
 from swaa_local import Llama, SWAAConfig
+from swaa_local.engine.prefixes import cells_key, identity_of
 from swaa_local.errors import ScheduleError
 from swaa_local.schedule.model_layers import LayerKind
 from tests.support.engine import EngineContext, EngineError, EngineModel, assert_close
@@ -345,3 +346,16 @@ def test_drafts_change_no_token(tiny_model_factory, modes, sampling):
         assert llm.last_run.accepted_tokens > 0
     finally:
         llm.close()
+
+
+def test_states_can_be_cut_where_all_cells_are_kept_and_are_told_apart(tiny_model_factory):
+    """Without a schedule llama-cpp-python keeps them; `swa_full=False` drops them."""
+    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    keys = {}
+    for swa_full in (None, True, False):
+        given = {} if swa_full is None else {"swa_full": swa_full}
+        llm = Llama(str(path), swaa=False, n_ctx=512, n_threads=1, **given)
+        assert llm.serves_whole == (swa_full is False)
+        keys[swa_full] = cells_key(llm, identity_of(llm))
+        llm.close()
+    assert keys[None] == keys[True] != keys[False]
