@@ -8,6 +8,7 @@ in what is told of them alone), `sections` (only a header names the person, so t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections import Counter
@@ -116,13 +117,15 @@ class Maker:
         prose = _Prose(self.haystack.take(rng, part), self.count)
         wanted = room - sum(self.count(line.text + " ") for group in groups for line in group.lines)
         # Pieces have other tokens alone than together: what a draft has too few or too many is made good.
-        for attempt in range(_DRAFTS):
+        for attempt in itertools.count():
             between = prose.of(wanted)
             units, placed = _lay_out(random.Random(id), groups, between, after, self.count)
             text = "".join(units).rstrip()
             over = self.count(text) - room
             if over <= 0 and (over >= -_SLACK or attempt > _DRAFTS // 2):
                 break
+            if attempt >= _DRAFTS and not between:
+                break  # nothing is left that could be left out
             wanted -= over + (_SLACK // 2 if attempt else 0)
         if over > 0:
             raise CalibrateError(f"a prompt of {length} tokens has no room for the questions; pass a larger --length")

@@ -17,9 +17,8 @@ from typing import Any
 import psutil
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import devices, native
+from swaa_local.engine import devices
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
-from swaa_local.engine.schedule import get_layers
 from swaa_local.errors import ContextTooLarge
 from swaa_local.model_file.model_info import ModelInfo
 from swaa_local.schedule.config import Schedule
@@ -122,6 +121,10 @@ def context_cost(
     model: Any, schedule: Schedule | None, params: Any, *, n_ubatch: int, n_gpu_layers: int, logits_all: bool
 ) -> ContextCost:
     """What a context of `model` costs; arguments as in `longest_n_ctx`."""
+    # The rest of this module serves a build without schedules too, which lacks what these need.
+    from swaa_local.engine import native
+    from swaa_local.engine.schedule import get_layers
+
     arch = _meta(model, "general.architecture") or ""
     n_head = max(1, _c.llama_model_n_head(model))
     head_dim = _c.llama_model_n_embd(model) // n_head

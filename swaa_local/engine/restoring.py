@@ -79,7 +79,7 @@ class RestoringLlama(DraftingLlama):
             return
         held = self.input_ids[: self.n_tokens]
         common = common_prefix(held, np.asarray(prompt, np.int32))
-        if common == self.n_tokens and (common < len(prompt) or not self._requires_eval):
+        if common == self.n_tokens and (common < len(prompt) or not self._lacks_logits):
             return
         self._go_back(min(common, len(prompt) - 1))
 

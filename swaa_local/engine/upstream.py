@@ -255,6 +255,11 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         """Whether the logits of every position are kept, not only of the last."""
         return bool(self._logits_all)
 
+    @property
+    def _lacks_logits(self) -> bool:
+        """Whether a prompt that is in the cache must be evaluated again for them."""
+        return bool(self._requires_eval)
+
     def _require_eval(self, required: bool) -> None:
         self._requires_eval = required
 
