@@ -64,6 +64,14 @@ def test_every_kind_is_asked_and_what_is_told_is_true():
             assert f"{ask.prefix} {ask.reference}" in text.text
 
 
+def test_sentences_of_any_length_leave_room_for_the_questions():
+    rng = random.Random(0)
+    units = tuple("x" * rng.choice([10, 300, 1900]) + ". " for _ in range(3000))
+    for index in range(60):
+        text = maker(Haystack(units)).text("check", 2048, 64, index)
+        assert max(count(text.message(ask)) + OVERHEAD + ROOM_TO_ANSWER for ask in text.asks) <= 2048
+
+
 def test_a_section_fact_does_not_say_whose_it_is():
     text = maker().text("search", 16384, 2048, 0)
     for ask in (ask for ask in text.asks if ask.kind == "sections"):
