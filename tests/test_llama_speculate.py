@@ -19,11 +19,11 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from swaa_local import Llama, SWAAConfig
 from swaa_local.errors import ContextFull, OutOfRange
-from tests.support.engine import GPU_LAYERS, quantize
+from tests.support.engine import GPU_LAYERS, cpu_features, quantize
 from tests.support.tiny import random_tokens
 
-HAS = llama_cpp.llama_print_system_info().decode()
-EXACT = "AVX2 = 1" in HAS and "AMX_INT8" not in HAS and not GPU_LAYERS
+HAS = cpu_features()
+EXACT = HAS.get("AVX2") == "1" and "AMX_INT8" not in HAS and not GPU_LAYERS
 TOKENS = random_tokens(300)
 N = 60
 

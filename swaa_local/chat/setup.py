@@ -61,9 +61,7 @@ class Setup:
             kinds = _KINDS.get(name, (type(getattr(default, name)),))
             if name != "schedule" and type(value) not in kinds:
                 raise TypeError(f"{name} is {value!r}")
-            if name in ("type_k", "type_v") and value is not None and value not in KV_TYPES:
-                raise ValueError(f"{name} is {value!r}")
-            if name == "rope_scaling" and value is not None and value not in ROPE_SCALINGS:
+            if value is not None and value not in _CHOICES.get(name, (value,)):
                 raise ValueError(f"{name} is {value!r}")
             if name == "rope_scale" and value is not None and not ROPE_SCALES[0] <= value <= ROPE_SCALES[1]:
                 raise ValueError(f"{name} is {value!r}")
@@ -115,6 +113,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "settings": (dict, type(None)),
     **dict.fromkeys(("n_ctx", "n_batch", "n_ubatch", "yarn_orig_ctx"), _NUMBER),
 }
+_CHOICES = {"type_k": KV_TYPES, "type_v": KV_TYPES, "rope_scaling": ROPE_SCALINGS}
 _IN_WORDS = {
     "n_ctx": "context",
     "n_batch": "n_batch",

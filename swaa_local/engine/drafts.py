@@ -134,15 +134,11 @@ class DraftingLlama(LoadedLlama):
     @contextmanager
     def _threads_of_decode(self) -> Iterator[None]:
         """A pass of several tokens with as many threads as one of one: a sum's parts depend on it, and so its bits."""
-        n_threads, n_threads_batch = self.n_threads, self.n_threads_batch
-        if n_threads == n_threads_batch:
-            yield
-            return
         try:
-            _c.llama_set_n_threads(self.ctx, n_threads, n_threads)
+            _c.llama_set_n_threads(self.ctx, self.n_threads, self.n_threads)
             yield
         finally:
-            _c.llama_set_n_threads(self.ctx, n_threads, n_threads_batch)
+            _c.llama_set_n_threads(self.ctx, self.n_threads, self.n_threads_batch)
 
     def _draft(self, token: int, n: int) -> list[int]:
         """Up to n tokens that the model would say after `token`, which follows what the context holds, if it saw the

@@ -156,10 +156,6 @@ llama_swaa_set_draft_start = _declare(
     "llama_swaa_set_draft_start", [_c.llama_context_p_ctypes, _c.llama_seq_id, _c.llama_pos], ctypes.c_bool
 )
 
-# bool llama_swaa_has_ring(const struct llama_context *)
-# True: what a window has left behind is dropped, and cannot be gone back to.
-llama_swaa_has_ring = _declare("llama_swaa_has_ring", [_c.llama_context_p_ctypes], ctypes.c_bool)
-
 # size_t llama_swaa_kv_bytes(const struct llama_context *)
 # Bytes of the context's KV cache, rings included, by the engine's own accounting.
 llama_swaa_kv_bytes = _declare("llama_swaa_kv_bytes", [_c.llama_context_p_ctypes], ctypes.c_size_t)

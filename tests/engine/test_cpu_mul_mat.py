@@ -6,7 +6,6 @@ ggml quantizes the columns, to 8 bits in blocks of 32 (256 for weights of Q4_K a
 from __future__ import annotations
 
 import ctypes
-import re
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from gguf import GGMLQuantizationType as GT
 from llama_cpp import llama_cpp as C
 
 from tests.support import flash_op as op
-from tests.support.engine import GPU_LAYERS, EngineModel, quantize
+from tests.support.engine import GPU_LAYERS, EngineModel, cpu_features, quantize
 from tests.support.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -133,7 +132,7 @@ def test_the_same_for_any_number_of_threads(kind):
 # x86's repacked products of Q4_K with many columns are slower than those of the weights as they are.
 @pytest.mark.skipif(GPU_LAYERS > 0, reason="weights on a GPU are not repacked")
 def test_weights_that_are_read_faster_as_they_are_are_not_repacked(tmp_path: Path):
-    has = dict(re.findall(r"(\w+) = (\d)", C.llama_print_system_info().decode()))
+    has = cpu_features()
     if has.get("AVX2") != "1" or "AMX_INT8" in has:
         pytest.skip("for x86 with AVX2 and without AMX, whose weights have a form of their own")
     plain = write_tiny_gguf(tmp_path / "plain.gguf", n_embd=256, n_ff=512)

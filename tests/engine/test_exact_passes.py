@@ -5,7 +5,6 @@ So drafts change no choice, however close it is. The oracle is the engine itself
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ import pytest
 from llama_cpp import llama_cpp as C
 
 from swaa_local import LayerMode, Llama, Schedule
-from tests.support.engine import GPU_LAYERS, quantize
+from tests.support.engine import GPU_LAYERS, cpu_features, quantize
 from tests.support.tiny import random_tokens, write_tiny_gguf
 
-HAS = dict(re.findall(r"(\w+) = (\d)", C.llama_print_system_info().decode()))
+HAS = cpu_features()
 pytestmark = [
     pytest.mark.usefixtures("engine"),
     pytest.mark.skipif(GPU_LAYERS > 0, reason="GPUs have kernels by the number of tokens"),

@@ -108,6 +108,11 @@ def _scheduler_log(wanted: bool) -> Iterator[None]:
                 os.environ["GGML_SCHED_DEBUG"] = before
 
 
+def cpu_features() -> dict[str, str]:
+    """What the engine was built to use of the CPU, such as AVX2 or AMX_INT8: "1" each."""
+    return dict(re.findall(r"(\w+) = (\d)", C.llama_print_system_info().decode()))
+
+
 def quantize(path: Path, out: Path, ftype: int) -> None:
     """ftype: one of llama_cpp's LLAMA_FTYPE_*."""
     params = C.llama_model_quantize_default_params()

@@ -208,6 +208,12 @@ def make_subjects(root: Path, kinds: Mapping[str, tuple[str, dict[str, Any]]]) -
     return made
 
 
+def check_references(subject: Subject) -> None:
+    """Those of any two configurations differ by more than ten times what a run may be off."""
+    for a, b in itertools.combinations(CONFIGS, 2):
+        assert worst_ratio(subject.references[a], subject.references[b]) > 0.1, (a, b)
+
+
 def check_parity(
     subject: Subject, row: Row, record_property: Callable[[str, object], None], *, apart: float = 1.5
 ) -> None:
