@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,6 @@ class Subject:
     sliding: tuple[int, ...] = tuple(range(N_LAYER))
     n_layer: int = N_LAYER
     rounding: float = 0.0
-    tokens: list[int] = field(default_factory=list)
 
     def config(self, name: str) -> SWAAConfig:
         """The configuration for this model's layers."""
@@ -133,9 +132,12 @@ class Subject:
 
     @functools.cached_property
     def transformer(self) -> TransformersModel:
-        model = TransformersModel(self.checkpoint, self.sliding)
-        self.tokens = np.random.default_rng(3).integers(10, model.model.config.vocab_size, N_TOKENS).tolist()
-        return model
+        return TransformersModel(self.checkpoint, self.sliding)
+
+    @functools.cached_property
+    def tokens(self) -> list[int]:
+        n_vocab = self.transformer.model.config.vocab_size
+        return [int(token) for token in np.random.default_rng(3).integers(10, n_vocab, N_TOKENS)]
 
     @functools.cached_property
     def references(self) -> dict[str, np.ndarray]:
