@@ -34,7 +34,7 @@ def stepper(model: Any, masks: Any, length: int, device: str) -> Callable[[Sched
     from swaa_local.tune.rows import answer_logits, loss_of, row_tensors
 
     tokens = tuple(torch.randint(0, model.config.vocab_size, (length,)).tolist())
-    row = row_tensors([Example(tokens, length - ANSWER, "random")], length, blocks=masks.blocks).to(device)
+    row = row_tensors([Example(tokens, length - ANSWER, "random")], length, masks.kind).to(device)
 
     def wait() -> float:
         if device == "cuda":
@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--fa-decode", action="store_true")
     parser.add_argument("--tail", type=int, default=0)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--attention", choices=["auto", "flash", "flex", "sdpa"], default="auto", help="as of swaa-local tune"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args()
 
@@ -69,12 +72,13 @@ def main() -> None:
     import transformers
 
     from swaa_local.tune.masks import ATTENTION, Masks
+    from swaa_local.tune.model import choose_attention
 
     config = transformers.AutoConfig.from_pretrained(args.config.parent)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     with torch.device(args.device):
         base = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
-    masks = Masks(blocks=args.device == "cuda")
+    masks = Masks(choose_attention(args.attention, args.device, config))
     masks.attach(base)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()

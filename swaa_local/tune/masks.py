@@ -2,14 +2,16 @@
 
 A row holds one text or several, packed one behind the other; every token knows its text, its position there and its
 phase, and sees what the engine would show it (docs/architecture.md). Dense masks go to PyTorch's SDPA, block masks to
-FlexAttention, whose windowed layers then skip what is masked; plain causal attention is SDPA's own everywhere.
+FlexAttention, calls of flash attention to `varlen`; the last two skip what is masked. Plain causal attention is SDPA's
+own everywhere.
 
 Relies on transformers: attention modules have a `layer_idx` and call what `config._attn_implementation` names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.tune import varlen
+from swaa_local.tune.request import AttentionKind
 
 ATTENTION = "swaa_schedule"
 """The name under which transformers finds it: `from_pretrained(..., attn_implementation=ATTENTION)`."""
@@ -32,39 +36,42 @@ _ATTRIBUTE = "_swaa_masks"
 @dataclass(frozen=True)
 class Row:
     """What the masks depend on, each of shape (n,): the number of a token's text, -1 for padding at the end; its
-    position in the text, from 0; and whether it is decoded."""
+    position in the text, from 0; and whether it is decoded. texts: how many tokens each has, and how many of them come
+    before its first decoded one."""
 
     text: torch.Tensor
     position: torch.Tensor
     decoded: torch.Tensor
+    texts: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return len(self.text)
 
     def to(self, device: Any) -> Row:
-        return Row(self.text.to(device), self.position.to(device), self.decoded.to(device))
+        text, position, decoded = (tensor.to(device) for tensor in (self.text, self.position, self.decoded))
+        return replace(self, text=text, position=position, decoded=decoded)
 
     @property
     def is_one_text(self) -> bool:
         """Whether plain causal attention is right: padding at the end is seen by padding alone."""
-        return bool((self.text[self.text != _PADDING] == self.text[0]).all())
+        return len(self.texts) == 1
 
 
-def make_row(lengths: list[tuple[int, int]], n: int) -> Row:
-    """A row of `n` tokens. lengths: of each text its tokens, and how many of them come before its first decoded one."""
+def make_row(texts: Sequence[tuple[int, int]], n: int) -> Row:
+    """A row of `n` tokens. texts: as `Row` has them."""
     text, position, decoded = (
         torch.full((n,), _PADDING),
         torch.zeros(n, dtype=torch.long),
         torch.zeros(n, dtype=torch.bool),
     )
     start = 0
-    for number, (length, prompt_end) in enumerate(lengths):
+    for number, (length, prompt_end) in enumerate(texts):
         text[start : start + length] = number
         position[start : start + length] = torch.arange(length)
         decoded[start + prompt_end : start + length] = True
         start += length
     position[start:] = torch.arange(n - start)
-    return Row(text, position, decoded)
+    return Row(text, position, decoded, tuple(texts))
 
 
 def prompt_end(n_prompt: int, schedule: Schedule) -> int:
@@ -76,9 +83,8 @@ class Masks:
     """The masks of the row that goes through a model now. `attach` it once; `set` it before each forward pass, and
     leave it until the backward pass has ended: gradient checkpointing looks at it again."""
 
-    def __init__(self, *, blocks: bool) -> None:
-        """blocks: block masks for FlexAttention instead of dense ones for SDPA."""
-        self.blocks = blocks
+    def __init__(self, kind: AttentionKind) -> None:
+        self.kind = kind
         self._modes: tuple[LayerMode, ...] = ()
         self._by_mode: dict[LayerMode, Any] = {}
 
@@ -94,19 +100,22 @@ class Masks:
         self._by_mode = {mode: self._mask(row, mode, schedule) for mode in set(schedule.layer_modes)}
 
     def of_layer(self, layer: int) -> Any:
-        """What the layer's attention takes: a tensor (1, 1, n, n) of booleans, a `BlockMask`, or None for causal."""
+        """What the layer's attention takes: a tensor (1, 1, n, n) of booleans, a `BlockMask`, `varlen.Call`s, or None
+        for causal."""
         return self._by_mode[self._modes[layer]]
 
     def _mask(self, row: Row, mode: LayerMode, schedule: Schedule) -> Any:
         if mode is LayerMode.FULL and row.is_one_text:
             return None
+        if self.kind == "flash":
+            return varlen.calls_of(row.texts, mode, schedule, row.text.device)
         free = {
             LayerMode.FULL: torch.ones_like(row.decoded),
             LayerMode.PREFILL: row.decoded,
             LayerMode.ALWAYS: torch.zeros_like(row.decoded),
         }[mode]
         visible = _Visible(row, free, schedule)
-        return visible.as_blocks() if self.blocks else visible.as_tensor()
+        return visible.as_blocks() if self.kind == "flex" else visible.as_tensor()
 
 
 def _visible(
@@ -181,9 +190,42 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' own attention under the mask of this layer; what the model made as a mask is not looked at."""
     mask = getattr(module, _ATTRIBUTE).of_layer(module.layer_idx)
+    if isinstance(mask, tuple):
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return varlen.attention(query, key, value, mask, kwargs.get("scaling"))[None], None
     run = flex_attention_forward if isinstance(mask, BlockMask) else sdpa_attention_forward
     result: tuple[torch.Tensor, torch.Tensor | None] = run(module, query, key, value, mask, **kwargs)
     return result
+
+
+def why_no_flash(device: str, n_head: int, n_head_kv: int, head_dim: int) -> str | None:
+    """What keeps flash attention from a schedule's masks on this device, for heads like these; None where nothing does.
+
+    A short row is tried, there and back: builds of PyTorch and GPUs differ in what they have, and in what they say.
+    """
+    texts, schedule = ((70, 40), (30, 30)), Schedule(8, 3, (LayerMode.PREFILL,))
+    dense = Masks("sdpa")
+    dense.set(make_row(texts, 100), schedule)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(n, 100, head_dim, generator=generator) for n in (n_head, n_head_kv, n_head_kv, n_head)
+    )
+    exact = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    keys, values = (tensor.repeat_interleave(n_head // n_head_kv, 0) for tensor in exact[1:])
+    wanted = torch.nn.functional.scaled_dot_product_attention(exact[0], keys, values, dense.of_layer(0)[0, 0])
+    (wanted * weights).sum().backward()
+    try:
+        q, k, v = tried = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in (q, k, v)]
+        calls = varlen.calls_of(texts, LayerMode.PREFILL, schedule, device)
+        out = varlen.attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), calls, None).transpose(0, 1)
+        (out * weights.to(device)).sum().backward()
+        found = [out.detach(), *(tensor.grad for tensor in tried)]
+    except (RuntimeError, AttributeError, TypeError) as error:
+        return f"PyTorch {torch.__version__} cannot run it: {str(error).strip().splitlines()[0][:200]}"
+    for mine, theirs in zip(found, [wanted.detach(), *(tensor.grad for tensor in exact)], strict=True):
+        if mine is None or theirs is None or (mine.float().cpu() - theirs).abs().max() > 0.05 * theirs.abs().max():
+            return f"PyTorch {torch.__version__} gives other results than under a mask"
+    return None
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

@@ -32,8 +32,8 @@ from swaa_local.schedule.text import in_slides
 from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
 from swaa_local.tune.examples import Renderer
-from swaa_local.tune.masks import ATTENTION, Masks
-from swaa_local.tune.request import Attention, TuneError, TuneRequest
+from swaa_local.tune.masks import ATTENTION, Masks, why_no_flash
+from swaa_local.tune.request import Attention, AttentionKind, TuneError, TuneRequest
 
 # Modules by the letters of `--targets`; where a family has them fused, what they are fused into.
 _MODULES = {
@@ -150,9 +150,32 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def choose_attention(wanted: Attention, device: str, config: Any) -> AttentionKind:
+    """`auto` is what skips hidden keys fastest on the device. config: the model's. Raises `TuneError` for flash
+    attention where it cannot run."""
+    if wanted in ("flex", "sdpa"):
+        return wanted
+    why_not = _why_no_flash(device, config)
+    if why_not is None:
+        return "flash"
+    if wanted == "flash":
+        raise TuneError(f"windows cannot go through flash attention here: {why_not}; pass --attention auto")
+    return "flex" if device == "cuda" else "sdpa"
+
+
+def _why_no_flash(device: str, config: Any) -> str | None:
+    if device != "cuda":
+        return f"it needs a CUDA GPU, and the device is {device}"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or newer, and this one has {major}.{minor}"
+    n_head = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
+    return why_no_flash(device, n_head, getattr(config, "num_key_value_heads", None) or n_head, head_dim)
+
+
 def load_base(source: Source, device: str, attention: Attention, reporter: Reporter) -> BaseModel:
-    """Weights and tokenizer; in bfloat16 on a GPU that has it, else in float32. attention: `auto` is FlexAttention on
-    CUDA and SDPA elsewhere."""
+    """Weights and tokenizer; in bfloat16 on a GPU that has it, else in float32."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = _load(transformers.AutoTokenizer, source)
@@ -161,7 +184,7 @@ def load_base(source: Source, device: str, attention: Attention, reporter: Repor
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
         reporter.note("this model has no chat template, so ChatML is used, as chat does")
-    masks = Masks(blocks=attention == "flex" or (attention == "auto" and device == "cuda"))
+    masks = Masks(choose_attention(attention, device, model.config))
     masks.attach(model)
     if source.gguf is not None:
         _hold_against_engine(model, tokenizer, masks, source, reporter)

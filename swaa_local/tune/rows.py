@@ -16,6 +16,7 @@ from swaa_local.schedule.config import Schedule
 from swaa_local.tune.examples import Example
 from swaa_local.tune.masks import BLOCK, Masks, Row, make_row, prompt_end
 from swaa_local.tune.model import precision
+from swaa_local.tune.request import AttentionKind
 
 _STEPS = 8  # lengths of rows, so that compiled kernels meet few
 
@@ -51,10 +52,10 @@ class RowTensors:
         return replace(self, tokens=moved[0], positions=moved[1], places=moved[2], answers=moved[3])
 
 
-def row_tensors(examples: Sequence[Example], length: int, *, blocks: bool) -> RowTensors:
+def row_tensors(examples: Sequence[Example], length: int, kind: AttentionKind) -> RowTensors:
     """Examples one behind the other, padded for block masks."""
     n = sum(map(len, examples))
-    if blocks:
+    if kind == "flex":
         step = max(BLOCK, -(-length // (_STEPS * BLOCK)) * BLOCK)
         n = -(-n // step) * step
     tokens = torch.zeros(n, dtype=torch.long)
@@ -107,7 +108,7 @@ def mean_nll(
     model.eval()
     with torch.inference_mode(), off, precision(device):
         for done, example in enumerate(examples, start=1):
-            row = row_tensors([example], length, blocks=masks.blocks).to(device)
+            row = row_tensors([example], length, masks.kind).to(device)
             logits = answer_logits(model, masks, row, schedule)
             total += float(torch.nn.functional.cross_entropy(logits, row.answers, reduction="sum"))
             n_answers += row.n_answer

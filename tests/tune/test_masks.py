@@ -19,9 +19,12 @@ import torch
 import transformers
 
 from swaa_local import LayerMode, Llama, Schedule
+from swaa_local.tune import varlen
 from swaa_local.tune.masks import ATTENTION, BLOCK, Masks, make_row, prompt_end
+from swaa_local.tune.request import AttentionKind
 from tests.support.engine import worst_ratio
 from tests.support.masks import Sched, layer_masks
+from tests.support.plain_varlen import PlainKernel
 from tests.support.tiny_hf import KINDS, N_LAYER, checkpoints
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -44,10 +47,10 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     return checkpoints(tmp_path_factory.mktemp("tune"), KINDS)
 
 
-def load(checkpoint: Path, *, blocks: bool = False) -> tuple[Any, Masks]:
+def load(checkpoint: Path, kind: AttentionKind = "sdpa") -> tuple[Any, Masks]:
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=ATTENTION).eval()
-    masks = Masks(blocks=blocks)
+    masks = Masks(kind)
     masks.attach(model)
     return model, masks
 
@@ -96,7 +99,7 @@ def by_definition(schedule: Schedule, n: int, prompt_end: int) -> list[np.ndarra
 def test_masks_are_those_of_the_definition(schedule):
     """Texts in a row, packed: each as if it were alone."""
     lengths = [(150, 120), (37, 37), (69, 0)]
-    dense, blocks = Masks(blocks=False), Masks(blocks=True)
+    dense, blocks = Masks("sdpa"), Masks("flex")
     row = make_row(lengths, 3 * BLOCK)
     dense.set(row, schedule)
     blocks.set(row, schedule)
@@ -121,7 +124,7 @@ def test_masks_are_those_of_the_definition(schedule):
 
 def test_far_blocks_are_not_computed():
     """What makes windowed layers cheaper: a long row has few blocks."""
-    blocks, n = Masks(blocks=True), 32 * BLOCK
+    blocks, n = Masks("flex"), 32 * BLOCK
     blocks.set(make_row([(n, n)], n), Schedule(2 * BLOCK, 10, (ALWAYS,) * 4))
     counted = blocks.of_layer(0)
     n_blocks = int((counted.kv_num_blocks + counted.full_kv_num_blocks).sum())
@@ -142,9 +145,9 @@ def test_packed_texts_do_not_see_each_other(models, kind):
         assert worst_ratio(packed[part], logits(model, alone)) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama, no GQA"])
-def test_block_masks_give_what_dense_ones_give(models, monkeypatch, kind):
-    """FlexAttention without its compiler, which a CPU has not: the same operator, its masks as they are."""
+@pytest.fixture
+def on_a_cpu(monkeypatch) -> None:
+    """FlexAttention without its compiler, which a CPU has not: the same operator. Flash attention has a stand-in."""
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations import flex_attention as integration
 
@@ -153,21 +156,31 @@ def test_block_masks_give_what_dense_ones_give(models, monkeypatch, kind):
         "compile_friendly_flex_attention",
         lambda q, k, v, training=False, **kw: flex_attention(q, k, v, **kw),
     )
+    kernel = PlainKernel()
+    monkeypatch.setattr(varlen, "_forward", kernel.forward)
+    monkeypatch.setattr(varlen, "_backward", kernel.backward)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("kind", ["qwen3", "llama, no GQA", "granite"])
+def test_all_kinds_of_attention_give_the_same(models, kind):
     n = 2 * BLOCK
     for schedule in SCHEDULES.values():
         found = []
-        for blocks in (False, True):
-            model, masks = load(models[kind][0], blocks=blocks)
-            masks.set(make_row([(n - 20, n - 50)], n), schedule)
+        for attention in ("sdpa", "flex", "flash"):
+            model, masks = load(models[kind][0], attention)
+            masks.set(make_row([(n - 120, n - 150), (100, 60)], n), schedule)
             found.append(logits(model, tokens_for(model)[:n])[: n - 20])
-        assert worst_ratio(*found) < 1e-4
+        assert max(worst_ratio(found[0], other) for other in found[1:]) < 1e-4
 
 
-def test_checkpointed_gradients_are_those_of_the_same_masks(models):
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
+def test_checkpointed_gradients_are_those_of_the_same_masks(models, attention):
     """The backward pass runs the layers again."""
     grads = []
     for checkpointing in (False, True):
-        model, masks = load(models["qwen3"][0])
+        model, masks = load(models["qwen3"][0], attention if checkpointing else "sdpa")
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

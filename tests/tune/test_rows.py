@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory) -> tuple[Path, Path]:
 def model(checkpoint) -> tuple[Any, Masks]:
     """With an adapter that does nothing yet."""
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint[0], attn_implementation=ATTENTION)
-    masks = Masks(blocks=False)
+    masks = Masks("sdpa")
     masks.attach(base)
     return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), masks
 
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_transformers_on_the_answers(checkpoint, model):
         with torch.inference_mode():
             total += float(plain(tokens, labels=labels).loss) * example.n_answer
         n += example.n_answer
-    row = row_tensors(packed, 256, blocks=False)
+    row = row_tensors(packed, 256, "sdpa")
     with torch.inference_mode():
         loss = loss_of(answer_logits(*model, row, SCHEDULES["full"]), row, None)
     assert float(loss) == pytest.approx(total / n, rel=1e-5)
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_transformers_on_the_answers(checkpoint, model):
 
 def test_padding_changes_nothing(model):
     packed = examples((90, 7), (60, 12))
-    row, padded = row_tensors(packed, 256, blocks=False), row_tensors(packed, 256, blocks=True)
+    row, padded = row_tensors(packed, 256, "sdpa"), row_tensors(packed, 256, "flex")
     assert (row.tokens.shape[1], padded.tokens.shape[1]) == (169, 256)
     with torch.inference_mode():
         found = [answer_logits(*model, each, SCHEDULES["all modes"]) for each in (row, padded)]
@@ -86,7 +86,7 @@ def test_padding_changes_nothing(model):
 
 
 def test_a_model_has_nothing_to_learn_from_itself(model):
-    row = row_tensors([dataclasses.replace(examples((90, 7))[0], teacher=True)], 128, blocks=False)
+    row = row_tensors([dataclasses.replace(examples((90, 7))[0], teacher=True)], 128, "sdpa")
     with torch.inference_mode():
         full, windowed = (answer_logits(*model, row, SCHEDULES[name]) for name in ("full", "windows"))
         assert float(loss_of(full, row, full)) == pytest.approx(0.0, abs=1e-6)
