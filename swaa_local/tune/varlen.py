@@ -38,7 +38,7 @@ class Sequence:
 class Call:
     """Sequences for one call of the kernel. queries, keys: their places, one sequence behind the other; cu_q, cu_k:
     (n_sequence + 1,) where each begins; max_q, max_k: the longest; window: tokens to the left and right of a query,
-    -1 for no bound."""
+    -1 for no bound; adds: whether these queries have seen the keys of a call before."""
 
     queries: slice | torch.Tensor
     keys: slice | torch.Tensor
@@ -47,6 +47,7 @@ class Call:
     max_q: int
     max_k: int
     window: tuple[int, int]
+    adds: bool
 
 
 def calls_of(texts: Iterable[tuple[int, int]], mode: LayerMode, schedule: Schedule, device: Any) -> tuple[Call, ...]:
@@ -70,8 +71,11 @@ def calls_of(texts: Iterable[tuple[int, int]], mode: LayerMode, schedule: Schedu
             ]
         causal.append(Sequence((start + slides, start + length), (start, start + length)))
         start += length
-    groups = ((causal, _CAUSAL), (windowed, (schedule.window - 1, 0)), (sinks, _ALL))
-    made = [_call([s for s in group if _n(s.queries) and _n(s.keys)], window, device) for group, window in groups]
+    made = (
+        _call(causal, _CAUSAL, device),
+        _call(windowed, (schedule.window - 1, 0), device),
+        _call(sinks, _ALL, device, adds=True),
+    )
     return tuple(call for call in made if call is not None)
 
 
@@ -79,10 +83,11 @@ def _n(places: tuple[int, int]) -> int:
     return places[1] - places[0]
 
 
-def _call(sequences: list[Sequence], window: tuple[int, int], device: Any) -> Call | None:
-    if not sequences:
+def _call(sequences: list[Sequence], window: tuple[int, int], device: Any, *, adds: bool = False) -> Call | None:
+    some = [s for s in sequences if _n(s.queries) and _n(s.keys)]
+    if not some:
         return None
-    queries, keys = [s.queries for s in sequences], [s.keys for s in sequences]
+    queries, keys = [s.queries for s in some], [s.keys for s in some]
     return Call(
         _places(queries, device),
         _places(keys, device),
@@ -91,6 +96,7 @@ def _call(sequences: list[Sequence], window: tuple[int, int], device: Any) -> Ca
         max(map(_n, queries)),
         max(map(_n, keys)),
         window,
+        adds,
     )
 
 
@@ -125,26 +131,27 @@ class _Attention(torch.autograd.Function):
         calls: tuple[Call, ...],
         scale: float | None,
     ) -> torch.Tensor:
-        out = torch.zeros_like(query, dtype=torch.float32)
+        out = torch.zeros_like(query)
         lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=torch.float32)
         for call in calls:
             part, part_lse = _forward(query[call.queries], key[call.keys], value[call.keys], call, scale)
-            before, part_lse = lse[:, call.queries], part_lse.float()
-            after = torch.logaddexp(before, part_lse)
-            old, new = ((one - after).exp().T[..., None] for one in (before, part_lse))
-            out[call.queries] = out[call.queries] * old + part.float() * new
-            lse[:, call.queries] = after
-        result = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, result, lse)
+            if call.adds:
+                before = lse[:, call.queries]
+                share = (part_lse - before).sigmoid().T[..., None]
+                part = out[call.queries].float().lerp(part.float(), share).to(out.dtype)
+                part_lse = before.logaddexp(part_lse)
+            out[call.queries] = part
+            lse[:, call.queries] = part_lse
+        ctx.save_for_backward(query, key, value, out, lse)
         ctx.calls, ctx.scale = calls, scale
-        return result
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
-        found = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, key, value)]
+        of_query, of_keys = torch.zeros_like(query), [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
         for call in ctx.calls:
-            shares = _backward(
+            share, *shares = _backward(
                 grad[call.queries],
                 query[call.queries],
                 key[call.keys],
@@ -154,12 +161,13 @@ class _Attention(torch.autograd.Function):
                 call,
                 ctx.scale,
             )
-            for total, share, places in zip(found, shares, (call.queries, call.keys, call.keys), strict=True):
-                if isinstance(places, slice):
-                    total[places] += share
-                else:
-                    total.index_add_(0, places, share.float())
-        return (*(total.to(one.dtype) for total, one in zip(found, (query, key, value), strict=True)), None, None)
+            of_query[call.queries] = of_query[call.queries] + share if call.adds else share
+            for total, share in zip(of_keys, shares, strict=True):
+                if isinstance(call.keys, slice):
+                    total[call.keys] += share
+                else:  # several sequences may have the same keys
+                    total.index_add_(0, call.keys, share.float())
+        return of_query, *(total.to(key.dtype) for total in of_keys), None, None
 
 
 def _forward(
