@@ -71,14 +71,14 @@ def main() -> None:
     import torch
     import transformers
 
+    from swaa_local.tune.attention import choose_attention
     from swaa_local.tune.masks import ATTENTION, Masks
-    from swaa_local.tune.model import choose_attention
 
     config = transformers.AutoConfig.from_pretrained(args.config.parent)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     with torch.device(args.device):
         base = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
-    masks = Masks(choose_attention(args.attention, args.device, config))
+    masks = Masks(choose_attention(args.attention, args.device, config, print))
     masks.attach(base)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()

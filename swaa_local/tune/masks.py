@@ -188,44 +188,17 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' own attention under the mask of this layer; what the model made as a mask is not looked at."""
+    """transformers' own attention under the mask of this layer; what the model made as a mask is not looked at.
+
+    Without dropout, which some configs bring from pretraining: of the kinds only SDPA has it.
+    """
     mask = getattr(module, _ATTRIBUTE).of_layer(module.layer_idx)
     if isinstance(mask, tuple):
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return varlen.attention(query, key, value, mask, kwargs.get("scaling"))[None], None
     run = flex_attention_forward if isinstance(mask, BlockMask) else sdpa_attention_forward
-    result: tuple[torch.Tensor, torch.Tensor | None] = run(module, query, key, value, mask, **kwargs)
+    result: tuple[torch.Tensor, torch.Tensor | None] = run(module, query, key, value, mask, **kwargs | {"dropout": 0.0})
     return result
-
-
-def why_no_flash(device: str, n_head: int, n_head_kv: int, head_dim: int) -> str | None:
-    """What keeps flash attention from a schedule's masks on this device, for heads like these; None where nothing does.
-
-    A short row is tried, there and back: builds of PyTorch and GPUs differ in what they have, and in what they say.
-    """
-    texts, schedule = ((70, 40), (30, 30)), Schedule(8, 3, (LayerMode.PREFILL,))
-    dense = Masks("sdpa")
-    dense.set(make_row(texts, 100), schedule)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, weights = (
-        torch.randn(n, 100, head_dim, generator=generator) for n in (n_head, n_head_kv, n_head_kv, n_head)
-    )
-    exact = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    keys, values = (tensor.repeat_interleave(n_head // n_head_kv, 0) for tensor in exact[1:])
-    wanted = torch.nn.functional.scaled_dot_product_attention(exact[0], keys, values, dense.of_layer(0)[0, 0])
-    (wanted * weights).sum().backward()
-    try:
-        q, k, v = tried = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in (q, k, v)]
-        calls = varlen.calls_of(texts, LayerMode.PREFILL, schedule, device)
-        out = varlen.attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), calls, None).transpose(0, 1)
-        (out * weights.to(device)).sum().backward()
-        found = [out.detach(), *(tensor.grad for tensor in tried)]
-    except (RuntimeError, AttributeError, TypeError) as error:
-        return f"PyTorch {torch.__version__} cannot run it: {str(error).strip().splitlines()[0][:200]}"
-    for mine, theirs in zip(found, [wanted.detach(), *(tensor.grad for tensor in exact)], strict=True):
-        if mine is None or theirs is None or (mine.float().cpu() - theirs).abs().max() > 0.05 * theirs.abs().max():
-            return f"PyTorch {torch.__version__} gives other results than under a mask"
-    return None
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

@@ -31,9 +31,10 @@ from swaa_local.schedule.model_layers import ModelLayers
 from swaa_local.schedule.text import in_slides
 from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
+from swaa_local.tune.attention import choose_attention, heads
 from swaa_local.tune.examples import Renderer
-from swaa_local.tune.masks import ATTENTION, Masks, why_no_flash
-from swaa_local.tune.request import Attention, AttentionKind, TuneError, TuneRequest
+from swaa_local.tune.masks import ATTENTION, Masks
+from swaa_local.tune.request import Attention, TuneError, TuneRequest
 
 # Modules by the letters of `--targets`; where a family has them fused, what they are fused into.
 _MODULES = {
@@ -150,30 +151,6 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def choose_attention(wanted: Attention, device: str, config: Any) -> AttentionKind:
-    """`auto` is what skips hidden keys fastest on the device. config: the model's. Raises `TuneError` for flash
-    attention where it cannot run."""
-    if wanted in ("flex", "sdpa"):
-        return wanted
-    why_not = _why_no_flash(device, config)
-    if why_not is None:
-        return "flash"
-    if wanted == "flash":
-        raise TuneError(f"windows cannot go through flash attention here: {why_not}; pass --attention auto")
-    return "flex" if device == "cuda" else "sdpa"
-
-
-def _why_no_flash(device: str, config: Any) -> str | None:
-    if device != "cuda":
-        return f"it needs a CUDA GPU, and the device is {device}"
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < (8, 0):
-        return f"it needs a GPU of compute capability 8.0 or newer, and this one has {major}.{minor}"
-    n_head = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
-    return why_no_flash(device, n_head, getattr(config, "num_key_value_heads", None) or n_head, head_dim)
-
-
 def load_base(source: Source, device: str, attention: Attention, reporter: Reporter) -> BaseModel:
     """Weights and tokenizer; in bfloat16 on a GPU that has it, else in float32."""
     transformers.utils.logging.set_verbosity_error()
@@ -184,7 +161,7 @@ def load_base(source: Source, device: str, attention: Attention, reporter: Repor
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
         reporter.note("this model has no chat template, so ChatML is used, as chat does")
-    masks = Masks(choose_attention(attention, device, model.config))
+    masks = Masks(choose_attention(attention, device, model.config, reporter.note))
     masks.attach(model)
     if source.gguf is not None:
         _hold_against_engine(model, tokenizer, masks, source, reporter)
@@ -338,34 +315,35 @@ def precision(device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, about, at the peak of a step. free_bytes: None where nobody can tell."""
+    """Bytes, about, at the peak of a step: when a layer is computed again for its gradients, or where logits are.
+    inputs: what goes into each layer; free_bytes: None where nobody can tell."""
 
     weights: int
     adapter: int
-    activations: int
+    inputs: int
+    one_layer: int
     logits: int
     masks: int
     free_bytes: int | None
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.activations + self.logits + self.masks
+        return self.weights + self.adapter + self.inputs + max(self.one_layer, self.logits) + self.masks
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "adapter and optimizer": self.adapter, "activations": self.activations}
-        parts |= {"logits": self.logits, "masks": self.masks}
+        parts = {"weights": self.weights, "adapter and optimizer": self.adapter, "inputs of layers": self.inputs}
+        parts |= {"logits": self.logits} if self.logits > self.one_layer else {"one layer": self.one_layer}
+        parts |= {"masks": self.masks}
         told = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size >= 1 << 20)
         free = "" if self.free_bytes is None else f"; {format_bytes(self.free_bytes)} are free"
         return f"needs about {format_bytes(self.total)} of memory ({told}){free}"
 
 
 def plan_memory(
-    model: Any, rows: Sequence[tuple[int, int]], schedule: Schedule, device: str, *, dense: bool
+    model: Any, rows: Sequence[tuple[int, int]], schedule: Schedule, device: str, *, dense: bool, teacher: bool
 ) -> MemoryPlan:
-    """What training takes. rows: tokens, and tokens whose logits are computed, of each. dense: masks are.
-
-    Activations are those of gradient checkpointing: what goes into each layer, and all of one.
-    """
+    """What training with gradient checkpointing takes. rows: tokens, and tokens whose logits are computed, of each.
+    dense: masks are; teacher: logits of its are there beside the model's own."""
     config = model.config
     parameters = list(model.parameters())
     item = max(parameter.element_size() for parameter in parameters if not parameter.requires_grad)
@@ -376,12 +354,13 @@ def plan_memory(
         getattr(config, "moe_intermediate_size", 0) * getattr(config, "num_experts_per_tok", 0)
         or config.intermediate_size
     )
-    one_layer = longest * (8 * config.hidden_size + 4 * wide) * (item + 4)
-    activations = longest * config.hidden_size * config.num_hidden_layers * item + one_layer
+    n_head, _, head_dim = heads(config)
+    one_layer = longest * (8 * max(config.hidden_size, n_head * head_dim) + 4 * wide) * (item + 4)
+    inputs = longest * config.hidden_size * config.num_hidden_layers * item
     modes = len(set(schedule.layer_modes))
-    masks = longest * longest * (modes + config.num_attention_heads * item) if dense else 0
-    logits = most * config.vocab_size * 4 * 4
-    return MemoryPlan(weights, adapter, activations, logits, masks, _free_bytes(device, loaded=weights))
+    masks = longest * longest * (modes + n_head * item) if dense else 0
+    logits = most * config.vocab_size * 4 * (8 if teacher else 4)
+    return MemoryPlan(weights, adapter, inputs, one_layer, logits, masks, _free_bytes(device, loaded=weights))
 
 
 def _free_bytes(device: str, *, loaded: int) -> int | None:

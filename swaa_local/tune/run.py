@@ -92,7 +92,9 @@ def _tune(request: TuneRequest, conversations: Sequence[Conversation], watch: Wa
             f"{len(trained)} examples in {len(rows)} rows of up to {max(sum(map(len, row)) for row in rows)} tokens, "
             f"{len(held_out)} held out; rank {request.rank}, {format_count(n_trained)} parameters to train"
         )
-        _check_memory(models.plan_memory(model, _sizes(rows), schedule, device, dense=base.masks.kind == "sdpa"), watch)
+        dense, teacher = base.masks.kind == "sdpa", any(example.teacher for example in trained)
+        plan = models.plan_memory(model, _sizes(rows), schedule, device, dense=dense, teacher=teacher)
+        _check_memory(plan, watch)
         ways = {"full": Schedule.full(source.n_layer), in_words(schedule): schedule}
 
         def measure(*, adapter: bool) -> dict[str, float]:

@@ -189,3 +189,16 @@ def test_checkpointed_gradients_are_those_of_the_same_masks(models, attention):
         grads.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     torch.testing.assert_close(*grads)
     assert grads[0].abs().max() > 0
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "flash"])
+def test_nothing_is_dropped_out(models, attention):
+    """Some configs have attention_dropout from pretraining; not every kind of attention can."""
+    config = transformers.AutoConfig.from_pretrained(models["granite"][0], attention_dropout=0.5)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    masks = Masks(attention)
+    masks.attach(model)
+    masks.set(make_row([(BLOCK, BLOCK - 28)], BLOCK), SCHEDULES["all modes, tail"])
+    found = [logits(mode, tokens_for(model)[:BLOCK]) for mode in (model.eval(), model.train())]
+    np.testing.assert_array_equal(*found)
