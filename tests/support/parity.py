@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from swaa_local import Llama, SWAAConfig
+from swaa_local.engine.options import SPLIT_MODES
 from tests.support.engine import GPU_LAYERS, GPU_TOLERANCE, worst_ratio
 from tests.support.masks import Sched
 from tests.support.reference import TransformersModel
@@ -31,6 +32,8 @@ N_TOKENS, PROMPT = 300, 272
 NO_EXPERTS = bool(os.environ.get("SWAA_TEST_NO_EXPERTS"))
 # Addresses of workers, HOST:PORT, separated by commas: the tests run with all layers there if this is set.
 WORKERS = [address for address in os.environ.get("SWAA_TEST_WORKERS", "").split(",") if address]
+# How several GPUs share the model, as -sm says it.
+SPLIT_MODE = SPLIT_MODES.index(os.environ.get("SWAA_TEST_SPLIT_MODE", "layer"))
 
 CONFIGS = {
     "full": SWAAConfig(),
@@ -173,6 +176,7 @@ class Subject:
             n_threads_batch=1,
             n_gpu_layers=-1 if WORKERS else GPU_LAYERS,
             rpc_servers=WORKERS,
+            split_mode=SPLIT_MODE,
             **options,
         )
         try:
