@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from swaa_local.sources import hub
 from swaa_local.text.units import format_bytes
 from swaa_local.tune.attention import choose_attention, heads
 from swaa_local.tune.examples import Renderer
+from swaa_local.tune.gguf_loading import quick_gguf
 from swaa_local.tune.masks import ATTENTION, Masks
 from swaa_local.tune.request import Attention, TuneError, TuneRequest
 
@@ -54,7 +55,7 @@ _FUSED = {
     "up_proj": "gate_up_proj",
 }
 _CHECK_TEXT = (
-    "The quick brown fox jumps over the lazy dog, and 17 wizards quietly forge 3 golden boxes for it in July.\n" * 2
+    "The quick brown fox jumps over the lazy dog, and 17 wizards quietly forge 3 golden boxes for it in July.\n"
 )
 _CHECK_MOST = 0.2  # of the logits' standard deviation; Q4_1 weights with the engine's 8-bit activations have 0.03
 
@@ -155,8 +156,8 @@ def load_base(source: Source, device: str, attention: Attention, reporter: Repor
     """Weights and tokenizer; in bfloat16 on a GPU that has it, else in float32."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = _load(transformers.AutoTokenizer, source)
-    with reporter.step(f"loading {source.label}"):
+    with reporter.step(f"loading {source.label}"), nullcontext() if source.gguf is None else quick_gguf(source.gguf):
+        tokenizer = _load(transformers.AutoTokenizer, source)
         model = _load_weights(source)
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
