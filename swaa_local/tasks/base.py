@@ -7,7 +7,7 @@ answer, as RULER counts them. Only the caller knows the tokenizer.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,21 +65,50 @@ def sized(
     `build` must give the same question for the same n. most: parts at most, for a task that has no more.
     """
     made: dict[int, Question] = {}
+    tokens: dict[int, int] = {}
 
     def fits(n: int) -> bool:
-        question = made[n] = build(n)
-        return count(question.prompt, question.answer_prefix) + question.max_tokens <= length
+        if n not in tokens:
+            question = made[n] = build(n)
+            tokens[n] = count(question.prompt, question.answer_prefix) + question.max_tokens
+        return tokens[n] <= length
+
+    def may_fit(n: int) -> bool:
+        """Without building it, where that is clear from those that were built."""
+        tokens_of = _estimate(tokens, n)
+        return fits(n) if tokens_of is None or abs(tokens_of[0] - length) <= tokens_of[1] else tokens_of[0] < length
 
     if not fits(least):
         raise TaskError(f"{name} needs more than {length} tokens; ask for a longer --length")
+    low = _longest(may_fit, least, most)
+    if not fits(low) or (low != most and fits(low + 1)):
+        low = _longest(fits, least, most)
+    return made[low]
+
+
+def _longest(fits: Callable[[int], bool], least: int, most: int | None) -> int:
+    """The largest n that fits, where `least` does; at most `most`."""
     low, high = least, 2 * least
     while (most is None or high < most) and fits(high):
         low, high = high, 2 * high
     if most is not None and high >= most:
         if fits(most):
-            return made[most]
+            return most
         high = most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return made[low]
+    return low
+
+
+def _estimate(tokens: Mapping[int, int], n: int) -> tuple[float, float] | None:
+    """Tokens of a question of n parts, on a line through the two nearest that are known, and how far off that may be:
+    a tenth of the way from there. None where no line that rises is known, or n is."""
+    if len(tokens) < 2 or n in tokens:
+        return None
+    one, other = sorted(tokens, key=lambda known: abs(known - n))[:2]
+    per_part = (tokens[other] - tokens[one]) / (other - one)
+    if per_part <= 0:
+        return None
+    way = per_part * (n - one)
+    return tokens[one] + way, abs(way) / 10 + tokens[one] / 100
