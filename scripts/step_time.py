@@ -34,7 +34,7 @@ def stepper(model: Any, masks: Any, length: int, device: str) -> Callable[[Sched
     from swaa_local.tune.rows import answer_logits, loss_of, row_tensors
 
     tokens = tuple(torch.randint(0, model.config.vocab_size, (length,)).tolist())
-    row = row_tensors([Example(tokens, length - ANSWER, "random")], length, masks.kind).to(device)
+    row = row_tensors([Example(tokens, length - ANSWER, "random")]).to(device)
 
     def wait() -> float:
         if device == "cuda":
@@ -55,15 +55,13 @@ def stepper(model: Any, masks: Any, length: int, device: str) -> Callable[[Sched
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--length", default="8192,16384", help="tokens of a row, multiples of 128")
+    parser.add_argument("--length", default="8192,16384", help="tokens of a row")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--sinks", type=int, default=100)
     parser.add_argument("--fa-decode", action="store_true")
     parser.add_argument("--tail", type=int, default=0)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
-    parser.add_argument(
-        "--attention", choices=["auto", "flash", "flex", "sdpa"], default="auto", help="as of swaa-local tune"
-    )
+    parser.add_argument("--attention", choices=["auto", "flash", "sdpa"], default="auto", help="as of swaa-local tune")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args()
 

@@ -46,9 +46,9 @@ _COUNT = click.IntRange(1)
 )
 @click.option(
     "--attention",
-    type=click.Choice(["auto", "flash", "flex", "sdpa"]),
+    type=click.Choice(["auto", "flash", "sdpa"]),
     default="auto",
-    help="Flash or FlexAttention, which skip what windows hide, or SDPA; auto is flash on CUDA [auto].",
+    help="Flash attention, which skips what windows hide, or masked SDPA; auto is flash on CUDA [auto].",
 )
 @click.option(
     "--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Of all that is random."

@@ -12,7 +12,7 @@ import torch
 
 from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.tune import varlen
-from swaa_local.tune.masks import Masks, make_row
+from swaa_local.tune.masks import dense_mask
 from swaa_local.tune.request import Attention, AttentionKind, TuneError
 
 _MOST = 0.05  # of the largest value; bfloat16 has 0.01
@@ -21,17 +21,16 @@ _MOST = 0.05  # of the largest value; bfloat16 has 0.01
 def choose_attention(wanted: Attention, device: str, config: Any, note: Callable[[str], None]) -> AttentionKind:
     """`auto` is what skips hidden keys fastest on the device. config: the model's; note: told why a GPU does not take
     flash attention. Raises `TuneError` where it was asked for and cannot run."""
-    if wanted in ("flex", "sdpa"):
+    if wanted == "sdpa":
         return wanted
     why_not = _why_no_flash(device, config)
     if why_not is None:
         return "flash"
     if wanted == "flash":
         raise TuneError(f"windows cannot go through flash attention here: {why_not}; pass --attention auto")
-    if device != "cuda":
-        return "sdpa"
-    note(f"windows go through FlexAttention and not through flash attention: {why_not}")
-    return "flex"
+    if device == "cuda":
+        note(f"attention is masked, which windows do not make cheaper; flash attention does not run: {why_not}")
+    return "sdpa"
 
 
 def _why_no_flash(device: str, config: Any) -> str | None:
@@ -57,15 +56,14 @@ def why_no_flash(device: str, n_head: int, n_head_kv: int, head_dim: int) -> str
     A short row is tried, there and back: builds of PyTorch and GPUs differ in what they have, and in what they say.
     """
     texts, schedule = ((70, 40), (30, 30)), Schedule(8, 3, (LayerMode.PREFILL,))
-    dense = Masks("sdpa")
-    dense.set(make_row(texts, 100), schedule)
+    mask = dense_mask(texts, LayerMode.PREFILL, schedule, "cpu")[0]
     generator = torch.Generator().manual_seed(0)
     q, k, v, weights = (
         torch.randn(n, 100, head_dim, generator=generator) for n in (n_head, n_head_kv, n_head_kv, n_head)
     )
     exact = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     keys, values = (tensor.repeat_interleave(n_head // n_head_kv, 0) for tensor in exact[1:])
-    wanted = torch.nn.functional.scaled_dot_product_attention(exact[0], keys, values, dense.of_layer(0)[0, 0])
+    wanted = torch.nn.functional.scaled_dot_product_attention(exact[0], keys, values, mask)
     (wanted * weights).sum().backward()
     try:
         q, k, v = tried = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in (q, k, v)]

@@ -21,7 +21,6 @@ from swaa_local.schedule.config import Schedule
 from swaa_local.tasks.essay import split_sentences
 from swaa_local.text.printable import printable
 from swaa_local.tune.examples import Example, Renderer
-from swaa_local.tune.masks import make_row
 from swaa_local.tune.model import BaseModel, precision
 from swaa_local.tune.request import TuneError
 
@@ -131,7 +130,7 @@ class Teacher:
     def say(self, prompt: Sequence[int], n: int) -> tuple[int, ...]:
         """At most `n` tokens behind a prompt, with the one that ends them if they end."""
         base = self._base
-        base.masks.set(make_row([(len(prompt), len(prompt))], len(prompt)), self._full)
+        base.masks.set([(len(prompt), len(prompt))], self._full)
         tokens = torch.tensor([list(prompt)], device=base.device)
         with torch.inference_mode(), precision(base.device):
             found = base.model.generate(

@@ -235,7 +235,6 @@ def _hold_against_engine(model: Any, tokenizer: Any, masks: Masks, source: Sourc
     import numpy as np
 
     from swaa_local.llama import Llama
-    from swaa_local.tune.masks import make_row
 
     tokens = tokenizer(_CHECK_TEXT, add_special_tokens=False).input_ids
     llm = Llama(
@@ -253,7 +252,7 @@ def _hold_against_engine(model: Any, tokenizer: Any, masks: Masks, source: Sourc
         theirs = llm.scores[: len(tokens)].copy()
     finally:
         llm.close()
-    masks.set(make_row([(len(tokens), len(tokens))], len(tokens)), Schedule.full(source.n_layer))
+    masks.set([(len(tokens), len(tokens))], Schedule.full(source.n_layer))
     with torch.inference_mode():
         ours = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()[:, : theirs.shape[1]]
     off = float(np.sqrt(((ours - theirs) ** 2).mean()) / theirs.std())

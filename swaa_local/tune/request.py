@@ -10,7 +10,7 @@ from swaa_local.errors import SWAAError
 from swaa_local.schedule.choice import ScheduleOptions
 
 Device = Literal["auto", "cuda", "cpu", "mps"]
-AttentionKind = Literal["flash", "flex", "sdpa"]
+AttentionKind = Literal["flash", "sdpa"]
 Attention = AttentionKind | Literal["auto"]
 NEEDED = ("torch", "transformers", "peft", "accelerate")
 EXTRA = "pip install 'swaa-local[tune]'"

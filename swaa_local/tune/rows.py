@@ -14,11 +14,9 @@ import torch
 
 from swaa_local.schedule.config import Schedule
 from swaa_local.tune.examples import Example
-from swaa_local.tune.masks import BLOCK, Masks, Row, make_row, prompt_end
+from swaa_local.tune.masks import Masks, prompt_end
 from swaa_local.tune.model import precision
-from swaa_local.tune.request import AttentionKind
-
-_STEPS = 8  # lengths of rows, so that compiled kernels meet few
+from swaa_local.tune.varlen import Texts
 
 
 @dataclass(frozen=True)
@@ -37,46 +35,40 @@ class RowTensors:
     def n_answer(self) -> int:
         return len(self.answers)
 
-    @property
-    def n_tokens(self) -> int:
-        """Without padding."""
-        return sum(n for n, _ in self.lengths)
-
-    def row(self, schedule: Schedule) -> Row:
+    def texts(self, schedule: Schedule) -> Texts:
         """Phases are those of a schedule: its tail is decoded."""
-        ends = [(n, prompt_end(n_prompt, schedule)) for n, n_prompt in self.lengths]
-        return make_row(ends, self.tokens.shape[1])
+        return [(n, prompt_end(n_prompt, schedule)) for n, n_prompt in self.lengths]
 
     def to(self, device: str) -> RowTensors:
         moved = [tensor.to(device) for tensor in (self.tokens, self.positions, self.places, self.answers)]
         return replace(self, tokens=moved[0], positions=moved[1], places=moved[2], answers=moved[3])
 
 
-def row_tensors(examples: Sequence[Example], length: int, kind: AttentionKind) -> RowTensors:
-    """Examples one behind the other, padded for block masks."""
-    n = sum(map(len, examples))
-    if kind == "flex":
-        step = max(BLOCK, -(-length // (_STEPS * BLOCK)) * BLOCK)
-        n = -(-n // step) * step
-    tokens = torch.zeros(n, dtype=torch.long)
+def row_tensors(examples: Sequence[Example]) -> RowTensors:
+    """Examples one behind the other."""
+    tokens: list[int] = []
     places: list[int] = []
     answers: list[int] = []
-    start = 0
     for example in examples:
-        tokens[start : start + len(example)] = torch.tensor(example.tokens)
+        start = len(tokens)
+        tokens += example.tokens
         places += range(start + example.n_prompt - 1, start + len(example) - 1)
         answers += example.tokens[example.n_prompt :]
-        start += len(example)
     lengths = tuple((len(example), example.n_prompt) for example in examples)
-    positions = make_row(list(lengths), n).position
+    positions = torch.cat([torch.arange(n) for n, _ in lengths])
     return RowTensors(
-        tokens[None], positions[None], torch.tensor(places), torch.tensor(answers), lengths, examples[0].teacher
+        torch.tensor([tokens]),
+        positions[None],
+        torch.tensor(places),
+        torch.tensor(answers),
+        lengths,
+        examples[0].teacher,
     )
 
 
 def answer_logits(model: Any, masks: Masks, row: RowTensors, schedule: Schedule) -> torch.Tensor:
     """(n_answer, n_vocab) in float32, under the schedule. The row is on the model's device."""
-    masks.set(row.row(schedule).to(row.tokens.device), schedule)
+    masks.set(row.texts(schedule), schedule, row.tokens.device)
     found = model(input_ids=row.tokens, position_ids=row.positions, logits_to_keep=row.places, use_cache=False)
     logits: torch.Tensor = found.logits[0].float()
     return logits
@@ -97,7 +89,6 @@ def mean_nll(
     schedule: Schedule,
     device: str,
     *,
-    length: int,
     adapter: bool,
     on_example: Callable[[int], None] = lambda done: None,
 ) -> float:
@@ -108,7 +99,7 @@ def mean_nll(
     model.eval()
     with torch.inference_mode(), off, precision(device):
         for done, example in enumerate(examples, start=1):
-            row = row_tensors([example], length, masks.kind).to(device)
+            row = row_tensors([example]).to(device)
             logits = answer_logits(model, masks, row, schedule)
             total += float(torch.nn.functional.cross_entropy(logits, row.answers, reduction="sum"))
             n_answers += row.n_answer

@@ -109,7 +109,6 @@ def _tune(request: TuneRequest, conversations: Sequence[Conversation], watch: Wa
                         held_out,
                         way,
                         device,
-                        length=request.length,
                         adapter=adapter,
                         on_example=done,
                     )

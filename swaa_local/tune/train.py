@@ -60,7 +60,7 @@ def train(
         model=model,
         args=_arguments(request, device),
         train_dataset=list(rows),
-        data_collator=lambda batch: {"row": row_tensors(batch[0], request.length, masks.kind)},
+        data_collator=lambda batch: {"row": row_tensors(batch[0])},
         callbacks=[watch],
     )
     trainer.remove_callback(transformers.PrinterCallback)

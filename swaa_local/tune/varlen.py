@@ -12,14 +12,16 @@ given the logarithms of sums, and align masks at the last query and the last key
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from swaa_local.schedule.config import LayerMode, Schedule
 
+Texts: TypeAlias = Sequence[tuple[int, int]]
+"""Of a row, one behind the other: how many tokens each has, and how many come before its first decoded one."""
 _SINK_QUERIES = 2048
 """Queries of a sequence that sees the sinks alone: the backward pass takes a sequence's queries one after the other,
 and sequences at once."""
@@ -27,7 +29,7 @@ _CAUSAL, _ALL = (-1, 0), (-1, -1)
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Span:
     """Places in a row, from and to, of queries that see some keys."""
 
     queries: tuple[int, int]
@@ -50,26 +52,30 @@ class Call:
     adds: bool
 
 
-def calls_of(texts: Iterable[tuple[int, int]], mode: LayerMode, schedule: Schedule, device: Any) -> tuple[Call, ...]:
-    """What a layer of this mode takes for a row. texts: tokens of each, and how many come before its first decoded
-    one."""
-    causal: list[Sequence] = []
-    windowed: list[Sequence] = []
-    sinks: list[Sequence] = []
+def n_windowed(mode: LayerMode, n_tokens: int, prompt_end: int) -> int:
+    """How many of a text's queries see a window in a layer of this mode; those behind them see all before them."""
+    return {LayerMode.FULL: 0, LayerMode.PREFILL: prompt_end, LayerMode.ALWAYS: n_tokens}[mode]
+
+
+def calls_of(texts: Texts, mode: LayerMode, schedule: Schedule, device: Any) -> tuple[Call, ...]:
+    """What a layer of this mode takes for a row of these texts."""
+    causal: list[Span] = []
+    windowed: list[Span] = []
+    sinks: list[Span] = []
     start = 0
     for length, prompt_end in texts:
-        slides = {LayerMode.FULL: 0, LayerMode.PREFILL: prompt_end, LayerMode.ALWAYS: length}[mode]
+        slides = n_windowed(mode, length, prompt_end)
         if slides <= schedule.window:  # nothing is out of sight yet
             slides = 0
         else:
             first = min(schedule.sinks, slides)
-            causal.append(Sequence((start, start + first), (start, start + first)))
-            windowed.append(Sequence((start + first, start + slides), (start + first, start + slides)))
+            causal.append(Span((start, start + first), (start, start + first)))
+            windowed.append(Span((start + first, start + slides), (start + first, start + slides)))
             sinks += [
-                Sequence((start + i, start + min(i + _SINK_QUERIES, slides)), (start, start + first))
+                Span((start + i, start + min(i + _SINK_QUERIES, slides)), (start, start + first))
                 for i in range(first, slides, _SINK_QUERIES)
             ]
-        causal.append(Sequence((start + slides, start + length), (start, start + length)))
+        causal.append(Span((start + slides, start + length), (start, start + length)))
         start += length
     made = (
         _call(causal, _CAUSAL, device),
@@ -83,7 +89,7 @@ def _n(places: tuple[int, int]) -> int:
     return places[1] - places[0]
 
 
-def _call(sequences: list[Sequence], window: tuple[int, int], device: Any, *, adds: bool = False) -> Call | None:
+def _call(sequences: list[Span], window: tuple[int, int], device: Any, *, adds: bool = False) -> Call | None:
     some = [s for s in sequences if _n(s.queries) and _n(s.keys)]
     if not some:
         return None

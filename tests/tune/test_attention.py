@@ -70,10 +70,10 @@ def a_gpu(monkeypatch, capability: tuple[int, int], why_not: str | None) -> None
     [
         ("cpu", (0, 0), None, "sdpa"),
         ("mps", (0, 0), None, "sdpa"),
-        ("cuda", (7, 5), None, "flex"),
+        ("cuda", (7, 5), None, "sdpa"),
         ("cuda", (8, 0), None, "flash"),
         ("cuda", (12, 0), None, "flash"),
-        ("cuda", (9, 0), "PyTorch 2.6 cannot run it", "flex"),
+        ("cuda", (9, 0), "PyTorch 2.6 cannot run it", "sdpa"),
     ],
 )
 def test_auto_is_what_runs_fastest(monkeypatch, device, capability, why_not, kind):
@@ -129,7 +129,7 @@ def test_the_plan_has_room_for_a_step(monkeypatch, shape, n_answer, teacher):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
         model = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])).train()
-    row = row_tensors([Example((0,) * n, n - n_answer, "text")], n, "flash").to("meta")
+    row = row_tensors([Example((0,) * n, n - n_answer, "text")]).to("meta")
     backward = varlen._backward
 
     def with_its_own(grad, query, key, *rest):

@@ -20,7 +20,7 @@ import transformers
 
 from swaa_local import LayerMode, Llama, Schedule
 from swaa_local.tune import varlen
-from swaa_local.tune.masks import ATTENTION, BLOCK, Masks, make_row, prompt_end
+from swaa_local.tune.masks import ATTENTION, Masks, prompt_end
 from swaa_local.tune.request import AttentionKind
 from tests.support.engine import worst_ratio
 from tests.support.masks import Sched, layer_masks
@@ -84,7 +84,7 @@ def test_pytorch_and_the_engine_mean_the_same(models, kind):
     tokens = tokens_for(model)
     found = {}
     for name, schedule in SCHEDULES.items():
-        masks.set(make_row([(N_TOKENS, prompt_end(PROMPT, schedule))], N_TOKENS), schedule)
+        masks.set([(N_TOKENS, prompt_end(PROMPT, schedule))], schedule)
         found[name] = logits(model, tokens)
         assert worst_ratio(found[name], engine_logits(gguf, tokens, schedule)) < 1e-3, name
     for name in SCHEDULES:
@@ -99,36 +99,15 @@ def by_definition(schedule: Schedule, n: int, prompt_end: int) -> list[np.ndarra
 def test_masks_are_those_of_the_definition(schedule):
     """Texts in a row, packed: each as if it were alone."""
     lengths = [(150, 120), (37, 37), (69, 0)]
-    dense, blocks = Masks("sdpa"), Masks("flex")
-    row = make_row(lengths, 3 * BLOCK)
-    dense.set(row, schedule)
-    blocks.set(row, schedule)
-    places = torch.arange(len(row))
+    masks, total = Masks("sdpa"), sum(n for n, _ in lengths)
+    masks.set(lengths, schedule)
     for layer in range(N_LAYER):
-        want = np.zeros((len(row), len(row)), dtype=bool)
+        want = np.zeros((total, total), dtype=bool)
         start = 0
         for n, end in lengths:
             want[start : start + n, start : start + n] = by_definition(schedule, n, end)[layer]
             start += n
-        mask = dense.of_layer(layer)[0, 0].numpy()
-        np.testing.assert_array_equal(mask[:start], want[:start])
-        assert not mask[start:, :start].any()  # padding sees itself, so that no row is empty
-        assert mask[start:].any(1).all()
-        block = blocks.of_layer(layer)
-        np.testing.assert_array_equal(block.mask_mod(0, 0, places[:, None], places[None]).numpy(), mask)
-        tiles = mask.reshape(3, BLOCK, 3, BLOCK)
-        np.testing.assert_array_equal(block.to_dense()[0, 0].numpy().astype(bool), tiles.any((1, 3)))
-        full = [set(block.full_kv_indices[0, 0, i, : block.full_kv_num_blocks[0, 0, i]].tolist()) for i in range(3)]
-        assert full == [set(np.flatnonzero(tiles.all((1, 3))[i]).tolist()) for i in range(3)]
-
-
-def test_far_blocks_are_not_computed():
-    """What makes windowed layers cheaper: a long row has few blocks."""
-    blocks, n = Masks("flex"), 32 * BLOCK
-    blocks.set(make_row([(n, n)], n), Schedule(2 * BLOCK, 10, (ALWAYS,) * 4))
-    counted = blocks.of_layer(0)
-    n_blocks = int((counted.kv_num_blocks + counted.full_kv_num_blocks).sum())
-    assert n_blocks <= 32 * 4  # the sinks' block, the window's two, and the one that it begins in
+        np.testing.assert_array_equal(masks.of_layer(layer)[0, 0].numpy(), want)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
@@ -136,26 +115,17 @@ def test_packed_texts_do_not_see_each_other(models, kind):
     model, masks = load(models[kind][0])
     schedule, tokens = SCHEDULES["FA decode, sinks, tail"], tokens_for(model)
     cut = 130
-    row = make_row([(cut, 90), (N_TOKENS - cut, 60)], N_TOKENS)
-    masks.set(row, schedule)
-    packed = logits(model, tokens, row.position)
+    masks.set([(cut, 90), (N_TOKENS - cut, 60)], schedule)
+    packed = logits(model, tokens, torch.cat([torch.arange(cut), torch.arange(N_TOKENS - cut)]))
     for part, end in ((slice(0, cut), 90), (slice(cut, N_TOKENS), 60)):
         alone = tokens[part]
-        masks.set(make_row([(len(alone), end)], len(alone)), schedule)
+        masks.set([(len(alone), end)], schedule)
         assert worst_ratio(packed[part], logits(model, alone)) < 1e-4
 
 
 @pytest.fixture
 def on_a_cpu(monkeypatch) -> None:
-    """FlexAttention without its compiler, which a CPU has not: the same operator. Flash attention has a stand-in."""
-    from torch.nn.attention.flex_attention import flex_attention
-    from transformers.integrations import flex_attention as integration
-
-    monkeypatch.setattr(
-        integration,
-        "compile_friendly_flex_attention",
-        lambda q, k, v, training=False, **kw: flex_attention(q, k, v, **kw),
-    )
+    """Flash attention has a stand-in."""
     kernel = PlainKernel()
     monkeypatch.setattr(varlen, "_forward", kernel.forward)
     monkeypatch.setattr(varlen, "_backward", kernel.backward)
@@ -164,14 +134,14 @@ def on_a_cpu(monkeypatch) -> None:
 @pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize("kind", ["qwen3", "llama, no GQA", "granite"])
 def test_all_kinds_of_attention_give_the_same(models, kind):
-    n = 2 * BLOCK
+    n = 256
     for schedule in SCHEDULES.values():
         found = []
-        for attention in ("sdpa", "flex", "flash"):
+        for attention in ("sdpa", "flash"):
             model, masks = load(models[kind][0], attention)
-            masks.set(make_row([(n - 120, n - 150), (100, 60)], n), schedule)
-            found.append(logits(model, tokens_for(model)[:n])[: n - 20])
-        assert max(worst_ratio(found[0], other) for other in found[1:]) < 1e-4
+            masks.set([(n - 100, n - 130), (100, 60)], schedule)
+            found.append(logits(model, tokens_for(model)[:n]))
+        assert worst_ratio(*found) < 1e-4
 
 
 @pytest.mark.usefixtures("on_a_cpu")
@@ -184,7 +154,7 @@ def test_checkpointed_gradients_are_those_of_the_same_masks(models, attention):
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        masks.set(make_row([(200, 160)], 200), SCHEDULES["all modes, tail"])
+        masks.set([(200, 160)], SCHEDULES["all modes, tail"])
         model(torch.tensor([tokens_for(model)[:200]]), use_cache=False).logits.square().mean().backward()
         grads.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     torch.testing.assert_close(*grads)
@@ -192,13 +162,13 @@ def test_checkpointed_gradients_are_those_of_the_same_masks(models, attention):
 
 
 @pytest.mark.usefixtures("on_a_cpu")
-@pytest.mark.parametrize("attention", ["sdpa", "flex", "flash"])
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
 def test_nothing_is_dropped_out(models, attention):
-    """Some configs have attention_dropout from pretraining; not every kind of attention can."""
+    """Some configs have attention_dropout from pretraining; flash attention in parts has none."""
     config = transformers.AutoConfig.from_pretrained(models["granite"][0], attention_dropout=0.5)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     masks = Masks(attention)
     masks.attach(model)
-    masks.set(make_row([(BLOCK, BLOCK - 28)], BLOCK), SCHEDULES["all modes, tail"])
-    found = [logits(mode, tokens_for(model)[:BLOCK]) for mode in (model.eval(), model.train())]
+    masks.set([(128, 100)], SCHEDULES["all modes, tail"])
+    found = [logits(mode, tokens_for(model)[:128]) for mode in (model.eval(), model.train())]
     np.testing.assert_array_equal(*found)
