@@ -57,7 +57,7 @@ class TinyShape:
 
     arch: str = "qwen3"
     n_layer: int = 4
-    n_embd: int = 128
+    n_embd: int = 4 * HEAD_DIM
     n_head: int = 4
     n_head_kv: int = 2
     head_dim: int = HEAD_DIM

@@ -59,7 +59,7 @@ _GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, **_TIED}
 _GEMMA3 = {**_GEMMA, **_rope(100.0, 10000.0, rope_type="linear", factor=4.0)}
 _GEMMA4 = {
     "head_dim": HEAD_DIM,
-    "global_head_dim": 64,
+    "global_head_dim": 2 * HEAD_DIM,
     "hidden_size_per_layer_input": 32,
     "final_logit_softcapping": 30.0,  # llama.cpp takes this if there is none
     **_TIED,
