@@ -48,7 +48,7 @@ class BenchModel:
     """
 
     def __init__(self, path: Path, engine: EngineOptions) -> None:
-        check_numbers(asdict(engine))
+        check_numbers(asdict(engine) | engine.placement())
         self.path = path
         self._verbose = engine.verbose
         n_cpus = os.cpu_count() or 1
@@ -72,7 +72,7 @@ class BenchModel:
             params.progress_callback = _c.llama_progress_callback(lambda _progress, _data: not shield.raises)
             self.model = _c.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise ModelLoadError(f"{path}: {log.reason or 'llama.cpp cannot load it'}")
+            raise ModelLoadError(f"{path}: {placement.advise(log.reason) or 'llama.cpp cannot load it'}")
         self.adapter: LoadedAdapter | None = None
         if engine.lora is not None:
             try:

@@ -51,6 +51,13 @@ class Placement:
             params.devices = ctypes.cast(self._array, ctypes.c_void_p)
 
 
+def advise(reason: str | None) -> str | None:
+    """Why a model could not be placed, in llama.cpp's words, with what to do where more is known."""
+    if reason and "does not support split buffers" in reason:  # load_tensors() in llama-model.cpp
+        return f"{reason}, which -sm row (split_mode 2) takes; pass -sm layer"
+    return reason
+
+
 def of_params(params: Any) -> list[int] | None:
     """The devices that `llama_model_params` name; None if they leave the choice to llama.cpp."""
     if not params.devices:

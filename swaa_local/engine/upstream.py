@@ -163,7 +163,8 @@ class LoadedLlama(SteppingLlama, KnownLlama):
                 except SWAAError:
                     raise
                 except (ValueError, RuntimeError, MemoryError) as error:
-                    raise ModelLoadError(f"{model_path}: {log.reason}" if log.reason else str(error)) from error
+                    reason = placement.advise(log.reason)
+                    raise ModelLoadError(f"{model_path}: {reason}" if reason else str(error)) from error
                 except jinja2.TemplateError as error:  # upstream compiles the GGUF's chat templates
                     raise ModelLoadError(f"{model_path}: the chat template is broken: {error}") from error
             undo.pop_all()

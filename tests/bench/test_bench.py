@@ -18,10 +18,13 @@ from typing import Any
 
 import pytest
 
+from swaa_local.bench import engine
 from swaa_local.bench.engine import BenchModel
 from swaa_local.bench.results import Setting
+from swaa_local.engine import log as engine_log
 from swaa_local.engine import native
 from swaa_local.engine.options import EngineOptions
+from swaa_local.errors import ModelLoadError
 from swaa_local.schedule.config import LayerMode, Schedule
 from tests.support.program import environment, fails, run, succeeds
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys
@@ -94,6 +97,21 @@ def test_the_tail_of_a_prompt_is_decoded(model, monkeypatch):
         context.prefill(20)
         context.prefill(100)
         assert ends == [260, 300, 380]
+
+
+@pytest.mark.parametrize("mode", ["none", "layer"])
+def test_how_layers_are_divided_can_be_said(model, mode):
+    document = bench(model, f"-p 40 -n 1 -r 1 --no-limit --variants full -sm {mode}")
+    assert len(rows_of(document, variant="full")) == 1
+
+
+def test_a_backend_that_divides_no_matrices_is_told_with_what_to_do(model, monkeypatch):
+    """As CUDA's is since llama.cpp divides tensors instead; there is none here, so its words stand in."""
+    reason = "device CUDA0 does not support split buffers"
+    monkeypatch.setattr(engine_log.EngineLog, "reason", property(lambda self: reason))
+    monkeypatch.setattr(engine._c, "llama_model_load_from_file", lambda *_: None)
+    with pytest.raises(ModelLoadError, match=r"split buffers, which -sm row .* takes; pass -sm layer"):
+        BenchModel(model, EngineOptions(split_mode="row"))
 
 
 def test_the_figures_agree_with_the_samples(measured):
