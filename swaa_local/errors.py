@@ -31,7 +31,8 @@ class ModelLoadError(SWAAError, ValueError):
 class ContextTooLarge(ModelLoadError):
     """A context that was asked for needs more memory than this machine can give. Nothing was allocated for it.
 
-    needed_bytes: of the host, for the KV cache alone. free_bytes: what can be had. n_ctx_fits: tokens that would fit.
+    needed_bytes: of the host, for the KV cache and recurrent states alone. free_bytes: what can be had. n_ctx_fits:
+    tokens that would fit.
     """
 
     def __init__(self, n_ctx: int, needed_bytes: int, free_bytes: int, n_ctx_fits: int) -> None:

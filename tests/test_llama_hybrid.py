@@ -18,8 +18,11 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from swaa_local import Llama, ScheduleError, SWAAConfig
-from swaa_local.errors import OutOfRange, StateError
+from swaa_local.engine import checkpoints, memory
+from swaa_local.engine.context_length import ContextFitWarning
+from swaa_local.errors import ContextTooLarge, OutOfRange, StateError
 from swaa_local.prefix_cache.store import PrefixCache
+from tests.support import tiny_hybrid
 from tests.support.engine import assert_close
 from tests.support.tiny import ALWAYS, FULL, PREFILL, random_tokens
 from tests.support.tiny_hybrid import ATTENDING, forward_hybrid, hybrid, write_tiny_hybrid
@@ -273,3 +276,38 @@ def test_drafts(load):
     assert plain == auto
     assert llm.last_run is not None
     assert llm.last_run.drafted_tokens == 0
+
+
+# Memory
+
+
+def test_a_context_whose_states_the_memory_cannot_hold_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    """The cache of 256 tokens takes 256 KiB, the last 2048 inputs of three convolutions 3 MiB."""
+    monkeypatch.setattr(tiny_hybrid, "L_CACHE", 2049)
+    path = write_tiny_hybrid(tmp_path / "m.gguf")
+    monkeypatch.setattr(memory, "most_host_bytes", lambda: 2 << 20)
+    with pytest.raises(ContextTooLarge, match=r"^a context of 256 tokens needs a KV cache of 3\.\d MiB, and") as error:
+        Llama(str(path), n_ctx=256)
+    assert error.value.n_ctx_fits == 0
+    assert "free some memory" in str(error.value)
+    monkeypatch.setattr(memory, "most_host_bytes", lambda: 4 << 20)
+    llm = Llama(str(path), n_ctx=256)
+    assert llm.kv_bytes == error.value.needed_bytes - 256 * memory._CELL_BYTES
+    llm.close()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("most", [40 << 10, 1 << 20, 256 << 20])
+def test_checkpoints_take_no_more_than_is_estimated(load, monkeypatch, name, most):
+    monkeypatch.setattr(checkpoints, "MOST_BYTES", most)
+    chosen: list[Any] = []
+    monkeypatch.setattr(memory, "fit_n_ctx", lambda cost, *_args, **_free: chosen.append(cost) or 2048)
+    with pytest.warns(ContextFitWarning):
+        llm = load(SCHEDULES[name], n_ubatch=8, n_batch=8, n_ctx=0)
+    answer(llm, TOKENS, 1)
+    kept = [each.nbytes for each in llm._checkpoints._kept.values()]
+    estimate = chosen[0].checkpoints(2048)
+    assert sum(kept) <= estimate <= chosen[0].host(2048) - llm.kv_bytes
+    assert estimate <= max(most, 2 * most)
+    if sum(kept) + max(kept) > most:  # the bound was met
+        assert estimate < 4 * sum(kept)

@@ -397,10 +397,10 @@ def test_serve_makes_no_longer_a_context_than_fits(tiny_model: Path, monkeypatch
         def note(self, text: str) -> None:
             notes.append(text)
 
-    def arguments(*extra: str, schedule: Schedule | None = None, n_ctx_train: int = 1 << 20) -> list[str]:
+    def arguments(*extra: str, schedule: Schedule | None = None, n_ctx_train: int = 1 << 20, **facts: Any) -> list[str]:
         from swaa_local.serve.run import value_of
 
-        info = replace(read_model_info(tiny_model), n_ctx_train=n_ctx_train)
+        info = replace(read_model_info(tiny_model), n_ctx_train=n_ctx_train, **facts)
         said = lambda names: value_of(names, extra, {})  # noqa: E731
         return limits.context_arguments(info, schedule, said, Notes())  # type: ignore[arg-type]
 
@@ -414,6 +414,16 @@ def test_serve_makes_no_longer_a_context_than_fits(tiny_model: Path, monkeypatch
     assert arguments(n_ctx_train=32768) == []
     assert arguments("-c", "1048576") == arguments("-c", "0") == arguments("--fit", "off") == []
     assert arguments(schedule=Schedule(24, 4, (ALWAYS,) * 4)) == []  # type: ignore[arg-type]
+    # States of 50 MiB for each of 4 slots, and 32 checkpoints of each where nothing is said: of 650 MiB, for the rest.
+    states: dict[str, Any] = {"state_bytes": (25 << 20, 0, 25 << 20, 0)}
+    assert int(arguments(**states)[1]) == memory.MIN_N_CTX
+    none = ("--ctx-checkpoints", "0")
+    of_slots = [int(arguments("-np", n, *none, "-kvu", **states)[1]) for n in ("-1", "4", "2", "1")]
+    assert memory.MIN_N_CTX < of_slots[0] == of_slots[1] < of_slots[2] < of_slots[3] < int(n_ctx)
+    apart = int(arguments("-np", "4", *none, **states)[1])  # a mask is as wide as one slot's cells
+    assert of_slots[0] < apart
+    with_four = int(arguments("-np", "1", "--ctx-checkpoints", "4", **states)[1])
+    assert memory.MIN_N_CTX < with_four < of_slots[3]
 
 
 def test_errors_can_be_told_apart_and_pickled() -> None:

@@ -20,6 +20,13 @@ _FLAGS = _c.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _u8_p = ctypes.POINTER(ctypes.c_uint8)
 
 
+def most_of_checkpoints(least: int, most: int, n_tokens: int) -> int:
+    """Bytes of all that is kept at most in a context of so many tokens, where each takes from `least` to `most`."""
+    if least > MOST_BYTES:
+        return 0
+    return min(max(MOST_BYTES, _LEAST * min(most, MOST_BYTES)), n_tokens * most)
+
+
 class Checkpoints:
     """Partial states of a context's one sequence, by the number of tokens that it held."""
 

@@ -7,22 +7,25 @@ have what its KV cache alone takes (`most_host_bytes`).
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import devices
+from swaa_local.engine import devices, model_meta
+from swaa_local.engine.checkpoints import most_of_checkpoints
 from swaa_local.engine.kv_types import KV_TYPE_NAMES
 from swaa_local.errors import ContextTooLarge
 from swaa_local.model_file.model_info import ModelInfo
-from swaa_local.schedule.config import Schedule
+from swaa_local.model_file.recurrent_state import state_bytes
+from swaa_local.schedule.config import LayerMode, Schedule
 from swaa_local.schedule.cost import CELL_PADDING, kv_bytes
+from swaa_local.schedule.model_layers import LayerKind
 
 MIN_N_CTX = 4096
 """Tokens that `n_ctx` is never lowered below: less cannot hold a document and an answer."""
@@ -43,16 +46,18 @@ warnings.filterwarnings("ignore", r".* memory stats couldn't be determined", Run
 
 @dataclass(frozen=True)
 class ContextCost:
-    """What a context of one sequence costs, split over host and GPU as llama.cpp splits the layers.
+    """What a context costs, split over host and GPU as llama.cpp splits the layers.
 
-    n_embd_k, n_embd_v: elements of one layer's keys and values for one token. n_gpu_layers: layers whose KV cache is on
+    n_embd_k, n_embd_v: elements of keys and values for one token, by layer. n_gpu_layers: layers whose KV cache is on
     the GPU, counted from the last. n_scores: columns of the logits kept on the host per context token, 0 if none are.
-    swa_full: whether windows of the model's own have all cells.
+    swa_full: whether windows of the model's own have all cells. state_bytes: of a recurrent layer for one sequence, by
+    layer; empty where none is recurrent. n_seq_max, unified: sequences, and whether they share the cells.
+    n_checkpoints: kept of each sequence at most (llama-server); None: as `Checkpoints` keeps them.
     """
 
     schedule: Schedule
-    n_embd_k: int
-    n_embd_v: int
+    n_embd_k: tuple[int, ...]
+    n_embd_v: tuple[int, ...]
     type_k: str
     type_v: str
     n_head: int
@@ -61,28 +66,63 @@ class ContextCost:
     n_gpu_layers: int = 0
     n_scores: int = 0
     swa_full: bool = False
+    state_bytes: tuple[int, ...] = ()
+    n_seq_max: int = 1
+    unified: bool = False
+    n_checkpoints: int | None = 0
 
     def host(self, n_ctx: int) -> int:
-        on_host = self.host_kv(n_ctx) + n_ctx * 4 * (1 + self.n_scores)
+        on_host = self.host_kv(n_ctx) + n_ctx * 4 * (1 + self.n_scores) + self.checkpoints(n_ctx)
         return on_host + (0 if self.n_gpu_layers else self._graph(n_ctx))
 
     def host_kv(self, n_ctx: int) -> int:
         """What is filled when the context is made, however little is read into it."""
         split = self.schedule.n_layer - self.n_gpu_layers
-        return self.kv(n_ctx, range(split)) + _CELL_BYTES * max(self._cells(n_ctx))
+        return self.kv(n_ctx, range(split)) + _CELL_BYTES * self._streams * max(self._cells(n_ctx))
 
     def gpu(self, n_ctx: int) -> int:
         split = self.schedule.n_layer - self.n_gpu_layers
         return self.kv(n_ctx, range(split, self.schedule.n_layer)) + self._graph(n_ctx) if self.n_gpu_layers else 0
 
     def kv(self, n_ctx: int, layers: range | None = None) -> int:
-        """The KV cache of these layers; default: of all."""
+        """The KV cache of these layers and their recurrent states; default: of all."""
         cells = self._cells(n_ctx)
-        one_cell = kv_bytes(1, self.n_embd_k, self.n_embd_v, self.type_k, self.type_v)
-        return one_cell * sum(cells if layers is None else (cells[i] for i in layers))
+        layers = range(self.schedule.n_layer) if layers is None else layers
+        of_cells = sum(self._kv_bytes(i, cells[i]) for i in layers)
+        return of_cells * self._streams + self.n_seq_max * sum(self._states[i] for i in layers)
+
+    def checkpoints(self, n_ctx: int) -> int:
+        """What is kept at most beside the context to go back to: of each, the recurrent states and the rings."""
+        cells = self._cells(n_ctx)
+        rings = sum(self._kv_bytes(i, cells[i]) for i in self._rings)
+        states = sum(self._states)
+        of_each = states + rings + _CELL_BYTES * max((cells[i] for i in self._rings), default=0)
+        if self.n_checkpoints is None:
+            return most_of_checkpoints(states, of_each, n_ctx) if states else 0
+        return self.n_checkpoints * self.n_seq_max * of_each
+
+    @property
+    def _rings(self) -> tuple[int, ...]:
+        own = () if self.swa_full else self.schedule.model.of_kind(LayerKind.OWN_WINDOW)
+        return (*self.schedule.layers(LayerMode.ALWAYS), *own)
+
+    @property
+    def _states(self) -> tuple[int, ...]:
+        return self.state_bytes or (0,) * self.schedule.n_layer
+
+    @property
+    def _streams(self) -> int:
+        return 1 if self.unified else self.n_seq_max
+
+    def _kv_bytes(self, layer: int, cells: int) -> int:
+        if not cells:
+            return 0
+        return kv_bytes(cells, self.n_embd_k[layer], self.n_embd_v[layer], self.type_k, self.type_v)
 
     def _cells(self, n_ctx: int) -> tuple[int, ...]:
-        return self.schedule.kv_cells(n_ctx, n_ubatch=self.n_ubatch, swa_full=self.swa_full)
+        return self.schedule.kv_cells(
+            n_ctx, n_ubatch=self.n_ubatch, n_seq_max=self.n_seq_max, unified=self.unified, swa_full=self.swa_full
+        )
 
     def _graph(self, n_ctx: int) -> int:
         """The part of the compute buffer that grows with the widest layer's cache, which a ring may be: the mask (f32
@@ -108,6 +148,7 @@ def longest_n_ctx(
     a mapped file, which must stay in memory though the system counts it as free. used: as in `free_gpu_bytes`.
     """
     cost = context_cost(model, schedule, params, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, logits_all=logits_all)
+    cost = replace(cost, n_checkpoints=None)
     on_host = _c.llama_model_size(model) * (1 - cost.n_gpu_layers / cost.schedule.n_layer) if mapped else 0
     return fit_n_ctx(
         cost,
@@ -120,22 +161,29 @@ def longest_n_ctx(
 def context_cost(
     model: Any, schedule: Schedule | None, params: Any, *, n_ubatch: int, n_gpu_layers: int, logits_all: bool
 ) -> ContextCost:
-    """What a context of `model` costs; arguments as in `longest_n_ctx`."""
+    """What a context of `model` costs, without checkpoints; arguments as in `longest_n_ctx`."""
     # The rest of this module serves a build without schedules too, which lacks what these need.
     from swaa_local.engine import native
     from swaa_local.engine.schedule import get_layers
 
-    arch = _meta(model, "general.architecture") or ""
+    arch = model_meta.text(model, "general.architecture") or ""
     n_head = max(1, _c.llama_model_n_head(model))
     head_dim = _c.llama_model_n_embd(model) // n_head
-    heads_kv = (native.llama_model_swaa_n_head_kv(model, layer) for layer in range(_c.llama_model_n_layer(model)))
-    n_head_kv = min(filter(None, heads_kv), default=1)  # of layers that differ, the least
-    schedule = schedule or Schedule.full(get_layers(model))
+    layers = get_layers(model)
+    schedule = schedule or Schedule.full(layers)
+
+    def n_embd(length: str) -> tuple[int, ...]:
+        usual = model_meta.number(model, f"{arch}.attention.{length}") or head_dim
+        own = model_meta.number(model, f"{arch}.attention.{length}_swa") or usual
+        dims = {LayerKind.OWN_WINDOW: own}
+        heads = (native.llama_model_swaa_n_head_kv(model, layer) for layer in range(layers.n_layer))
+        return tuple(n * dims.get(kind, usual) for n, kind in zip(heads, layers.kinds, strict=True))
+
     on_gpu = n_gpu_layers - 1 if params.offload_kqv else 0  # llama.cpp counts the output as one more layer
     return ContextCost(
         schedule=schedule,
-        n_embd_k=n_head_kv * int(_meta(model, f"{arch}.attention.key_length") or head_dim),
-        n_embd_v=n_head_kv * int(_meta(model, f"{arch}.attention.value_length") or head_dim),
+        n_embd_k=n_embd("key_length"),
+        n_embd_v=n_embd("value_length"),
         type_k=KV_TYPE_NAMES[params.type_k],
         type_v=KV_TYPE_NAMES[params.type_v],
         n_head=n_head,
@@ -144,6 +192,7 @@ def context_cost(
         n_gpu_layers=max(0, min(on_gpu, schedule.n_layer)),
         n_scores=_c.llama_vocab_n_tokens(_c.llama_model_get_vocab(model)) if logits_all else 0,
         swa_full=bool(params.swa_full),
+        state_bytes=state_bytes(arch, layers, functools.partial(model_meta.number, model)),
     )
 
 
@@ -156,13 +205,17 @@ def header_cost(
     type_v: str = "f16",
     n_gpu_layers: int = 0,
     swa_full: bool = False,
+    n_seq_max: int = 1,
+    unified: bool = False,
+    n_checkpoints: int = 0,
 ) -> ContextCost:
-    """What a context costs of a model whose cache is a plain one, by its header. Arguments as in `longest_n_ctx`."""
+    """What a context costs of a model whose cache is a plain one, by its header. Arguments as in `longest_n_ctx` and
+    `ContextCost`."""
     schedule = schedule or Schedule.full(info.layers)
     return ContextCost(
         schedule=schedule,
-        n_embd_k=min(filter(None, info.n_embd_k), default=0),  # of layers that differ, the least
-        n_embd_v=min(filter(None, info.n_embd_v), default=0),
+        n_embd_k=info.n_embd_k,
+        n_embd_v=info.n_embd_v,
         type_k=type_k,
         type_v=type_v,
         n_head=max(info.n_head),
@@ -170,6 +223,10 @@ def header_cost(
         flash_attn=True,
         n_gpu_layers=max(0, min(n_gpu_layers - 1, schedule.n_layer)),
         swa_full=swa_full,
+        state_bytes=info.state_bytes,
+        n_seq_max=n_seq_max,
+        unified=unified,
+        n_checkpoints=n_checkpoints,
     )
 
 
@@ -202,7 +259,7 @@ def _within(cost: int, free: int | None) -> bool:
 
 
 def check_fits(cost: ContextCost, n_ctx: int) -> None:
-    """Raise `ContextTooLarge` for a context whose KV cache the host cannot have, whatever it swaps out.
+    """Raise `ContextTooLarge` for a context whose KV cache and states the host cannot have, whatever it swaps out.
 
     The host fills it when the context is made, and the kernel kills who fills more than there is. GPUs refuse by
     themselves.
@@ -284,9 +341,3 @@ def _cgroup() -> int | None:
         except (OSError, ValueError, IndexError):
             continue
     return None
-
-
-def _meta(model: Any, key: str) -> str | None:
-    buffer = ctypes.create_string_buffer(256)
-    read: Callable[..., int] = _c.llama_model_meta_val_str
-    return buffer.value.decode() if read(model, key.encode(), buffer, len(buffer)) >= 0 else None

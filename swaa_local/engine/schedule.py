@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import log as engine_log
-from swaa_local.engine import native
+from swaa_local.engine import model_meta, native
 from swaa_local.errors import ScheduleError
+from swaa_local.model_file.layer_kinds import kv_of
 from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 
@@ -43,11 +44,15 @@ def apply_draft(model: Any, n_seen: int, *, verbose: bool) -> None:
 
 
 def get_layers(model: Any) -> ModelLayers:
-    """Which layers of the model can slide."""
+    """Which layers of the model can slide, and which read another one's KV cache."""
     told = [native.llama_model_swaa_layer(model, layer) for layer in range(max(1, _c.llama_model_n_layer(model)))]
     others = {-2: LayerKind.RECURRENT, -3: LayerKind.NO_ATTENTION}
-    kinds = (LayerKind.OWN_WINDOW if each > 0 else others.get(each, LayerKind.SLIDES) for each in told)
-    return ModelLayers(tuple(kinds), max(0, *told))
+    kinds = tuple(LayerKind.OWN_WINDOW if each > 0 else others.get(each, LayerKind.SLIDES) for each in told)
+    arch = model_meta.text(model, "general.architecture") or ""
+    has_window = [kind is LayerKind.OWN_WINDOW for kind in kinds]
+    return ModelLayers(
+        kinds, max(0, *told), kv_of(arch, has_window, lambda name: model_meta.number(model, f"{arch}.{name}"))
+    )
 
 
 def get_schedule(model: Any) -> Schedule | None:

@@ -25,6 +25,8 @@ class Cost:
     kv_cells: tuple[int, ...]
     """Of each layer."""
     kv_bytes: int
+    state_bytes: int
+    """Of the states of recurrent layers, of which a schedule changes nothing."""
     prefill_pairs: int
     """Query-key pairs of a prompt as long as the context, over all layers."""
     decode_keys: int
@@ -103,6 +105,7 @@ def _cost(model: ModelInfo, schedule: Schedule, n_ctx: int, n_ubatch: int, type_
             for n, k, v in zip(cells, model.n_embd_k, model.n_embd_v, strict=True)
             if k
         ),
+        state_bytes=sum(model.state_bytes),
         prefill_pairs=sum(schedule.prefill_pairs(n_ctx)),
         decode_keys=sum(schedule.decode_keys(n_ctx - 1)),
         tail_pairs=schedule.tail_pairs(n_ctx),

@@ -57,6 +57,7 @@ def _costs(inspection: Inspection, full: Cost) -> list[str]:
     rows = [[f"at {inspection.n_ctx} tokens (-c), KV {kv_type}", "full", "scheduled", "saved"]]
     for label, field, show in (
         ("KV cache", "kv_bytes", format_bytes),
+        *([("recurrent states", "state_bytes", format_bytes)] if full.state_bytes else []),
         ("prefill: query-key pairs", "prefill_pairs", format_count),
         ("decode: keys read for one token", "decode_keys", format_count),
     ):
@@ -101,6 +102,7 @@ def as_dict(inspection: Inspection) -> dict[str, object]:
             return None
         return {
             "kv_bytes": value.kv_bytes,
+            "state_bytes": value.state_bytes,
             "kv_cells": list(value.kv_cells),
             "prefill_pairs": value.prefill_pairs,
             "decode_keys": value.decode_keys,

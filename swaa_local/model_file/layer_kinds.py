@@ -84,7 +84,7 @@ def layer_kinds(architecture: str, n_layer: int, get: Callable[[str], Any]) -> M
     return ModelLayers(
         tuple(kind(layer) for layer in range(n_layer)),
         window if any(has_window) else 0,
-        _kv_of(architecture, has_window, value),
+        kv_of(architecture, has_window, value),
     )
 
 
@@ -149,7 +149,8 @@ def _recurrent(architecture: str, n_layer: int, value: Callable[[str], Any]) -> 
     return kinds
 
 
-def _kv_of(architecture: str, has_window: list[bool], value: Callable[[str], Any]) -> tuple[int, ...]:
+def kv_of(architecture: str, has_window: list[bool], value: Callable[[str], Any]) -> tuple[int, ...]:
+    """The layer whose KV cache each layer reads; empty where each has its own. value: of a key without its prefix."""
     n_layer = len(has_window)
     if architecture not in SHARES_KV:
         return ()

@@ -12,6 +12,7 @@ from swaa_local.errors import GGUFError
 from swaa_local.model_file.check import bad_value, check_values, describe_value
 from swaa_local.model_file.header import GGUFFile
 from swaa_local.model_file.layer_kinds import layer_kinds
+from swaa_local.model_file.recurrent_state import state_bytes
 from swaa_local.model_file.split import KEY_COUNT, open_gguf
 from swaa_local.model_file.unsupported import unsupported_reason
 from swaa_local.schedule.model_layers import LayerKind, ModelLayers
@@ -49,6 +50,8 @@ class ModelInfo:
     """Files the model is split into; 1 if it is whole."""
     layers: ModelLayers
     """Which can slide; where no schedule can apply, it does not say."""
+    state_bytes: tuple[int, ...]
+    """Of each layer's recurrent state, for one sequence; 0 where there is none."""
     unsupported: str | None
     """Why no schedule can apply, as far as metadata tell; names the architecture."""
 
@@ -103,6 +106,7 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     head_dim_k_own, head_dim_v_own = number("attention.key_length_swa"), number("attention.value_length_swa")
     unsupported = unsupported_reason(architecture, file.keys, file.get)
+    layers = ModelLayers.of(n_layer) if unsupported else layer_kinds(architecture, n_layer, file.get)
     return ModelInfo(
         architecture=architecture,
         name=_text(file, "general.name"),
@@ -120,7 +124,8 @@ def model_info_of(file: GGUFFile) -> ModelInfo:
         file_type=file_type_name(file.get("general.file_type")),
         has_chat_template="tokenizer.chat_template" in file.keys,
         n_split=max(1, _number(file, KEY_COUNT) or 1),
-        layers=ModelLayers.of(n_layer) if unsupported else layer_kinds(architecture, n_layer, file.get),
+        layers=layers,
+        state_bytes=state_bytes(architecture, layers, file.get),
         unsupported=unsupported,
     )
 

@@ -19,8 +19,17 @@ _N_UBATCH = ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH")
 _FIT = ("-fit", "--fit", "LLAMA_ARG_FIT")
 _TYPE_K = ("-ctk", "--cache-type-k", "LLAMA_ARG_CACHE_TYPE_K")
 _TYPE_V = ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
+_SLOTS = ("-np", "--parallel", "LLAMA_ARG_N_PARALLEL")
+_UNIFIED = ("-kvu", "--kv-unified", "LLAMA_ARG_KV_UNIFIED")
+_NOT_UNIFIED = ("-no-kvu", "--no-kv-unified", "LLAMA_ARG_NO_KV_UNIFIED")
+_CHECKPOINTS = ("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "LLAMA_ARG_CTX_CHECKPOINTS")
 RPC = ("--rpc", "LLAMA_ARG_RPC")
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
+
+_FALSE = ("0", "off", "false", "disabled")
+
+# llama-server's own: slots that share the cells where no number of slots is given, and checkpoints of each.
+_AUTO_SLOTS, _DEFAULT_CHECKPOINTS = 4, 32
 
 # Options, and the least and the most that the engine takes; llama-server hands on whatever fits 32 bits.
 _BOUNDS = (
@@ -64,7 +73,19 @@ def context_arguments(
     on_gpu = gpu_layers(wanted, workers=bool(said(RPC)))
     gpu = gpu_layers(wanted) > 0
     n_ubatch = _number(said(_N_UBATCH)) or default_n_ubatch(schedule or Schedule.full(1), gpu=gpu)
-    cost = header_cost(info, schedule, n_ubatch=n_ubatch, type_k=type_k, type_v=type_v, n_gpu_layers=on_gpu)
+    slots = _number(said(_SLOTS)) or -1
+    checkpoints = _number(said(_CHECKPOINTS))
+    cost = header_cost(
+        info,
+        schedule,
+        n_ubatch=n_ubatch,
+        type_k=type_k,
+        type_v=type_v,
+        n_gpu_layers=on_gpu,
+        n_seq_max=_AUTO_SLOTS if slots < 0 else slots,
+        unified=slots < 0 or (said(_UNIFIED) not in (None, *_FALSE) and said(_NOT_UNIFIED) is None),
+        n_checkpoints=_DEFAULT_CHECKPOINTS if checkpoints is None else max(0, checkpoints),
+    )
     if n_ctx:
         check_fits(cost, n_ctx)
     if said(_N_CTX) is not None or on_gpu or not info.n_ctx_train or said(_FIT) == "off":

@@ -13,7 +13,8 @@ def test_a_ring_as_wide_as_the_context_costs_what_full_attention_does(flash_attn
     """A file may give all layers a ring with a window of 2^30: it holds the whole context, and so does its mask."""
 
     def cost(schedule: Schedule) -> ContextCost:
-        return ContextCost(schedule, 128, 128, "f16", "f16", n_head=4, n_ubatch=512, flash_attn=flash_attn)
+        dims = (128,) * schedule.n_layer
+        return ContextCost(schedule, dims, dims, "f16", "f16", n_head=4, n_ubatch=512, flash_attn=flash_attn)
 
     n_ctx = 1 << 20
     full, wide = Schedule.full(8), Schedule(1 << 30, 16, (LayerMode.ALWAYS,) * 8)

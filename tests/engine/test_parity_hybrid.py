@@ -14,6 +14,7 @@ pytest.importorskip("sentencepiece", reason="sentencepiece is not installed, so 
 from safetensors.torch import load_file, save_file
 
 from swaa_local.model_file.model_info import read_model_info
+from tests.support.context_cost import check_costs
 from tests.support.engine import GPU_LAYERS, GPU_TOLERANCE, worst_ratio
 from tests.support.parity import (
     CACHES,
@@ -56,6 +57,12 @@ def test_the_file_tells_which_layers_attend(subjects, kind):
     info = read_model_info(subject.gguf)
     assert info.unsupported is None
     assert (info.layers.sliding, info.layers.n_layer) == (subject.sliding, subject.n_layer)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_costs_are_those_of_the_engine(subjects, kind):
+    subject = subject_of(subjects, kind)
+    check_costs(subject.gguf, {"full": None, "all modes": subject.schedule("all modes")})
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)

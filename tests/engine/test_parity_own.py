@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed, so nothing is com
 pytest.importorskip("transformers", reason="transformers is not installed, so nothing is compared with it")
 pytest.importorskip("sentencepiece", reason="sentencepiece is not installed, so nothing is compared with transformers")
 
+from tests.support.context_cost import check_costs
 from tests.support.engine import worst_ratio
 from tests.support.parity import (
     CACHES,
@@ -39,6 +40,12 @@ def subjects(tmp_path_factory) -> dict[str, Subject]:
 
 def test_the_grid_covers_all_pairs():
     assert covers_all_pairs(GRID)
+
+
+@pytest.mark.parametrize("kind", OWN_KINDS)
+def test_costs_are_those_of_the_engine(subjects, kind):
+    subject = subject_of(subjects, kind)
+    check_costs(subject.gguf, {"full": None, "all modes": subject.schedule("all modes")})
 
 
 @pytest.mark.parametrize("kind", OWN_KINDS)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from swaa_local.model_file.schedule_keys import read_schedule
+from tests.support.context_cost import check_costs
 from tests.support.program import fails, succeeds
-from tests.support.tiny import ALWAYS, FULL, PREFILL
-from tests.support.tiny_hybrid import ATTENDING, SHAPE, hybrid, write_tiny_hybrid
+from tests.support.tiny import ALWAYS, FULL, PREFILL, write_tiny_gguf
+from tests.support.tiny_hybrid import ATTENDING, L_CACHE, SHAPE, hybrid, write_tiny_hybrid
 
 ROW = 2 * 2 * SHAPE.n_head_kv * SHAPE.head_dim  # bytes of K and V of a token in F16
 
@@ -44,6 +45,19 @@ def test_costs_are_of_layers_with_attention(tmp_path):
     assert told["full"]["decode_keys"] == 4 * 2048
     assert told["schedule"]["layer_modes"] == [FULL, PREFILL, FULL, FULL, ALWAYS, FULL, PREFILL]
     assert told["schedule"]["swaa_config"]["non_sliding_layers"] == [3]
+
+
+def test_recurrent_states_are_told_apart(tmp_path, plain):
+    """The last tokens of a short convolution, in F32, in three layers: with a schedule or without, of any length."""
+    expected = 3 * 4 * (L_CACHE - 1) * SHAPE.n_embd
+    path = write_tiny_hybrid(tmp_path / "m.gguf", schedule=hybrid(24, 4, (PREFILL, FULL, ALWAYS, PREFILL)))
+    for n_ctx in (256, 4096):
+        told = json.loads(succeeds("inspect", path, "-c", n_ctx, "--json"))
+        assert told["full"]["state_bytes"] == told["scheduled"]["state_bytes"] == expected
+    assert any(
+        line.split() == ["recurrent", "states", "3.0", "KiB"] for line in succeeds("inspect", plain).splitlines()
+    )
+    assert "recurrent states" not in succeeds("inspect", write_tiny_gguf(tmp_path / "qwen3.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +111,11 @@ def test_a_file_that_gives_a_recurrent_layer_a_mode(tmp_path, mode):
     path = write_tiny_hybrid(tmp_path / "m.gguf", schedule=hybrid(24, 4, (PREFILL,) * 4)._replace(layer_modes=modes))
     said = fails("inspect", path)
     assert f"swaa.layer_modes has mode {mode} for layer 2, which takes 0 (full) alone: layer 2 is recurrent" in said
+
+
+def test_costs_are_those_of_the_engine(plain):
+    modes = {"all modes": (PREFILL, FULL, ALWAYS, PREFILL), "rings": (ALWAYS,) * 4}
+    check_costs(plain, {"full": None} | {name: hybrid(24, 4, each) for name, each in modes.items()})
 
 
 def test_tune_refuses_by_name(plain):
