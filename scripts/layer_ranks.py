@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -26,7 +27,7 @@ from swaa_local.calibrate.results import Scale, Trial
 from swaa_local.engine.options import EngineOptions
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.report.tables import markdown_table
-from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.config import Schedule, SWAAConfig
 from swaa_local.schedule.cost import pad_cells
 
 SINKS, TAIL = 100, 128
@@ -65,7 +66,7 @@ def in_common(one: list[float], other: list[float], n: int) -> int:
 def gains(
     trials: dict[tuple[Schedule, Scale, int], Trial], schedules: list[Schedule], scale: Scale, texts: range
 ) -> list[float]:
-    """By layer; the first schedule has none that is full."""
+    """By layer that can slide; the first schedule has none that is full."""
 
     def nll(schedule: Schedule) -> float:
         return fmean(each for text in texts for each in trials[schedule, scale, text].nll)
@@ -85,21 +86,14 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("-ngl", "--gpu-layers", type=int, default=-1)
     given = parser.parse_args()
-    n_layer = read_model_info(given.model).n_layer
-    schedules = [
-        Schedule(
-            given.window,
-            SINKS,
-            tuple(LayerMode.FULL if i == full else LayerMode.PREFILL for i in range(n_layer)),
-            TAIL,
-        )
-        for full in (None, *range(n_layer))
-    ]
+    layers = read_model_info(given.model).layers
+    one_full = [[], *([layer] for layer in layers.sliding)]
+    schedules = [SWAAConfig(given.window, SINKS, True, full, TAIL).schedule(layers) for full in one_full]
     engine = EngineOptions(n_gpu_layers=given.gpu_layers, n_threads=given.threads)
     config = {"ranks": given.model.name, "length": given.length, "window": given.window, "kinds": given.kinds}
     spent: dict[Scale, float] = {"short": 0.0, "long": 0.0}
     with (
-        CalibrateLog(given.log or Path(f"{given.model.stem}.ranks.jsonl"), config) as log,
+        CalibrateLog(given.log or Path(f"{given.model.stem}.ranks.jsonl"), config, layers) as log,
         closing(Bench(given.model, pad_cells(given.length), engine)) as bench,
     ):
         material = Material(bench, log, Haystack(), None, given.length, given.window, 0)
@@ -112,7 +106,7 @@ def main() -> None:
                 for schedule in schedules:
                     if (schedule, scale, text) not in log.trials:
                         window = given.window if scale == "long" else given.window // SHORTER
-                        run = Schedule(window, SINKS, schedule.layer_modes, TAIL)
+                        run = replace(schedule, window=window)
                         started = time.perf_counter()
                         found = bench.trial(run, scale, text, prompts)
                         log.add_trial(
@@ -124,9 +118,9 @@ def main() -> None:
         if given.texts > 1:
             half = given.texts // 2
             halves = [gains(log.trials, schedules, "long", part) for part in (range(half), range(half, given.texts))]
-    rows = [[str(i), f"{a:+.4f}", f"{b:+.4f}"] for i, (a, b) in enumerate(zip(short, long, strict=True))]
+    rows = [[str(i), f"{a:+.4f}", f"{b:+.4f}"] for i, a, b in zip(layers.sliding, short, long, strict=True)]
     print(markdown_table(["layer", f"{given.length // SHORTER} tokens", f"{given.length} tokens"], rows))
-    eighth, quarter = max(1, round(n_layer / 8)), max(1, round(n_layer / 4))
+    eighth, quarter = max(1, round(len(short) / 8)), max(1, round(len(short) / 4))
 
     def compare(one: list[float], other: list[float]) -> str:
         return (

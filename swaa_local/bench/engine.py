@@ -81,6 +81,7 @@ class BenchModel:
                 self.__exit__()
                 raise
         self.layers = get_layers(self.model)
+        self._is_recurrent = bool(_c.llama_model_is_recurrent(self.model) or _c.llama_model_is_hybrid(self.model))
         self.n_layer = self.layers.n_layer
         self.n_params = int(_c.llama_model_n_params(self.model))
         self.size_bytes = int(_c.llama_model_size(self.model))
@@ -116,6 +117,14 @@ class BenchModel:
         params.type_v = kv_type_id(setting.type_v)
         params.swa_full = False  # as llama.cpp's own programs
         return params
+
+    def check_drafts(self, variant: str) -> None:
+        """Raise `BenchError` if the model cannot take back what this variant drafts."""
+        if self._is_recurrent:
+            raise BenchError(
+                f"{variant!r} drafts, but the model has recurrent layers, whose state cannot take rejected drafts "
+                "back; leave spec out"
+            )
 
     def check_memory(self, setting: Setting, size: Size) -> None:
         """Raise `BenchError` if the KV cache alone is more than the free memory."""

@@ -100,6 +100,9 @@ def bench(request: BenchRequest, watch: Watch = SILENT) -> Bench:
     with watch.loading(request.model.name):
         model = BenchModel(request.model, request.engine)
     with model:
+        for variant in variants:
+            if variant.drafts:
+                model.check_drafts(variant.name)
         run = _Run(request, model, variants, sizes, choices, watch)
         facts = ModelFacts(
             path=str(request.model),

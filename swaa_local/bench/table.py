@@ -14,6 +14,7 @@ from swaa_local.bench.figures import RowFigures, describe_probe, figures, growth
 from swaa_local.bench.results import Bench, Row, Setting
 from swaa_local.report.spread import Spread
 from swaa_local.report.tables import markdown_table
+from swaa_local.schedule.text import about_others
 from swaa_local.text.printable import printable, printable_json
 from swaa_local.text.units import format_bytes
 
@@ -109,6 +110,8 @@ def _notes(bench: Bench) -> list[str]:
         f"{measured} Ratios are taken within each "
         + ("repetition." if bench.complete else "repetition; the run was stopped, so some are missing."),
     ]
+    if others := about_others(bench.rows[0].setting.schedule.model):
+        lines.append(others)
     fulls = {row.setting for row in bench.rows if row.setting.kind == "full"}
     if len(fulls) > 1:
         lines.append("vs full: against full attention in the setting with the best median, for each column by itself.")

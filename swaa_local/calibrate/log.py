@@ -14,6 +14,7 @@ from typing import Any
 from swaa_local.calibrate.results import CalibrateError, Generated, Scale, Trial
 from swaa_local.files.json_log import JsonLog
 from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.model_layers import ModelLayers
 
 FORMAT = 1
 _REMEDY = "name another file with --log, or remove this one"
@@ -36,10 +37,12 @@ class Kinds:
 class CalibrateLog(JsonLog):
     """Opens or begins a log, and holds what is in it. Use as a context manager. Raises `CalibrateLogError`.
 
-    took_before_s: seconds of all trials and answers that were in it when it was opened.
+    layers: of the model that all of it is about. took_before_s: seconds of all trials and answers that were in it when
+    it was opened.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], layers: ModelLayers) -> None:
+        self._layers = layers
         self.trials: dict[tuple[Schedule, Scale, int], Trial] = {}
         self.answers: dict[tuple[Schedule, int], Generated] = {}
         self.kinds: dict[str, Kinds] = {}
@@ -60,11 +63,11 @@ class CalibrateLog(JsonLog):
 
     def _take(self, kind: str, row: dict[str, Any]) -> None:
         if kind == "trial":
-            trial = Trial(**_with_schedule(row, "nll", "chance", "right"))
+            trial = Trial(**self._with_schedule(row, "nll", "chance", "right"))
             self.trials[trial.schedule, trial.scale, trial.text] = trial
             self.took_before_s += trial.took_s
         elif kind == "answers":
-            generated = Generated(**_with_schedule(row, "answers", "right"))
+            generated = Generated(**self._with_schedule(row, "answers", "right"))
             self.answers[generated.schedule, generated.text] = generated
             self.took_before_s += generated.took_s
         elif kind == "kinds":
@@ -74,6 +77,12 @@ class CalibrateLog(JsonLog):
             self._texts[row["id"]] = row["digest"]
         else:
             raise KeyError(kind)
+
+    def _with_schedule(self, row: dict[str, Any], *tuples: str) -> dict[str, Any]:
+        given = row["schedule"]
+        modes = tuple(LayerMode(mode) for mode in given["layer_modes"])
+        schedule = Schedule(given["window"], given["sinks"], modes, given["tail"], self._layers)
+        return row | {name: tuple(row[name]) for name in tuples} | {"schedule": schedule}
 
     def add_text(self, id: str, digest: str, n_questions: int) -> None:
         """Note a text. Raises `CalibrateLogError` if the log has another one in its place."""
@@ -102,10 +111,3 @@ class CalibrateLog(JsonLog):
 
 def _as_row(record: Trial | Generated) -> dict[str, Any]:
     return asdict(record) | {"schedule": record.schedule.as_dict()}
-
-
-def _with_schedule(row: dict[str, Any], *tuples: str) -> dict[str, Any]:
-    given = row["schedule"]
-    modes = tuple(LayerMode(mode) for mode in given["layer_modes"])
-    schedule = Schedule(given["window"], given["sinks"], modes, given["tail"])
-    return row | {name: tuple(row[name]) for name in tuples} | {"schedule": schedule}

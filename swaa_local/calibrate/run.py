@@ -61,7 +61,7 @@ def calibrate(request: CalibrateRequest, watch: Watch = SILENT) -> Calibration:
             watch.note(remark)
     with (
         warnings.catch_warnings(),
-        CalibrateLog(request.log, config(request, length, windows)) as log,
+        CalibrateLog(request.log, config(request, length, windows), info.layers) as log,
         closing(Bench(request.model, pad_cells(length), request.engine, watch.on_prefill)) as bench,
     ):
         clock.before_s = log.took_before_s

@@ -9,7 +9,7 @@ from typing import Any
 from swaa_local.calibrate.results import Calibration, Candidate, Check
 from swaa_local.report.tables import markdown_table
 from swaa_local.schedule.config import LayerMode, Schedule
-from swaa_local.schedule.text import in_one_line, in_words
+from swaa_local.schedule.text import about_others, in_one_line, in_words
 from swaa_local.text.units import format_bytes, format_duration
 
 _MOST_ROWS = 16
@@ -26,6 +26,8 @@ def markdown(result: Calibration) -> str:
         parts += ["Fronts, the schedules that no other is both cheaper and better than:", "", fronts(result), ""]
     if result.gains:
         parts += ["## What each layer brings", "", gains_line(result), ""]
+    if others := about_others(result.full.schedule.model):
+        parts += [others, ""]
     if result.notes:
         parts += ["## Notes", "", *(f"- {note}" for note in result.notes), ""]
     return "\n".join(parts).rstrip() + "\n"

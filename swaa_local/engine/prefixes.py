@@ -134,7 +134,8 @@ class CachedPrefixes:
     # A generation: `begin`, then for each evaluation `begin_read` and after each of its parts `has_read`.
 
     def begin(self, tokens: Sequence[int], ends: Sequence[int], *, tail: int = 0) -> None:
-        """Take the beginning of a prompt from the cache, if that has more of it than the context.
+        """Take the beginning of a prompt from the cache, if that has more of it than the context, which holds nothing
+        else any more.
 
         ends: positions where documents end, in order. tail: tokens of this prompt that see all of it, and so must not
         come from another prompt, of which they were no tail.
@@ -143,8 +144,6 @@ class CachedPrefixes:
         self._ends = tuple(ends)
         held = common_prefix(llm.input_ids[: llm.n_tokens], prompt)
         whole = llm.serves_whole
-        if whole and held < llm.n_tokens and not llm._keep_cells(held):
-            held = 0
         for match in self.cache.find(self.key, prompt):
             usable = self._usable(match.n_common, match.n_tokens, len(prompt) - max(1, tail), whole=whole)
             if match.n_tokens > llm.n_ctx() or usable < held + LEAST_TOKENS:

@@ -73,10 +73,8 @@ class RestoringLlama(DraftingLlama):
         return kept
 
     def _take_up(self, prompt: Sequence[int]) -> None:
-        """Go back to where this prompt goes on, where upstream, which asks for all that they have in common or nothing,
-        would read all of it again."""
-        if not self.is_recurrent:
-            return
+        """Go back to where this prompt goes on, as far as the context can. Upstream would ask for all that they have in
+        common or nothing, and Ctrl-C may stop it between the cells and their number."""
         held = self.input_ids[: self.n_tokens]
         common = common_prefix(held, np.asarray(prompt, np.int32))
         if common == self.n_tokens and (common < len(prompt) or not self._lacks_logits):

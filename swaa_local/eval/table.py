@@ -16,6 +16,7 @@ from typing import Any
 from swaa_local.eval.results import AnswerRecord, Cell, Evaluation, QuestionRecord
 from swaa_local.report.intervals import wilson
 from swaa_local.report.tables import markdown_table
+from swaa_local.schedule.text import about_others
 from swaa_local.text.printable import printable, printable_json
 from swaa_local.text.units import format_bytes
 
@@ -133,6 +134,8 @@ def markdown(evaluation: Evaluation) -> str:
             parts.append(_depth_table(group))
     metrics = dict.fromkeys(cell.metric for cell in cells)
     notes = [f"Model {printable(evaluation.model)}. Intervals are 95 %. Times are of one question, the median."]
+    if others := about_others(evaluation.variants[0].schedule.model):
+        notes.append(others)
     notes += [_NOTES[metric] for metric in metrics]
     if any(cell.beyond for cell in cells):
         notes.append("beyond: right where the needle is further from the end than the variant's window.")

@@ -66,6 +66,11 @@ def in_slides(model: ModelLayers) -> str:
     return f"{len(sliding)} of {model.n_layer}{listed}" + (f"; others: {', '.join(others)}" if others else "")
 
 
+def about_others(model: ModelLayers) -> str | None:
+    """A sentence below figures of schedules; None where all layers can slide."""
+    return None if model.all_slide else f"Layers that can slide: {in_slides(model)}, which stay as they are."
+
+
 def in_words(schedule: Schedule) -> str:
     """A schedule as a variant: what `parse_variants` reads back, but for schedules with FA decode in some layers only,
     for which there are no words."""

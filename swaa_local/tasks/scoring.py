@@ -36,7 +36,7 @@ def score(answer: str, references: Sequence[str], metric: Metric, distractors: S
         right = _only_value(answer, references[0], distractors)
         return Score(float(right), right)
     text = _CONTROL.sub("\n", answer).strip().lower()
-    found = [reference.lower() in text for reference in references]
+    found = [_CONTROL.sub("\n", reference).lower() in text for reference in references]
     share = float(any(found)) if metric in ("part", "contains") else sum(found) / len(found)
     return Score(share, share == 1.0)
 

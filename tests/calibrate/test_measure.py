@@ -17,6 +17,7 @@ from swaa_local.calibrate.prompts import Maker
 from swaa_local.engine.options import EngineOptions
 from swaa_local.needle.model import bundled_model
 from swaa_local.schedule.config import LayerMode, Schedule
+from swaa_local.schedule.model_layers import ModelLayers
 from tests.support.scripted import THINKING_TEMPLATE, scripted_model
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -80,7 +81,7 @@ def test_an_answer_is_right_in_a_trial_if_it_is_generated(bench, prompts):
 
 def test_a_kind_that_is_asked_no_more_leaves_the_scores_of_the_others_as_they_are(bench, tmp_path):
     """So that a text need not be read again when full attention turns out not to answer some of its questions."""
-    with CalibrateLog(tmp_path / "log.jsonl", {"model": "needle"}) as log:
+    with CalibrateLog(tmp_path / "log.jsonl", {"model": "needle"}, ModelLayers.of(8)) as log:
         material = Material(bench, log, Haystack(), None, LENGTH, 64, 0)
         for scale in ("short", "long"):
             material.set_kinds(scale, Kinds(("statements", "sections"), (), {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from swaa_local import Llama, SWAAConfig
 from swaa_local.prefix_cache.store import PrefixCache
 from tests.support.program import environment, succeeds
-from tests.support.tiny import random_tokens
+from tests.support.tiny import random_tokens, with_own_windows, write_tiny_gguf
+from tests.support.tiny_hybrid import write_tiny_hybrid
 
 SCHEDULES = {
     "full attention": False,
@@ -94,6 +96,43 @@ def test_a_conversation_is_kept_without_the_tokens_that_were_read_ahead(tiny_mod
     assert other.input_ids[: other.n_tokens].tolist() == held
     assert int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(other.ctx), 0)) == len(held) - 1
     other.close()
+
+
+OTHERS = {
+    "hybrid": write_tiny_hybrid,
+    "own windows": lambda path: write_tiny_gguf(path, **with_own_windows(16, [True, False, True, False])),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("swaa", [False, SWAAConfig(32, 4, True)], ids=str)
+def test_a_conversation_that_goes_on_otherwise_begins_with_its_document(tmp_path, kind, swaa):
+    """What layers have left behind, or seen more of, is not in the conversation's state; it is in the document's."""
+    path = OTHERS[kind](tmp_path / "m.gguf")
+
+    def load() -> Llama:
+        return Llama(str(path), swaa=swaa, n_ctx=4096, n_ubatch=256, n_threads=1, n_threads_batch=1, speculate=False)
+
+    def say(llm: Llama, prompt: list[int]) -> list[int]:
+        return list(islice(llm.generate(prompt, temp=0, document_ends=[1500]), 12))
+
+    llm = load()
+    other = [*DOCUMENT, *FIRST[:30], *SECOND]
+    cold = say(llm, other)
+    llm.reset()
+    llm.set_cache(PrefixCache(tmp_path / "states"))
+    say(llm, DOCUMENT + FIRST)
+    assert llm.prefixes is not None
+    assert llm.prefixes.save_conversation("talk")
+    llm.close()
+    llm = load()
+    llm.set_cache(PrefixCache(tmp_path / "states"))
+    assert llm.prefixes is not None
+    assert llm.prefixes.load_conversation("talk") > len(DOCUMENT + FIRST)
+    assert say(llm, other) == cold
+    assert llm.last_run is not None
+    assert llm.last_run.cached_tokens == 1500
+    llm.close()
 
 
 @pytest.mark.parametrize("name", ["rings", "rings beside FA decode and full"])

@@ -15,6 +15,7 @@ from swaa_local.tasks.scoring import MISS, Score, score
         ("alpha", ["alpha", "beta", "gamma", "delta"], 0.25),
         ("12345678", ["2345"], 1),  # a part of a word counts, as in RULER
         ("one\ttwo", ["one\ntwo"], 1),  # control characters become line breaks
+        ("one\ttwo", ["one\ttwo"], 1),
     ],
 )
 def test_all_is_the_share_of_references_and_right_if_complete(answer, references, share):
