@@ -10,6 +10,7 @@ import inspect
 import re
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -123,7 +124,7 @@ class Llama(RestoringLlama):
         closed then.
         """
         check_schedule_argument(swaa)
-        with self._guard.step():
+        with self._guard.step(), DeferInterrupt():
             if not self._replace_tail(swaa):
                 self._replace_context(swaa)
                 self._forget(cells=False)
@@ -341,7 +342,35 @@ class Llama(RestoringLlama):
         speculate, as in the constructor, for this generation.
         Tokens given to `send()` are appended after the token just yielded, and count as generated. Raises
         `ContextChanged` at the next token if another call has changed the context in between.
+
+        However it ends, the context holds the tokens that it says, and no drafted ones.
         """
+        clock = RunClock(len(tokens))
+        try:
+            yield from self._generate(clock, tokens, *args, **kwargs)
+        finally:
+            try:
+                self._settle(clock)
+            except KeyboardInterrupt:  # before it was shielded
+                self._settle(clock)
+                raise
+
+    def _settle(self, clock: RunClock) -> None:
+        """At the end of a generation, whatever ended it. A call that runs now, as one may around a generator that is
+        thrown away, has an end of its own."""
+        with suppress(BusyError, ClosedError), self._guard.step(), DeferInterrupt():
+            if self._clock is clock:
+                self._end_step()
+            self._drop_ahead()
+
+    def _end_step(self) -> None:
+        """What runs next is of no generation."""
+        self._generating, self._control, self._document_ends = False, None, ()
+        self._sampler_to_keep = None
+
+    def _generate(
+        self, clock: RunClock, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
         prompt_tail = kwargs.pop("prompt_tail", None)
         if prompt_tail is not None:
             check_number("prompt_tail", prompt_tail)
@@ -350,7 +379,6 @@ class Llama(RestoringLlama):
         arguments = inspect.signature(super().generate).bind(list(tokens), *args, **kwargs)
         given = arguments.arguments
         given["stopping_criteria"] = self._callbacks.stopping_criteria(given.get("stopping_criteria"))
-        clock = RunClock(len(given["tokens"]))
         upstream = super().generate(*arguments.args, **arguments.kwargs)
         text = [*([] if given.get("reset", True) else self.input_ids[: self.n_tokens].tolist()), *given["tokens"]]
         sent: Sequence[int] | None = None
@@ -382,10 +410,12 @@ class Llama(RestoringLlama):
                     token = next(upstream)
                 except StopIteration:
                     return
+                except BaseException:
+                    self._settle(clock)  # here too: Ctrl-C may come where it is done at last
+                    raise
                 finally:
                     clock.add_time(time.perf_counter() - started)
-                    self._generating, self._control, self._document_ends = False, None, ()
-                    self._sampler_to_keep = None
+                    self._end_step()
                 left, sampler = (self.n_tokens, self._changes), self._active_sampler
             clock.generated_tokens += 1
             text.append(token)

@@ -75,11 +75,11 @@ class DraftingLlama(LoadedLlama):
 
     def _take_ahead(self, tokens: list[int], control: DraftControl | None) -> bool:
         """Whether this token was drafted and read already; then it is in the context now."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or control is None or ahead.at != self.n_tokens:
-            return False
-        right = tokens[0] == ahead.tokens[0]
         with DeferInterrupt():
+            ahead, self._ahead = self._ahead, None
+            if ahead is None or control is None or ahead.at != self.n_tokens:
+                return False
+            right = tokens[0] == ahead.tokens[0]
             if right:
                 del ahead.tokens[0]
                 ahead.n_accepted += 1
@@ -95,11 +95,13 @@ class DraftingLlama(LoadedLlama):
                 control.add_outcome(ahead.source, ahead.n_accepted, ahead.n_drafted)
         return right
 
+    def _go_back(self, n_tokens: int) -> int:
+        """Hold the first `n_tokens` tokens, or as many of them as the context can go back to; how many these are."""
+        raise NotImplementedError
+
     def _drop_ahead(self) -> None:
-        """Take drafted tokens out of the cells, so that these are what the context says it holds."""
-        if self._ahead:
-            self._ahead = None
-            self._keep_cells(self.n_tokens)
+        """Take what was drafted, or read and not noted, out of the cells: these are what the context says it holds."""
+        self._go_back(self.n_tokens)
 
     def _decode_ahead(self, token: int, control: DraftControl, log: engine_log.EngineLog) -> None:
         """Decode this token, and behind it what may be said next: logits of all of these cost one pass."""
@@ -117,14 +119,15 @@ class DraftingLlama(LoadedLlama):
             tokens = self._draft(token, plan.n)
             control.add_drafted(len(tokens), time.perf_counter() - started)
         started = time.perf_counter()
-        with self._threads_of_decode() if tokens else nullcontext():
-            self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
-            _c.llama_synchronize(self.ctx)
-        control.add_pass(1 + len(tokens), time.perf_counter() - started)
-        if tokens:
-            self._ahead = Ahead(self.n_tokens, plan.source, tokens)
-            if self._clock:
-                self._clock.drafted_tokens += len(tokens)
+        with DeferInterrupt():
+            with self._threads_of_decode() if tokens else nullcontext():
+                self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
+                _c.llama_synchronize(self.ctx)
+            control.add_pass(1 + len(tokens), time.perf_counter() - started)
+            if tokens:
+                self._ahead = Ahead(self.n_tokens, plan.source, tokens)
+                if self._clock:
+                    self._clock.drafted_tokens += len(tokens)
 
     @functools.cached_property
     def _most_drafted(self) -> int:
@@ -147,21 +150,21 @@ class DraftingLlama(LoadedLlama):
         They end before one that would end the answer. The cells are as before; there are no logits any more.
         """
         n_past, tokens = self.n_tokens, [token]
-        self._require_eval(True)
-        self._n_logits = 0
-        native.llama_swaa_set_draft_start(self.ctx, 0, n_past)
-        try:
-            with self._draft_sampler() as sample:
-                while len(tokens) <= n:
-                    batch = self._make_batch(tokens[-1:], n_past + len(tokens) - 1, 1)
-                    with DeferInterrupt():
+        with DeferInterrupt() as shield:
+            self._require_eval(True)
+            self._n_logits = 0
+            native.llama_swaa_set_draft_start(self.ctx, 0, n_past)
+            try:
+                with self._draft_sampler() as sample:
+                    while len(tokens) <= n and not shield.raises:
+                        batch = self._make_batch(tokens[-1:], n_past + len(tokens) - 1, 1)
                         if _c.llama_decode(self.ctx, batch) != 0:
                             break
                         drafted = sample()
-                    if self.is_end(drafted):
-                        break
-                    tokens.append(drafted)
-        finally:
-            native.llama_swaa_set_draft_start(self.ctx, 0, -1)
-            self._keep_cells(n_past)
+                        if self.is_end(drafted):
+                            break
+                        tokens.append(drafted)
+            finally:
+                native.llama_swaa_set_draft_start(self.ctx, 0, -1)
+                self._keep_cells(n_past)
         return tokens[1:]

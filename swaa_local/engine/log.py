@@ -85,7 +85,7 @@ class _Tap:
 
     def __init__(self) -> None:
         self._threads = _Threads()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Ctrl-C may come where it is left, and Python does not leave it then
         self._n_blocks = 0
         self._callback = _c.llama_log_callback(self._receive)
         self._previous, self._user_data = _c.llama_log_callback(), ctypes.c_void_p()

@@ -100,6 +100,7 @@ class HeldCells:
     """What a context holds, to be given to another context of the same model and schedule."""
 
     def __init__(self, llm: DraftingLlama) -> None:
+        llm._drop_ahead()
         self._tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
         self._cells = copy_cells(llm) if len(self._tokens) else None
 

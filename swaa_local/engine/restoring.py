@@ -47,19 +47,19 @@ class RestoringLlama(DraftingLlama):
 
     def _forget(self, *, cells: bool = True) -> None:
         """Hold nothing any more. cells: empty the cache too; else its prefix may be reused."""
-        if cells:
-            self._keep_cells(0)
-        self._checkpoints.cut(0)
-        self.n_tokens, self._n_logits = 0, 0
-        self._ahead = None
-        self._require_eval(True)
-        self._changes += 1
+        with DeferInterrupt():
+            if cells:
+                self._keep_cells(0)
+            self._checkpoints.cut(0)
+            self.n_tokens, self._n_logits = 0, 0
+            self._ahead = None
+            self._require_eval(True)
+            self._changes += 1
 
     def _go_back(self, n_tokens: int) -> int:
-        """Hold the first `n_tokens` tokens, or as many of them as the context can go back to; how many these are."""
-        self._ahead = None
         kept = n_tokens
         with DeferInterrupt():
+            self._ahead = None
             if not self._keep_cells(n_tokens):
                 kept = self._checkpoints.latest(n_tokens)
                 if not (kept and self._checkpoints.restore(self.ctx, kept) and self._keep_cells(kept)):
@@ -107,16 +107,15 @@ class RestoringLlama(DraftingLlama):
 
     def _restore(self, tokens: Any, prompt_end: int, set_state: Callable[[], bool]) -> None:
         """Hold these tokens, whose cells `set_state` brings. Raises `StateError`, with the context emptied."""
-        self._forget(cells=False)
-        if self.prefixes:
-            self.prefixes.begin_read(0)
         with DeferInterrupt(), engine_log.captured(self.verbose) as log:
-            restored = set_state()
-        if not restored:
-            self._forget()
-            raise StateError(f"cannot restore the state: {log.reason or 'it is of another model or context'}")
-        self.input_ids[: len(tokens)] = tokens
-        self.n_tokens, self._prompt_end = len(tokens), prompt_end
+            self._forget(cells=False)
+            if self.prefixes:
+                self.prefixes.begin_read(0)
+            if not set_state():
+                self._forget()
+                raise StateError(f"cannot restore the state: {log.reason or 'it is of another model or context'}")
+            self.input_ids[: len(tokens)] = tokens
+            self.n_tokens, self._prompt_end = len(tokens), prompt_end
 
     def restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
         """Hold the first `n_tokens` of these tokens, whose cells `engine.prefixes` has copied. Raises `StateError`."""
@@ -124,8 +123,9 @@ class RestoringLlama(DraftingLlama):
             self._restore_prefix(tokens, cells, n_tokens)
 
     def _restore_prefix(self, tokens: Any, cells: Any, n_tokens: int) -> None:
-        self._restore(tokens, n_tokens, lambda: set_cells(self, cells))
-        if not self._keep_cells(n_tokens):
-            self._forget()
-            raise StateError("the state does not hold what its beginning needs")
-        self.n_tokens = n_tokens
+        with DeferInterrupt():
+            self._restore(tokens, n_tokens, lambda: set_cells(self, cells))
+            if not self._keep_cells(n_tokens):
+                self._forget()
+                raise StateError("the state does not hold what its beginning needs")
+            self.n_tokens = n_tokens

@@ -80,7 +80,8 @@ def test_a_conversation_is_kept_without_the_tokens_that_were_read_ahead(tiny_mod
     llm = Llama(str(tiny_model), speculate=True, **options)
     llm.set_cache(PrefixCache(tmp_path / "states"))
     said: list[int] = []
-    for token in llm.generate(random_tokens(30) * 20, temp=0):
+    steps = llm.generate(random_tokens(30) * 20, temp=0)
+    for token in steps:
         said.append(token)
         if len(said) >= 3 and llm._ahead:
             break
