@@ -78,9 +78,9 @@ class CtrlC:
         return self._line if is_ours else None
 
     def _line(self, _frame: FrameType, event: str, _arg: Any) -> Any:
-        if event == "line" and not self.came:
+        if event == "line":
             self.n_lines += 1
-            if self.came:
+            if self.n_lines == self._nth + 1:
                 signal.raise_signal(signal.SIGINT)
         return self._line
 
@@ -93,7 +93,7 @@ def load(tmp_path: Path) -> Iterator[Callable[..., Llama]]:
         path = tmp_path / f"{kind}.gguf"
         if not path.exists():
             MAKE[kind](path)
-        sizes = {"n_ctx": 1024, "n_ubatch": 64, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1}
+        sizes: dict[str, Any] = {"n_ctx": 1024, "n_ubatch": 64, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1}
         opened.append(Llama(str(path), swaa=swaa, **sizes, **options))
         return opened[-1]
 

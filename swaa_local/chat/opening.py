@@ -16,10 +16,11 @@ from swaa_local.chat.session import Session
 from swaa_local.chat.settings import ChatError
 from swaa_local.chat.setup import Setup, chosen_settings
 from swaa_local.chat.terminal import Terminal
+from swaa_local.engine.no_gpu import NoGPUWarning, without_gpu
 from swaa_local.engine.options import ROPE, EngineOptions
 from swaa_local.engine.threads import IdleCPUs
 from swaa_local.errors import SWAAError
-from swaa_local.llama import Llama, NoGPUWarning
+from swaa_local.llama import Llama
 from swaa_local.model_file.adapter import Adapter
 from swaa_local.model_file.model_info import read_model_info
 from swaa_local.model_file.schedule_keys import read_stored
@@ -45,6 +46,7 @@ class ModelOpener:
         self._swaa, self.full = self._choose(before, layers)
         self._n_ctx = self.options.n_ctx
         self._advice = "pass -c"  # which is over in a conversation
+        self._tells_without_gpu = True
         self._engine = _on_idle_cpus(self.options.engine, idle, terminal)
 
     def _choose(self, before: Setup | None, layers: ModelLayers) -> tuple[SWAAConfig | Schedule | None, bool]:
@@ -70,9 +72,13 @@ class ModelOpener:
     def open(self, full: bool) -> Llama:
         options, terminal = self.options, self._terminal
         swaa = False if full else self._swaa
+        if self._tells_without_gpu:  # now that all else was checked: the engine may take seconds to look for GPUs
+            self._tells_without_gpu, engine = False, options.engine
+            if not engine.rpc_servers and (said := without_gpu(engine.n_gpu_layers, option="-ngl")):
+                terminal.note(said)
         with warnings.catch_warnings(record=True) as caught, terminal.loading(self._path.name):
             warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit
-            warnings.simplefilter("ignore", NoGPUWarning)  # the command line has said so
+            warnings.simplefilter("ignore", NoGPUWarning)
             llm = Llama(str(self._path), swaa=swaa, n_ctx=self._n_ctx, **self._engine.arguments())
         for warning in caught:
             terminal.note(str(warning.message).replace("pass n_ctx", self._advice))

@@ -10,7 +10,7 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, Numbers
-from swaa_local.cli.engine_options import engine_options
+from swaa_local.cli.engine_options import engine_options, tell_without_gpu
 from swaa_local.cli.schedule_options import schedule_options
 from swaa_local.engine.options import ROPE, EngineOptions
 from swaa_local.schedule.choice import ScheduleOptions
@@ -150,6 +150,7 @@ def bench_command(
         limit=limit,
         engine=engine,
     )
+    tell_without_gpu(engine)
     failed: BaseException | None = None
     with TerminalWatch() as watch:
         if name is None:

@@ -13,7 +13,7 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, PATH, Numbers, Real, tokens
-from swaa_local.cli.engine_options import engine_options
+from swaa_local.cli.engine_options import engine_options, tell_without_gpu
 from swaa_local.engine.options import EngineOptions
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -132,6 +132,7 @@ def calibrate_command(
     request = CalibrateRequest(
         model=path, log=log or default_log(path), data=data, engine=engine, command=shlex.join(_as_given()), **options
     )
+    tell_without_gpu(engine)
     with TerminalWatch(request.budget_s) as watch:
         try:
             result = calibrate(request, watch)

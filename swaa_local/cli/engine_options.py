@@ -25,8 +25,9 @@ _KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
 _THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS)
 
 
-def _tell_without_gpu(engine: EngineOptions) -> None:
-    """Once for a command; what it then does with `Llama` warns no more."""
+def tell_without_gpu(engine: EngineOptions) -> None:
+    """Once for a command; what it then does with `Llama` warns no more. It starts the engine, which may take seconds:
+    to be called when nothing of the command line is left to be checked."""
     from swaa_local.engine.no_gpu import NoGPUWarning, without_gpu
     from swaa_local.report.terminal import TerminalReporter
 
@@ -130,10 +131,7 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         if "speculate" in said:
             said["speculate"] = {"on": True, "off": False, "auto": "auto"}[said["speculate"]]
         crash.watch(f"running {click.get_current_context().info_name}", keep_backtrace=said.get("verbose", False))
-        engine = EngineOptions(**said)
-        if not kwargs.get("quiet"):
-            _tell_without_gpu(engine)
-        return command(*args, engine=engine, **kwargs)
+        return command(*args, engine=EngineOptions(**said), **kwargs)
 
     decorated: Callable[..., Any] = wrapped
     for name, option in reversed(options.items()):

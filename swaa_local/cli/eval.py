@@ -10,7 +10,7 @@ import click
 
 from swaa_local.cli import streams
 from swaa_local.cli.click_types import FILE, Numbers, tokens
-from swaa_local.cli.engine_options import engine_options
+from swaa_local.cli.engine_options import engine_options, tell_without_gpu
 from swaa_local.engine.options import ROPE, EngineOptions
 
 _COUNT = click.IntRange(1)
@@ -132,6 +132,7 @@ def eval_command(
         engine=engine,
         **options,
     )
+    tell_without_gpu(engine)
     with TerminalWatch() as watch:
         try:
             evaluation = evaluate(request, watch)
@@ -176,6 +177,7 @@ def demo_command(
     from swaa_local.sources.find import find_gguf
 
     path = bundled_model() if model is None else find_gguf(model)
+    tell_without_gpu(engine)
     with TerminalView() as view:
         outcome = run_demo(path, n_questions=n_questions, seed=seed, length=length, engine=engine, view=view)
     table = result(outcome)

@@ -88,6 +88,7 @@ def test_every_command_tells_it_once(tmp_path: Path, command: tuple[str, ...]):
     done = run(*command, "-t", "1", "-ngl", "20", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"-ngl is 20, but {ALONE}") == 1
+
     assert "NoGPUWarning" not in done.stderr
     done = run(*command, "-t", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -111,3 +112,29 @@ def test_a_driver_s_library_that_is_missing_is_named_with_what_brings_it(reason:
 def test_another_library_that_is_missing_is_the_build_s_own():
     assert native.remedy_of("libggml-vulkan.so: cannot open shared object file") == native.REMEDY
     assert native.remedy_of("libggml-cuda.so: cannot open shared object file") == native.REMEDY
+
+
+@for_cpus_alone
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("chat", "a.gguf", "-m", "b.gguf"), 2),
+        (("chat", "missing.gguf", "-p", "Hello"), 1),
+        (("bench", "missing.gguf"), 1),
+        (("bench", "--variants", "full", "--window", "64"), 2),
+        (("eval", "missing.gguf"), 1),
+        (("eval", "--dataset", "d.jsonl", "--task", "facts"), 2),
+        (("calibrate", "--data", ".", "--questions", "q.jsonl"), 2),
+        (("calibrate", "-o", "no/such/folder/out.gguf"), 1),
+        (("demo", "-m", "missing.gguf"), 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_wrong_with_a_command_is_told_before_the_engine_is_asked(
+    tmp_path: Path, command: tuple[str, ...], code: int
+):
+    (tmp_path / "q.jsonl").touch()
+    (tmp_path / "d.jsonl").touch()
+    done = run(*command, "-t", "1", "-ngl", "20", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "-ngl" not in done.stderr
