@@ -25,7 +25,6 @@ from tests.support.parity import (
     covers_all_pairs,
     grid,
     make_subjects,
-    subject_of,
 )
 from tests.support.program import succeeds
 from tests.support.tiny_hf import KINDS
@@ -49,7 +48,7 @@ def test_references_are_far_apart(subjects, kind):
 
 @pytest.mark.parametrize(("kind", "config", "split", "cache"), GRID, ids=lambda value: str(value))
 def test_parity(subjects, record_property, kind, config, split, cache):
-    check_parity(subject_of(subjects, kind), (kind, config, split, cache), record_property)
+    check_parity(subjects[kind], (kind, config, split, cache), record_property)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -59,13 +58,13 @@ def test_parity_with_a_tail(subjects, config, split, tail):
     """The last tokens of the prompt are decode tokens, in every configuration and split; models take turns."""
     turn = list(CONFIGS).index(config) + SPLITS.index(split) + 2 * TAILS.index(tail)
     cache = CACHES["f16, flash attention" if turn % 2 else "f32"]
-    check_tail(subject_of(subjects, list(KINDS)[turn % len(KINDS)]), config, split, cache, tail)
+    check_tail(subjects[list(KINDS)[turn % len(KINDS)]], config, split, cache, tail)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", []), ("qwen3-moe", ["--pre-tokenizer", "qwen2"])])
 def test_parity_of_what_convert_makes(subjects, tmp_path, kind, options):
     """The command on a checkpoint, with the schedule in the file; SentencePiece and BPE."""
-    subject, gguf = subject_of(subjects, kind), tmp_path / "out.gguf"
+    subject, gguf = subjects[kind], tmp_path / "out.gguf"
     schedule_options = ["--window", "24", "--sinks", "4", "--full-layers", "1::2", "--fa-decode"]
     succeeds("convert", subject.checkpoint, "-o", gguf, "--outtype", "f32", *schedule_options, *options)
     got = subject.run(None, (64, 16), CACHES["f32"], gguf)

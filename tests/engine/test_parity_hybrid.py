@@ -27,7 +27,6 @@ from tests.support.parity import (
     check_tail,
     covers_all_pairs,
     grid,
-    subject_of,
 )
 from tests.support.program import succeeds
 from tests.support.tiny_hf import convert_all
@@ -53,7 +52,7 @@ def test_the_grid_covers_all_pairs():
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_the_file_tells_which_layers_attend(subjects, kind):
-    subject = subject_of(subjects, kind)
+    subject = subjects[kind]
     info = read_model_info(subject.gguf)
     assert info.unsupported is None
     assert (info.layers.sliding, info.layers.n_layer) == (subject.sliding, subject.n_layer)
@@ -72,7 +71,7 @@ def test_references_are_far_apart(subjects, kind):
 
 @pytest.mark.parametrize(("kind", "config", "split", "cache"), GRID, ids=lambda value: str(value))
 def test_parity(subjects, record_property, kind, config, split, cache):
-    check_parity(subject_of(subjects, kind), (kind, config, split, cache), record_property)
+    check_parity(subjects[kind], (kind, config, split, cache), record_property)
 
 
 @pytest.mark.parametrize("tail", TAILS[1:])
@@ -82,13 +81,13 @@ def test_parity_with_a_tail(subjects, config, split, tail):
     """The last tokens of the prompt are decode tokens; models take turns."""
     turn = list(CONFIGS).index(config) + 3 * SPLITS.index(split) + 5 * TAILS.index(tail)
     cache = CACHES["f16, flash attention" if turn % 2 else "f32"]
-    check_tail(subject_of(subjects, list(HYBRIDS)[turn % len(HYBRIDS)]), config, split, cache, tail)
+    check_tail(subjects[list(HYBRIDS)[turn % len(HYBRIDS)]], config, split, cache, tail)
 
 
 @pytest.mark.parametrize("kind", ["qwen3.5", "lfm2", "nemotron-h-moe"])
 def test_parity_of_what_convert_makes(subjects, tmp_path, kind):
     """The command on a checkpoint: a slice counts layers with attention, and a number names a layer of the model."""
-    subject, gguf = subject_of(subjects, kind), tmp_path / "out.gguf"
+    subject, gguf = subjects[kind], tmp_path / "out.gguf"
     options = ["--window", "24", "--sinks", "4", "--fa-decode", "--pre-tokenizer", "qwen2"]
     succeeds("convert", subject.checkpoint, "-o", gguf, "--outtype", "f32", "--full-layers", "1::2", *options)
     got = subject.run(None, (64, 16), CACHES["f32"], gguf)
@@ -102,7 +101,7 @@ def test_parity_of_what_convert_makes(subjects, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["qwen3.5", "qwen3-next"])
 def test_parity_of_what_transformers_has_saved(subjects, tmp_path, kind):
     """It loads no layers for multi-token prediction, which upstream's converter expects in these."""
-    subject, checkpoint, gguf = subject_of(subjects, kind), tmp_path / "saved", tmp_path / "out.gguf"
+    subject, checkpoint, gguf = subjects[kind], tmp_path / "saved", tmp_path / "out.gguf"
     shutil.copytree(subject.checkpoint, checkpoint)
     weights = load_file(checkpoint / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not name.startswith("mtp.")}

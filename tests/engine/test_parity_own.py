@@ -26,7 +26,6 @@ from tests.support.parity import (
     covers_all_pairs,
     grid,
     make_subjects,
-    subject_of,
 )
 from tests.support.tiny_hf import OWN_KINDS
 
@@ -56,7 +55,7 @@ def test_references_are_far_apart(subjects, kind):
 @pytest.mark.parametrize(("kind", "config", "split", "cache"), GRID, ids=lambda value: str(value))
 def test_parity(subjects, record_property, kind, config, split, cache):
     # Configurations differ in half of the layers or fewer, and a quantized cache rounds in all of them.
-    check_parity(subject_of(subjects, kind), (kind, config, split, cache), record_property, apart=1.1)
+    check_parity(subjects[kind], (kind, config, split, cache), record_property, apart=1.1)
 
 
 @pytest.mark.parametrize("tail", TAILS[1:])
@@ -66,13 +65,13 @@ def test_parity_with_a_tail(subjects, config, split, tail):
     """The last tokens of the prompt are decode tokens; models take turns."""
     turn = list(CONFIGS).index(config) + 3 * SPLITS.index(split) + 5 * TAILS.index(tail)
     cache = CACHES["f16, flash attention" if turn % 2 else "f32"]
-    check_tail(subject_of(subjects, list(OWN_KINDS)[turn % len(OWN_KINDS)]), config, split, cache, tail)
+    check_tail(subjects[list(OWN_KINDS)[turn % len(OWN_KINDS)]], config, split, cache, tail)
 
 
 @pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("swa_full", [False, True])
 def test_all_cells_for_the_windows_of_the_model_change_nothing(subjects, kind, swa_full):
     """`swa_full` only keeps what the model's own windows have left behind."""
-    subject, cache = subject_of(subjects, kind), CACHES["f16, flash attention"]
+    subject, cache = subjects[kind], CACHES["f16, flash attention"]
     got = subject.run("all modes", (512, 32), cache, swa_full=swa_full)
     assert worst_ratio(got, subject.references["all modes"]) < cache.tolerance

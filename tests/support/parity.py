@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from swaa_local import Llama, SWAAConfig
 from swaa_local.engine.options import SPLIT_MODES
@@ -28,8 +27,6 @@ from tests.support.tiny_hf import N_LAYER, convert_all, write_checkpoint
 from tests.support.tiny_hf_own import ROUNDING
 
 N_TOKENS, PROMPT = 300, 272
-# Set where the device's driver cannot run a mixture of experts.
-NO_EXPERTS = bool(os.environ.get("SWAA_TEST_NO_EXPERTS"))
 # Addresses of workers, HOST:PORT, separated by commas: the tests run with all layers there if this is set.
 WORKERS = [address for address in os.environ.get("SWAA_TEST_WORKERS", "").split(",") if address]
 # How several GPUs share the model, as -sm says it.
@@ -190,12 +187,6 @@ class Subject:
     @functools.cache  # noqa: B019 - subjects live as long as the module
     def full_attention_error(self, cache: Cache) -> float:
         return rms(self.run("full", SPLITS[0], cache) - self.references["full"])
-
-
-def subject_of(subjects: Mapping[str, Subject], kind: str) -> Subject:
-    if NO_EXPERTS and "moe" in kind:
-        pytest.skip("SWAA_TEST_NO_EXPERTS leaves out models with experts")
-    return subjects[kind]
 
 
 def rms(a: np.ndarray) -> float:
