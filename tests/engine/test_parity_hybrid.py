@@ -60,7 +60,7 @@ def test_the_file_tells_which_layers_attend(subjects, kind):
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_costs_are_those_of_the_engine(subjects, kind):
-    subject = subject_of(subjects, kind)
+    subject = subjects[kind]
     check_costs(subject.gguf, {"full": None, "all modes": subject.schedule("all modes")})
 
 

@@ -43,7 +43,7 @@ def test_the_grid_covers_all_pairs():
 
 @pytest.mark.parametrize("kind", OWN_KINDS)
 def test_costs_are_those_of_the_engine(subjects, kind):
-    subject = subject_of(subjects, kind)
+    subject = subjects[kind]
     check_costs(subject.gguf, {"full": None, "all modes": subject.schedule("all modes")})
 
 
