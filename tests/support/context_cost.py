@@ -19,15 +19,18 @@ N_CTX, N_UBATCH = 2048, 64
 SEQUENCES: list[dict[str, Any]] = [{}, {"n_seq_max": 3}, {"n_seq_max": 3, "unified": True}]
 
 
-def check_costs(path: Path, schedules: dict[str, Sched | None]) -> None:
-    """By the header and by the loaded model, for one sequence and several; `inspect` for one."""
+def check_costs(path: Path, schedules: dict[str, Sched | None], *, apart: bool = True) -> None:
+    """By the header and by the loaded model, for one sequence and several; `inspect` for one.
+
+    apart: whether the model's sequences can have caches of their own.
+    """
     info = read_model_info(path)
     for name, sched in schedules.items():
         with EngineModel(path, sched) as model:
             wanted = sched and Schedule(
                 sched.window, sched.sinks, tuple(map(LayerMode, sched.layer_modes)), model=get_layers(model.ptr)
             )
-            for sequences in SEQUENCES:
+            for sequences in SEQUENCES if apart else [SEQUENCES[0], SEQUENCES[2]]:
                 has = _has(model, **sequences)
                 by_header = header_cost(info, wanted, n_ubatch=N_UBATCH, **sequences)
                 assert by_header.kv(N_CTX) == has, (name, sequences)

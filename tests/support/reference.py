@@ -36,7 +36,8 @@ class TransformersModel:
         for layer, module in enumerate(self.model.model.layers):
             attention = getattr(module, "self_attn", None) or getattr(module, "mixer", None)
             # else the layer is recurrent, or has no attention at all
-            if attention is not None and type(attention).__name__.endswith("Attention"):
+            name = type(attention).__name__
+            if attention is not None and name.endswith("Attention") and not name.endswith("LightningAttention"):
                 attention.register_forward_pre_hook(self._give_mask(layer), with_kwargs=True)
                 self._attending.add(layer)
 

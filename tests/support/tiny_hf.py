@@ -32,6 +32,7 @@ from tests.support.tiny_hf_own import (
     OWN_KINDS,
     adjusted,
     missing_tensors,
+    published_settings,
 )
 
 N_LAYER = 4
@@ -181,6 +182,8 @@ def write_checkpoint(directory: Path, kind: str, *, seed: int = 0) -> Path:
     model.save_pretrained(directory)
     weights = directory / "model.safetensors"
     present = safetensors.numpy.load_file(weights)
+    settings = directory / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | published_settings(prefix, special)))
     if missing := missing_tensors(prefix, special, present):
         safetensors.numpy.save_file({**present, **missing}, weights, metadata={"format": "pt"})
     return directory
@@ -213,12 +216,15 @@ def converter_folder() -> Path:
 
 
 def convert_all(checkpoints: Mapping[Path, Path]) -> None:
-    """Checkpoint directory -> GGUF with float32 weights, by upstream's own converter, in one process."""
+    """Checkpoint directory -> GGUF with float32 weights, by upstream's own converter, amended as `convert` does, in one
+    process."""
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import convert_hf_to_gguf
 from conversion.base import TextModel
+from swaa_local.convert.children.amend import amend_converter
+amend_converter()
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"  # home-made ones are known by no hash
 for source, target in list(zip(sys.argv[2::2], sys.argv[3::2])):
     sys.argv = ["convert_hf_to_gguf.py", source, "--outfile", target, "--outtype", "f32"]

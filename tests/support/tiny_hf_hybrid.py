@@ -136,6 +136,42 @@ HYBRIDS: dict[str, Hybrid] = {
         7,
         {"layer_types": _types("mamba", "attention")},
     ),
+    "bamba": Hybrid(
+        "BambaConfig",
+        "BambaForCausalLM",
+        _MAMBA2 | {"attn_layer_indices": list(_ATTENDING)},
+        _ATTENDING,
+        7,
+        {"attn_layer_indices": list(_ATTENDING), "attn_rotary_emb": HEAD_DIM // 2, "layer_types": None},
+    ),
+    "nemotron-h": Hybrid(
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        _NEMOTRON_H | {"hybrid_override_pattern": "M*-M*-M*-*"},
+        (1, 4, 7, 9),
+        10,
+        {"hybrid_override_pattern": "M*-M*-M*-*", "layer_types": None, "num_hidden_layers": 10}
+        | {"num_experts_per_tok": None},
+    ),
+    "minimax-01": Hybrid(
+        "MiniMaxConfig",
+        "MiniMaxForCausalLM",
+        {
+            "head_dim": HEAD_DIM,
+            "layer_types": ["linear_attention" if (i + 1) % 8 else "full_attention" for i in range(32)],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            **{f"{kind}_alpha_factor": 3.5 for kind in ("full_attn", "linear_attn", "mlp")},
+        },
+        (7, 15, 23, 31),
+        32,
+        {
+            "architectures": ["MiniMaxText01ForCausalLM"],
+            "rotary_dim": HEAD_DIM,
+            **{f"layernorm_{kind}_alpha": 3.5 for kind in ("full_attention", "linear_attention", "mlp")},
+            **{f"layernorm_{kind}_beta": 1.0 for kind in ("full_attention", "linear_attention", "mlp")},
+        },
+    ),
     "nemotron-h-moe": Hybrid(
         "NemotronHConfig",
         "NemotronHForCausalLM",
@@ -167,6 +203,8 @@ def write_hybrid(directory: Path, kind: str, *, seed: int = 0) -> Path:
     model.save_pretrained(directory)
     if made.config_class.startswith("Qwen3"):
         _add_prediction_layer(directory / "model.safetensors", made.attending[-1])
+    if made.config_class == "MiniMaxConfig":
+        _as_published(directory / "model.safetensors")
     path = directory / "config.json"
     config = json.loads(path.read_text())
     for key, value in made.on_hub.items():
@@ -189,6 +227,14 @@ def _add_prediction_layer(path: Path, like: int) -> None:
     weights |= {f"mtp.{name}.weight": norm.clone() for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     weights["mtp.fc.weight"] = torch.cat([torch.eye(len(norm))] * 2, dim=1)
     save_file(weights, path, {"format": "pt"})
+
+
+def _as_published(path: Path) -> None:
+    """Without what transformers computes, and with an index, which upstream's converter reads."""
+    weights = {name: weight for name, weight in load_file(path).items() if not re.search(r"decay$|slope_rate$", name)}
+    save_file(weights, path, {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, path.name)}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
 
 
 # Of decided routers, so that rounding rarely flips an expert, and of what a layer adds. Routers by sigmoid are never

@@ -153,6 +153,24 @@ OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # llama.cpp rotates both kinds of its layers alike
     "mellum": ("Mellum", {**_MOE, "head_dim": HEAD_DIM, "sliding_window": _NARROW, **_rope(1e4, 1e4)} | _types(2, 8)),
+    "mimo-v2": (
+        "MiMoV2Flash",
+        {
+            "head_dim": HEAD_DIM,
+            "v_head_dim": HEAD_DIM,
+            "num_key_value_heads": 1,  # and two in layers with a window
+            "n_routed_experts": 4,
+            **_ALL_EXPERTS,
+            "moe_intermediate_size": 96,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 7,
+            "sliding_window": _NARROW,
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+                for kind, theta in ((_OWN, 100.0), (_FULL, 10000.0))
+            },
+        }
+        | _types(2, 8),
+    ),
     "granite-swa": ("GraniteSWA", {"attention_multiplier": 0.2, "sliding_window": _WIDE} | _types(2, 8)),
 }
 """Name -> transformers' class prefix and what its config has beside the common sizes."""
@@ -163,7 +181,18 @@ CONFIG_CLASSES = {"Gemma3": "Gemma3TextConfig", "Gemma3n": "Gemma3nTextConfig", 
 ROUNDING = {kind: 5e-3 for kind, (prefix, _) in OWN_KINDS.items() if prefix.startswith("Gemma")}
 """What llama.cpp's GELU, a table of halves, takes off, in sigma."""
 
-BPE_KINDS = ("gpt-oss", "cohere2", "cohere2-moe", "olmo3", "exaone4", "exaone-moe", "laguna", "mellum", "granite-swa")
+BPE_KINDS = (
+    "gpt-oss",
+    "cohere2",
+    "cohere2-moe",
+    "olmo3",
+    "exaone4",
+    "exaone-moe",
+    "laguna",
+    "mellum",
+    "mimo-v2",
+    "granite-swa",
+)
 BYTE_FALLBACK_KINDS = ("gemma4", "gemma4, shared caches")
 
 # What a layer adds goes through a norm that is its share of the residual.
@@ -171,7 +200,7 @@ _POST = r"post_.*norm"
 _NORMS_ADD_ONE = ("Gemma2", "Gemma3")
 _SCALES_EMBEDDINGS = ("Gemma2", "Gemma3", "Gemma3n", "Gemma4", "Afmoe")
 # Routers that decide, so that rounding rarely flips an expert, and do not saturate.
-_ROUTERS = {"Afmoe": 3.0, "Laguna": 3.0 / 24, "ExaoneMoe": 3.0 / 24}
+_ROUTERS = {"Afmoe": 3.0, "Laguna": 3.0 / 24, "ExaoneMoe": 3.0 / 24, "MiMoV2Flash": 3.0 / 24}
 _UNSCALED = ("Gemma3n", "Gemma4")  # scores are not divided by the root of the head's width
 _POST_NORMS = ("Gemma2", "Gemma3", "Gemma3n", "Gemma4", "Olmo3", "Exaone4", "Afmoe")
 
@@ -193,6 +222,23 @@ def adjusted(prefix: str, name: str, weight: np.ndarray) -> np.ndarray:
     if re.search(r"altup\.(prediction|correction)_coefs", name):
         return 0.1 * weight
     return weight
+
+
+def published_settings(prefix: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of published checkpoints has beside what transformers writes."""
+    if prefix != "MiMoV2Flash":
+        return {}
+    return {
+        "hybrid_layer_pattern": [int(kind == _OWN) for kind in settings["layer_types"]],
+        "swa_num_key_value_heads": 2 * settings["num_key_value_heads"],
+        "swa_num_attention_heads": 4,
+        "swa_head_dim": settings["head_dim"],
+        "swa_v_head_dim": settings["v_head_dim"],
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "layernorm_epsilon": 1e-6,
+        "moe_layer_freq": [0] + [1] * (len(settings["layer_types"]) - 1),
+    }
 
 
 def missing_tensors(prefix: str, settings: dict[str, Any], present: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """Child process that runs upstream's HF converter, with a pre-tokenizer's name and a schedule handed to it.
 
 Run by checkpoint.py through child.py. It imports upstream's modules from where the patched llama-cpp-python has put
-them and copies none of their code: three methods are wrapped, one that names the pre-tokenizer of a BPE vocabulary by a
-hash, one that lists the tensors of a Qwen model, and one that begins to write the GGUF.
+them and copies none of their code: two methods are wrapped, one that names the pre-tokenizer of a BPE vocabulary by a
+hash, and one that begins to write the GGUF, beside those in `amend`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from swaa_local.convert.children.amend import amend_converter
 from swaa_local.convert.children.lora import merge_while_converting
 from swaa_local.convert.children.schedule import add_schedule
 from swaa_local.files.child_process import child_main
@@ -47,7 +48,7 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> None:
     logging.getLogger().addHandler(last_error)
     logging.getLogger().addHandler(logging.StreamHandler())
     logging.getLogger().setLevel(logging.INFO)
-    _take_away_missing_layers()
+    amend_converter()
     if "target" not in request:
         _judge_settings(Path(request["checkpoint"]), emit)
         return
@@ -122,23 +123,6 @@ def _judge_settings(directory: Path, emit: Callable[..., None]) -> None:
 def _layers_of(architecture: str, keys: dict[str, Any]) -> ModelLayers:
     n_layer = keys[f"{architecture}.block_count"] - keys.get(f"{architecture}.nextn_predict_layers", 0)
     return layer_kinds(architecture, n_layer, keys.get)
-
-
-def _take_away_missing_layers() -> None:
-    """Qwen3-Next and Qwen3.5 are published with a layer for multi-token prediction, which upstream's converter expects.
-    transformers does not load it, so that it is missing in what was saved after training."""
-    from conversion.qwen import _QwenMtpMixin
-
-    original = _QwenMtpMixin.index_tensors
-
-    @functools.wraps(original)
-    def index_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = original(self, *args, **kwargs)
-        if self.opt_num_mtp_layers == 0:
-            self.no_mtp = True
-        return tensors
-
-    _QwenMtpMixin.index_tensors = index_tensors
 
 
 def _wrap_pre_tokenizer(name: str | None, emit: Callable[..., None]) -> None:
