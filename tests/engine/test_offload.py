@@ -44,7 +44,7 @@ def on_the_cpu(ops: list[PlacedOp]) -> Counter[str]:
     return Counter(f"{op.op} {op.name}" for op in ops if op.device == "CPU" and op.name not in ("embd", "inp_embd"))
 
 
-@pytest.mark.parametrize("kv", ["F16", "Q8_0"])
+@pytest.mark.parametrize("kv", ["F16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("n_ubatch", [64, 600])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_nothing_of_a_layer_is_on_the_cpu(load_model, name, n_ubatch, kv):
