@@ -85,28 +85,38 @@ class _Tap:
 
     def __init__(self) -> None:
         self._threads = _Threads()
-        self._lock = threading.RLock()  # Ctrl-C may come where it is left, and Python does not leave it then
-        self._n_blocks = 0
+        self._open: set[_Capture] = set()
         self._callback = _c.llama_log_callback(self._receive)
         self._previous, self._user_data = _c.llama_log_callback(), ctypes.c_void_p()
 
     def begin(self, capture: _Capture) -> None:
-        with self._lock:
-            if self._n_blocks == 0:
-                found, data = _c.llama_log_callback(), ctypes.c_void_p()
-                _c.llama_log_get(ctypes.byref(found), ctypes.byref(data))
-                if _address(found) != _address(self._callback):  # else Ctrl-C came between two lines of `end`
-                    self._previous, self._user_data = found, data
-                _c.llama_log_set(self._callback, ctypes.c_void_p(0))
-            self._n_blocks += 1
+        # what Ctrl-C has left here between two lines of `end`
+        self._threads.captures[:] = [each for each in self._threads.captures if each in self._open]
+        self._open.add(capture)
         self._threads.captures.append(capture)
+        self._settle()
 
     def end(self, capture: _Capture) -> None:
-        self._threads.captures.remove(capture)
-        with self._lock:
-            self._n_blocks -= 1
-            if self._n_blocks == 0:
+        self._open.discard(capture)
+        if capture in self._threads.captures:
+            self._threads.captures.remove(capture)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take the log while there is a block, and give it back after the last. No lock is held: Ctrl-C may come where
+        it is left, and Python does not leave it then."""
+        while True:
+            is_open = bool(self._open)
+            found, data = _c.llama_log_callback(), ctypes.c_void_p()
+            _c.llama_log_get(ctypes.byref(found), ctypes.byref(data))
+            is_taken = _address(found) == _address(self._callback)
+            if is_open and not is_taken:
+                self._previous, self._user_data = found, data
+                _c.llama_log_set(self._callback, ctypes.c_void_p(0))
+            elif is_taken and not is_open:
                 _c.llama_log_set(self._previous, self._user_data)
+            if is_open == bool(self._open):  # else another thread began or ended one meanwhile
+                return
 
     def _receive(self, level: int, text: bytes, _data: int | None) -> None:
         capture = self._threads.captures[-1] if self._threads.captures else None
@@ -133,8 +143,8 @@ _tap = _Tap()
 def captured(verbose: bool = False) -> Iterator[EngineLog]:
     """Collect this thread's error lines while the block runs; if `verbose`, all lines still go where they went."""
     capture = _Capture(verbose)
-    _tap.begin(capture)
     try:
+        _tap.begin(capture)
         yield capture.log
     finally:
         _tap.end(capture)

@@ -167,7 +167,7 @@ def test_pytorchs_operators_take_the_calls():
     assert [x.grad.shape for x in given if x.grad is not None] == [x.shape for x in given]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch has no GPU here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize(("heads", "head_dim"), [((14, 2), 64), ((9, 3), 64), ((16, 8), 128), ((4, 4), 96)])
 @pytest.mark.parametrize("texts", [[(5000, 4700)], [(3000, 2900), (900, 900), (2100, 0), (60, 40)]])
 @pytest.mark.parametrize("mode", LayerMode)
@@ -176,7 +176,7 @@ def test_the_kernel_gives_what_the_definition_gives(texts, mode, heads, head_dim
     assert max(differences(texts, mode, schedule, "cuda", torch.bfloat16, heads, head_dim)) < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch has no GPU here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize(("window", "sinks"), SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
 def test_the_kernel_takes_parts_of_all_sizes(texts, window, sinks):
