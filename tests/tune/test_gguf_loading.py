@@ -30,7 +30,9 @@ def load(path: Path):
 
 
 SAME = """
-from tests.tune.test_gguf_loading import NEEDLE, load, quick_gguf, torch
+import torch
+
+from tests.tune.test_gguf_loading import NEEDLE, load, quick_gguf
 
 with quick_gguf(NEEDLE):
     tokenizer, model = load(NEEDLE)
