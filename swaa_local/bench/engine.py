@@ -22,7 +22,7 @@ from llama_cpp import llama_cpp as _c
 
 from swaa_local.bench.results import BenchError, Setting, Size
 from swaa_local.engine import log as engine_log
-from swaa_local.engine import memory, native, placement, process_memory
+from swaa_local.engine import memory, model_meta, native, placement, process_memory
 from swaa_local.engine.adapter import LoadedAdapter
 from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.kv_types import kv_type_id
@@ -81,7 +81,7 @@ class BenchModel:
                 self.__exit__()
                 raise
         self.layers = get_layers(self.model)
-        self._is_recurrent = bool(_c.llama_model_is_recurrent(self.model) or _c.llama_model_is_hybrid(self.model))
+        self._is_recurrent = model_meta.is_recurrent(self.model)
         self.n_layer = self.layers.n_layer
         self.n_params = int(_c.llama_model_n_params(self.model))
         self.size_bytes = int(_c.llama_model_size(self.model))

@@ -16,7 +16,7 @@ from swaa_local.chat.session import Session
 from swaa_local.chat.settings import ChatError
 from swaa_local.chat.setup import Setup, chosen_settings
 from swaa_local.chat.terminal import Terminal
-from swaa_local.engine.no_gpu import NoGPUWarning, without_gpu
+from swaa_local.engine.no_gpu import NoGPUWarning, told_of_a_command
 from swaa_local.engine.options import ROPE, EngineOptions
 from swaa_local.engine.threads import IdleCPUs
 from swaa_local.errors import SWAAError
@@ -73,8 +73,8 @@ class ModelOpener:
         options, terminal = self.options, self._terminal
         swaa = False if full else self._swaa
         if self._tells_without_gpu:  # now that all else was checked: the engine may take seconds to look for GPUs
-            self._tells_without_gpu, engine = False, options.engine
-            if not engine.rpc_servers and (said := without_gpu(engine.n_gpu_layers, option="-ngl")):
+            self._tells_without_gpu = False
+            if said := told_of_a_command(options.engine):
                 terminal.note(said)
         with warnings.catch_warnings(record=True) as caught, terminal.loading(self._path.name):
             warnings.simplefilter("always", UserWarning)  # of all, Python would keep the filter for its exit

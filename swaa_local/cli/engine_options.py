@@ -28,11 +28,11 @@ _THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_
 def tell_without_gpu(engine: EngineOptions) -> None:
     """Once for a command; what it then does with `Llama` warns no more. It starts the engine, which may take seconds:
     to be called when nothing of the command line is left to be checked."""
-    from swaa_local.engine.no_gpu import NoGPUWarning, without_gpu
+    from swaa_local.engine.no_gpu import NoGPUWarning, told_of_a_command
     from swaa_local.report.terminal import TerminalReporter
 
     warnings.simplefilter("ignore", NoGPUWarning)
-    if not engine.rpc_servers and (said := without_gpu(engine.n_gpu_layers, option="-ngl", verbose=engine.verbose)):
+    if said := told_of_a_command(engine):
         TerminalReporter().note(said)
 
 

@@ -1,4 +1,4 @@
-"""The values of a loaded model's metadata; lists are not held."""
+"""What a loaded model's metadata say; lists are not held."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_cpp import llama_cpp as _c
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether some layers are recurrent."""
+    return bool(_c.llama_model_is_recurrent(model) or _c.llama_model_is_hybrid(model))
 
 
 def text(model: Any, key: str) -> str | None:

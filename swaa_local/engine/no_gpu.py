@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from swaa_local.engine import devices
 from swaa_local.engine.context_length import has_gpu
+from swaa_local.engine.options import EngineOptions
 
 _ADVICE = {
     "CUDA": "`nvidia-smi` tells whether NVIDIA's driver works",
@@ -18,6 +19,11 @@ _ADVICE = {
 
 class NoGPUWarning(UserWarning):
     """Layers were meant for a GPU, and all of them are on the CPU."""
+
+
+def told_of_a_command(engine: EngineOptions) -> str | None:
+    """`without_gpu` for these options, which workers make void."""
+    return None if engine.rpc_servers else without_gpu(engine.n_gpu_layers, option="-ngl", verbose=engine.verbose)
 
 
 def without_gpu(n_gpu_layers: int, *, option: str, verbose: bool = False) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import llama_cpp as _c
 
-from swaa_local.engine import vocabulary
+from swaa_local.engine import model_meta, vocabulary
 from swaa_local.engine.guard import Guard, GuardedTokenizer, reads
 from swaa_local.engine.limits import check_number
 from swaa_local.model_file.model_info import describe_model, file_type_name
@@ -61,7 +61,7 @@ class KnownLlama(llama_cpp.Llama):
     def is_recurrent(self) -> bool:
         """Whether some layers are recurrent: their state cannot be cut, nor take tokens back."""
         with self._guard.read():
-            return bool(_c.llama_model_is_recurrent(self.model) or _c.llama_model_is_hybrid(self.model))
+            return model_meta.is_recurrent(self.model)
 
     def n_ctx_train(self) -> int:
         """Tokens of context that the model was trained on."""
