@@ -149,6 +149,7 @@ def write_tiny_gguf(
     extra: Mapping[str, Any] | None = None,
     schedule: ScheduleKeys | Any | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
+    weight_type: str = "F32",
     file_arch: str | None = None,
     **dims: Any,
 ) -> Path:
@@ -156,7 +157,8 @@ def write_tiny_gguf(
 
     `extra`: further keys (bool, int -> u32, negative int -> i32, float -> f32, str, list; `GGUFValue` for any other
     type). `schedule`: anything with `window`, `sinks` and `layer_modes`, written as the `swaa.*` keys.
-    `weights`: instead of `tiny_weights(shape, seed)`. `file_arch`: claim another architecture than `arch`.
+    `weights`: instead of `tiny_weights(shape, seed)`. `weight_type`: of the matrices, such as Q8_0, in gguf-py's
+    rounding. `file_arch`: claim another architecture than `arch`.
     `dims`: further fields of `TinyShape`.
     """
     shape = TinyShape(arch=arch, n_layer=n_layer, n_ctx_train=n_ctx_train, **dims)
@@ -189,13 +191,22 @@ def write_tiny_gguf(
             writer.add_uint32("swaa.tail", tail)
     for key, value in (extra or {}).items():
         _add(writer, key, value)
+    kind = gguf.GGMLQuantizationType[weight_type]
     for name, array in (tiny_weights(shape, seed) if weights is None else weights).items():
-        writer.add_tensor(name, np.ascontiguousarray(array))
+        if is_matrix(name) and kind is not gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether `weight_type` applies. Norms, biases and routers stay as they are, as in every model."""
+    return name.endswith(".weight") and "norm" not in name and "gate_inp" not in name
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, chat_template: str | None = CHATML) -> None:

@@ -833,6 +833,10 @@ const llama_kv_cache_context * llama_kv_cache_swaa_context::get_own() const {
     return static_cast<const llama_kv_cache_context *>(ctx_own.get());
 }
 
+uint32_t llama_kv_cache_swaa_context::get_graph_kind() const {
+    return get_phase() == LLAMA_SWAA_PHASE_DRAFT;
+}
+
 llama_swaa_phase llama_kv_cache_swaa_context::get_phase() const {
     if (ubatches.empty()) {
         return form == LLAMA_SWAA_FORM_WINDOW || form == LLAMA_SWAA_FORM_WINDOW_HOST ? LLAMA_SWAA_PHASE_PREFILL : LLAMA_SWAA_PHASE_DECODE;

@@ -267,6 +267,9 @@ public:
     llama_memory_status  get_status() const override;
     const llama_ubatch & get_ubatch() const override;
 
+    // drafts and the passes that check them take turns
+    uint32_t get_graph_kind() const override;
+
     // see llama-graph-swaa.h
     std::unique_ptr<llm_graph_input_attn_kv> build_attn_inp_kv(
                     ggml_context * ctx,
