@@ -28,6 +28,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 // with more query rows the op is bound by compute
 static constexpr int64_t FA_DECODE_MAX_TOKENS = 8;
@@ -145,19 +146,25 @@ static inline void fa_reduce(const GGML_F32_VEC * x, float * s) {
 #endif
 
 //
-// rows of the cache: X::load() gives GGML_F32_EPR values from the element j of a chunk of FA_CHUNK values
+// rows of the cache: X::load() gives N registers of values from the element j of a chunk of FA_CHUNK values
 //
 
 static constexpr int FA_CHUNK = 32;
 
+// registers that are loaded together, with one scale
+static constexpr int FA_LOADS = 2;
+
 #if defined(FA_DECODE_SIMD)
-static_assert(FA_CHUNK % GGML_F32_EPR == 0, "a chunk must be a number of registers");
+static_assert(FA_CHUNK % (FA_LOADS*GGML_F32_EPR) == 0, "a chunk must be a number of loads");
 
 struct fa_x_f32 {
     static constexpr size_t chunk_size = FA_CHUNK*sizeof(float);
 
-    static inline GGML_F32_VEC load(const char * x, int j) {
-        return GGML_F32_VEC_LOAD((const float *) x + j);
+    template <int N>
+    static inline void load(const char * x, int j, GGML_F32_VEC * v) {
+        for (int i = 0; i < N; ++i) {
+            v[i] = GGML_F32_VEC_LOAD((const float *) x + j + i*GGML_F32_EPR);
+        }
     }
     static inline float get(const char * x, int j) {
         return ((const float *) x)[j];
@@ -168,8 +175,11 @@ struct fa_x_f32 {
 struct fa_x_f16 {
     static constexpr size_t chunk_size = FA_CHUNK*sizeof(ggml_fp16_t);
 
-    static inline GGML_F32_VEC load(const char * x, int j) {
-        return FA_F16_LOAD((const ggml_fp16_t *) x + j);
+    template <int N>
+    static inline void load(const char * x, int j, GGML_F32_VEC * v) {
+        for (int i = 0; i < N; ++i) {
+            v[i] = FA_F16_LOAD((const ggml_fp16_t *) x + j + i*GGML_F32_EPR);
+        }
     }
     static inline float get(const char * x, int j) {
         return GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) x)[j]);
@@ -183,9 +193,14 @@ struct fa_x_q8_0 {
 
     static constexpr size_t chunk_size = sizeof(block_q8_0);
 
-    static inline GGML_F32_VEC load(const char * x, int j) {
+    template <int N>
+    static inline void load(const char * x, int j, GGML_F32_VEC * v) {
         const block_q8_0 * b = (const block_q8_0 *) x;
-        return GGML_F32_VEC_MUL(FA_I8_LOAD(b->qs + j), fa_scale(b->d));
+
+        const GGML_F32_VEC d = fa_scale(b->d);
+        for (int i = 0; i < N; ++i) {
+            v[i] = GGML_F32_VEC_MUL(FA_I8_LOAD(b->qs + j + i*GGML_F32_EPR), d);
+        }
     }
     static inline float get(const char * x, int j) {
         const block_q8_0 * b = (const block_q8_0 *) x;
@@ -198,11 +213,14 @@ struct fa_x_q4_0 {
 
     static constexpr size_t chunk_size = sizeof(block_q4_0);
 
-    static inline GGML_F32_VEC load(const char * x, int j) {
+    template <int N>
+    static inline void load(const char * x, int j, GGML_F32_VEC * v) {
         const block_q4_0 * b = (const block_q4_0 *) x;
 
-        const GGML_F32_VEC q = j < QK4_0/2 ? fa_i4_load(b->qs + j, 0) : fa_i4_load(b->qs + j - QK4_0/2, 4);
-        return GGML_F32_VEC_MUL(q, fa_scale(b->d));
+        const GGML_F32_VEC d = fa_scale(b->d);
+        for (int i = 0; i < N; ++i, j += GGML_F32_EPR) {
+            v[i] = GGML_F32_VEC_MUL(j < QK4_0/2 ? fa_i4_load(b->qs + j, 0) : fa_i4_load(b->qs + j - QK4_0/2, 4), d);
+        }
     }
     static inline float get(const char * x, int j) {
         const block_q4_0 * b = (const block_q4_0 *) x;
@@ -241,6 +259,9 @@ static ggml_to_float_t fa_get_to_float(ggml_type type) {
 // tiles of NC cells and NR query rows
 //
 
+template <int N>
+using fa_int = std::integral_constant<int, N>;
+
 // s[r][c] = x[c]*y[r], fetching the rows pf meanwhile
 template <typename X, int NC, int NR>
 static inline void fa_dot_tile(int64_t n, const char * const * x, const char * const * pf, const float * const * y, float * const * s) {
@@ -253,15 +274,22 @@ static inline void fa_dot_tile(int64_t n, const char * const * x, const char * c
         }
     }
 
-    const auto step = [&](size_t offset, int64_t i, int j) {
-        GGML_F32_VEC vx[NC];
-        for (int c = 0; c < NC; ++c) {
-            vx[c] = X::load(x[c] + offset, j);
-        }
+    const auto step = [&](auto n_loads, size_t offset, int64_t i, int j) {
+        constexpr int NL = decltype(n_loads)::value;
+
+        GGML_F32_VEC vy[NR][NL];
         for (int r = 0; r < NR; ++r) {
-            const GGML_F32_VEC vy = GGML_F32_VEC_LOAD(y[r] + i + j);
-            for (int c = 0; c < NC; ++c) {
-                acc[r][c] = GGML_F32_VEC_FMA(acc[r][c], vx[c], vy);
+            for (int l = 0; l < NL; ++l) {
+                vy[r][l] = GGML_F32_VEC_LOAD(y[r] + i + j + l*GGML_F32_EPR);
+            }
+        }
+        for (int c = 0; c < NC; ++c) {
+            GGML_F32_VEC vx[NL];
+            X::template load<NL>(x[c] + offset, j, vx);
+            for (int r = 0; r < NR; ++r) {
+                for (int l = 0; l < NL; ++l) {
+                    acc[r][c] = GGML_F32_VEC_FMA(acc[r][c], vx[l], vy[r][l]);
+                }
             }
         }
     };
@@ -272,13 +300,13 @@ static inline void fa_dot_tile(int64_t n, const char * const * x, const char * c
         for (int c = 0; c < NC; ++c) {
             FA_PREFETCH(pf[c] + offset);
         }
-        for (int j = 0; j < FA_CHUNK; j += GGML_F32_EPR) {
-            step(offset, i, j);
+        for (int j = 0; j < FA_CHUNK; j += FA_LOADS*GGML_F32_EPR) {
+            step(fa_int<FA_LOADS>(), offset, i, j);
         }
     }
     int j = 0;
     for (; i + j + GGML_F32_EPR <= n; j += GGML_F32_EPR) {
-        step(offset, i, j);
+        step(fa_int<1>(), offset, i, j);
     }
 
     for (int r = 0; r < NR; ++r) {
@@ -313,17 +341,28 @@ static inline void fa_mad_tile(int64_t n, const char * const * x, const char * c
         }
     }
 
-    const auto step = [&](size_t offset, int64_t i, int j) {
-        GGML_F32_VEC vx[NC];
+    const auto step = [&](auto n_loads, size_t offset, int64_t i, int j) {
+        constexpr int NL = decltype(n_loads)::value;
+
+        GGML_F32_VEC vy[NR][NL];
+        for (int r = 0; r < NR; ++r) {
+            for (int l = 0; l < NL; ++l) {
+                vy[r][l] = GGML_F32_VEC_LOAD(y[r] + i + j + l*GGML_F32_EPR);
+            }
+        }
         for (int c = 0; c < NC; ++c) {
-            vx[c] = X::load(x[c] + offset, j);
+            GGML_F32_VEC vx[NL];
+            X::template load<NL>(x[c] + offset, j, vx);
+            for (int r = 0; r < NR; ++r) {
+                for (int l = 0; l < NL; ++l) {
+                    vy[r][l] = GGML_F32_VEC_FMA(vy[r][l], vx[l], vs[r][c]);
+                }
+            }
         }
         for (int r = 0; r < NR; ++r) {
-            GGML_F32_VEC vy = GGML_F32_VEC_LOAD(y[r] + i + j);
-            for (int c = 0; c < NC; ++c) {
-                vy = GGML_F32_VEC_FMA(vy, vx[c], vs[r][c]);
+            for (int l = 0; l < NL; ++l) {
+                GGML_F32_VEC_STORE(y[r] + i + j + l*GGML_F32_EPR, vy[r][l]);
             }
-            GGML_F32_VEC_STORE(y[r] + i + j, vy);
         }
     };
 
@@ -333,13 +372,13 @@ static inline void fa_mad_tile(int64_t n, const char * const * x, const char * c
         for (int c = 0; c < NC; ++c) {
             FA_PREFETCH(pf[c] + offset);
         }
-        for (int j = 0; j < FA_CHUNK; j += GGML_F32_EPR) {
-            step(offset, i, j);
+        for (int j = 0; j < FA_CHUNK; j += FA_LOADS*GGML_F32_EPR) {
+            step(fa_int<FA_LOADS>(), offset, i, j);
         }
     }
     int j = 0;
     for (; i + j + GGML_F32_EPR <= n; j += GGML_F32_EPR) {
-        step(offset, i, j);
+        step(fa_int<1>(), offset, i, j);
     }
 
     for (; i + j < n; ++j) {
