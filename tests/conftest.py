@@ -40,6 +40,19 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(_OWN.name, "cache")
 os.environ["XDG_STATE_HOME"] = os.path.join(_OWN.name, "state")
 
 
+def pytest_sessionstart() -> None:
+    """Where layers are wanted on a GPU and there is none, every test would pass on the CPU."""
+    layers = os.environ.get("SWAA_TEST_GPU_LAYERS", "0")
+    if int(layers) > 0:
+        from llama_cpp import llama_cpp
+
+        from swaa_local.engine import devices
+
+        llama_cpp.llama_backend_init()  # loads the backends of a build that has them as modules
+        if not devices.usual():
+            pytest.exit(f"SWAA_TEST_GPU_LAYERS is {layers}, but the engine finds no GPU", returncode=4)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_model_factory(**write_tiny_gguf's keywords) -> Path`; equal keywords give the same file: read only."""
