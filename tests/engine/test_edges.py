@@ -133,14 +133,15 @@ def test_a_saved_model_keeps_its_schedule(tiny_model_factory, tmp_path):
         assert saved.get_schedule() == schedule
 
 
-@pytest.mark.parametrize("n", [20, 40], ids=["one mask", "a mask that tokens share"])
+@pytest.mark.parametrize("n", [20, 32])
 def test_the_last_positions_of_all_see_what_they_should(new_context, n):
-    """RoPE turns by the position as a float, which cannot tell the last 64 apart, nor the 126 before them: there the
-    same tokens give the same logits. (Upstream's own full attention overflows in the last 32.)"""
+    """RoPE turns by the position as a float, which cannot tell the last 64 apart: there the same tokens give the same
+    logits, whatever a GPU takes for the sine of such an angle. (Upstream's own full attention overflows in the last
+    32.)"""
     windowed = new_context(Sched(64, 4, (PREFILL, PREFILL)), n_ubatch=64)
     full = new_context(None, n_ubatch=64)
     first = LAST_POS - n + 1
-    want = full.feed(TOKENS[:n], pos=LAST_POS - 180)
+    want = full.feed(TOKENS[:n], pos=LAST_POS - 63)
     assert_close(windowed.feed(TOKENS[:n], pos=first), want, EXACT)
     assert windowed.rm(0, first, -1)
 
