@@ -28,7 +28,8 @@ EXACT, F16 = 1e-3, 2e-2
 OWN = 20
 HAS_WINDOW = (True, False, True, False)
 WINDOWS = (OWN, 0, OWN, 0)
-SHAPE = TinyShape(arch="qwen3moe")
+SHAPE = TinyShape(arch="qwen3moe", n_expert_used=TinyShape.n_expert)  # or a GPU's rounding chooses others at a tie
+MODEL = with_own_windows(OWN, HAS_WINDOW) | {"n_expert_used": SHAPE.n_expert_used}
 WINDOW, SINKS, N_UBATCH = 32, 4, 32
 RING = 256  # cells of a ring of either kind: pad(32 + 4 + 32, 256), pad(20 + 32, 256)
 CELL_BYTES = 2 * SHAPE.n_head_kv * SHAPE.head_dim * 2  # K and V of one layer, f16
@@ -46,7 +47,7 @@ TOKENS = random_tokens(900)
 @pytest.fixture
 def new_context(tiny_model_factory):
     """`new_context(schedule or None, draft=(window, sinks), **EngineContext's keywords)`, exact by default."""
-    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    path = tiny_model_factory(**MODEL)
     with ExitStack() as stack:
 
         def make(schedule: Sched | None, draft: tuple[int, int] | None = None, **kwargs: Any) -> EngineContext:
@@ -246,7 +247,7 @@ def test_no_buffer_grows_and_graphs_are_reused(new_context, flash):
 
 
 def test_what_the_layers_are(tiny_model_factory):
-    with EngineModel(tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))) as model:
+    with EngineModel(tiny_model_factory(**MODEL)) as model:
         assert [model.layer(layer) for layer in range(-1, 5)] == [-1, OWN, 0, OWN, 0, -1]
     with EngineModel(tiny_model_factory()) as model:
         assert [model.layer(layer) for layer in range(4)] == [0] * 4
@@ -254,7 +255,7 @@ def test_what_the_layers_are(tiny_model_factory):
 
 def test_n_swa_is_the_widest_window_that_drops(tiny_model_factory):
     """Servers ask it how far back they can go."""
-    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    path = tiny_model_factory(**MODEL)
     for name, want in (("FA decode", OWN), ("ring", WINDOW), ("narrower than the model's own", OWN)):
         with EngineModel(path, SCHEDULES[name]) as model:
             assert llama_model_n_swa(model.ptr) == want
@@ -265,13 +266,13 @@ def test_a_mode_for_a_layer_with_a_window_of_its_own_is_refused(tiny_model_facto
     """By name, from the file and through the C interface; the schedule stays as it was."""
     said = rf"swaa.layer_modes\[2\] = {mode}, but layer 2 has a window of its own \({OWN} tokens\) and cannot slide"
     bad = Sched(WINDOW, SINKS, (FULL, PREFILL, mode, FULL))
-    with EngineModel(tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))) as model:
+    with EngineModel(tiny_model_factory(**MODEL)) as model:
         model.set_schedule(SCHEDULES["ring"])
         with pytest.raises(EngineError, match=said):
             model.set_schedule(bad)
         assert model.get_schedule() == SCHEDULES["ring"]._replace(own=())
     with pytest.raises(EngineError, match=said):
-        EngineModel(tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW), schedule=bad))
+        EngineModel(tiny_model_factory(**MODEL, schedule=bad))
 
 
 def test_where_every_layer_has_a_window_of_its_own_none_can_slide(tiny_model_factory):
@@ -287,7 +288,7 @@ def test_where_every_layer_has_a_window_of_its_own_none_can_slide(tiny_model_fac
 
 
 def test_a_config_leaves_windows_of_the_model_alone(tiny_model_factory):
-    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    path = tiny_model_factory(**MODEL)
     llm = Llama(str(path), swaa=SWAAConfig(WINDOW, keep_first=SINKS, force_fa_decode=True), n_ctx=1024, n_threads=1)
     try:
         assert llm.schedule is not None
@@ -304,7 +305,7 @@ def test_a_config_leaves_windows_of_the_model_alone(tiny_model_factory):
 @pytest.mark.parametrize("swa_full", [None, False, True])
 def test_prefixes_are_reused_where_they_are_whole(tiny_model_factory, swaa, swa_full):
     """Whether or not the windows still hold what a prefix needs, the answer is that of a cold prompt."""
-    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    path = tiny_model_factory(**MODEL)
     options = {"n_ctx": 2048, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}
     texts = [TOKENS[:600], TOKENS[:590], TOKENS[:100] + TOKENS[300:500], TOKENS[:120]]
 
@@ -325,7 +326,7 @@ def test_prefixes_are_reused_where_they_are_whole(tiny_model_factory, swaa, swa_
 @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 0.8, "top_k": 40}])
 @pytest.mark.parametrize("modes", ["none", "FA decode", "ring beside FA decode"])
 def test_drafts_change_no_token(tiny_model_factory, modes, sampling):
-    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    path = tiny_model_factory(**MODEL)
     schedules: dict[str, Any] = {
         "none": False,
         "FA decode": SWAAConfig(WINDOW, keep_first=SINKS, force_fa_decode=True),
@@ -350,7 +351,7 @@ def test_drafts_change_no_token(tiny_model_factory, modes, sampling):
 
 def test_states_can_be_cut_where_all_cells_are_kept_and_are_told_apart(tiny_model_factory):
     """Without a schedule llama-cpp-python keeps them; `swa_full=False` drops them."""
-    path = tiny_model_factory(**with_own_windows(OWN, HAS_WINDOW))
+    path = tiny_model_factory(**MODEL)
     keys = {}
     for swa_full in (None, True, False):
         given = {} if swa_full is None else {"swa_full": swa_full}
