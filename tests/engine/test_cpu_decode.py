@@ -6,13 +6,15 @@ paths sum an F16 cache in F16. So the bound below also shows that it was this ke
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GT
 
 from tests.support import flash_op
 from tests.support.engine import assert_close
-from tests.support.flash_op import Case, compute, expected, nmse, scattered, window
+from tests.support.flash_op import Case, compute, expected, inputs, nmse, scattered, window
 from tests.support.masks import Sched
 from tests.support.tiny import ALWAYS, FULL, PREFILL, random_tokens
 
@@ -63,10 +65,35 @@ CASES = {
 }  # fmt: skip
 
 
+def shared(case: Case) -> Case:
+    """With four query heads on each head of K and V, for which x86 has a way of its own."""
+    return replace(case, n_head=4 * case.n_head_kv)
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_op_is_what_numpy_computes(case, n_threads):
     assert nmse(compute(case, n_threads), expected(case)) < EXACT
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_several_query_heads_share_a_head_of_the_cache(case, n_threads):
+    assert nmse(compute(shared(case), n_threads), expected(shared(case))) < EXACT
+
+
+@pytest.mark.parametrize("kind", [GT.F16, GT.F32, GT.Q8_0, GT.Q4_0, GT.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("n_head", [2, 4, 6, 14], ids=lambda n: f"{n} heads on 2")
+def test_a_token_is_the_same_to_the_bit_beside_others(n_head, kind):
+    """Whatever they see: the cells that a token alone does not touch are computed for the others."""
+    case = Case(n_kv=777, n_tokens=8, n_head=n_head, head_k=96, head_v=96, type_k=kind, type_v=kind)
+    data = inputs(case)
+    for mask in (scattered(777, 8, 0.5), window(777, 8, 100, 3)):
+        together = compute(replace(case, mask=mask), 2, data)
+        for i in range(8):
+            alone = replace(case, n_tokens=1, mask=mask[:, :, i : i + 1])
+            own = replace(data, q=data.q[:, i : i + 1])
+            assert np.array_equal(compute(alone, 2, own)[:, 0], together[:, i]), f"token {i}"
 
 
 @pytest.mark.parametrize("n_stream", [1, 2])

@@ -78,6 +78,13 @@ def test_with_every_kind_of_cache(models, kind):
     check(models["Q8_0"], SCHEDULES["all modes"], type_k=kind, type_v=kind)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_where_several_query_heads_share_a_head_of_the_cache(tmp_path, schedule):
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", n_embd=256, n_ff=512, n_head=8, n_head_kv=2)
+    quantize(plain, tmp_path / "shared.gguf", C.LLAMA_FTYPE_MOSTLY_Q8_0)
+    check(tmp_path / "shared.gguf", schedule)
+
+
 @pytest.mark.parametrize("n_threads", [2, 3, 5])
 def test_with_every_number_of_threads(models, n_threads):
     check(models["Q4_K_M"], SCHEDULES["all modes"], n_threads=n_threads, n_threads_batch=n_threads)

@@ -4,6 +4,8 @@
 // All query rows and heads are served from a block before the next one: the K/V rows are converted to F32 once for all
 // query rows that share them (GQA, several tokens) and those that the mask hides from every row are not touched.
 //
+// Where several query heads share a head of K and V, x86 has a way of its own with a block: flash-attn-transposed.h.
+//
 // Each thread takes every n_threads-th block and keeps its own running softmax (M, S, VKQ) per query row, in F32. They
 // are combined at the end. Which thread takes which block is fixed, so the result does not depend on the timing.
 //
@@ -58,6 +60,10 @@ static constexpr int FA_TILE_ROWS  = 2;
 // the tiles are arrays of vectors, which those without a size (SVE, RVV) cannot be in
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
 #define FA_DECODE_SIMD
+
+#if (defined(__AVX512F__) && defined(__AVX512DQ__)) || (!defined(__AVX512F__) && defined(__AVX2__) && defined(__F16C__) && defined(__FMA__))
+#define FA_X86
+#endif
 
 // GGML_F32_EPR values of F16, I8 or one nibble of each byte (less 8) as F32
 #if defined(__AVX512F__)
@@ -570,6 +576,10 @@ static void fa_block(const fa_cache & cache, const int32_t * cells, int64_t n_ce
     fa_block_x<OP, fa_x_f32>(cache, cells, n_cells, next, rows, buf);
 }
 
+#if defined(FA_X86)
+#include "flash-attn-transposed.h"
+#endif
+
 //
 // the op
 //
@@ -584,7 +594,8 @@ struct fa_layout {
     int64_t mask;  // [block]                 mask of the visible cells for one token
     int64_t cells; // [block]                 int32: the visible cells
     int64_t rows;  // [n_rows]                int32: the query rows that see some of them (of the first KV head)
-    int64_t buf;   // [FA_TILE_CELLS][max(DK, DV)]
+    int64_t kt;    // [DK][FA_BLOCK_MAX]      x86: K of one head, transposed
+    int64_t buf;   // [FA_TILE_CELLS][max(DK, DV)]  cells as F32; x86: [FA_BLOCK_MAX]
     int64_t size;
 };
 
@@ -613,7 +624,13 @@ static fa_layout fa_get_layout(const ggml_tensor * dst) {
     l.mask  = add(FA_BLOCK_MAX);
     l.cells = add(FA_BLOCK_MAX);
     l.rows  = add(n_rows);
+#if defined(FA_X86)
+    l.kt    = add(FA_BLOCK_MAX*DK);
+    l.buf   = add(FA_BLOCK_MAX*std::max(DK, DV));
+#else
+    l.kt    = size;
     l.buf   = add(FA_TILE_CELLS*std::max(DK, DV));
+#endif
     l.size  = size;
     return l;
 }
@@ -672,6 +689,29 @@ static int64_t fa_visible_cells(const char * mask, size_t nb1, int64_t n_tokens,
         n_cells += !hidden[c];
     }
     return n_cells;
+}
+
+// groups of FA_BLOCK_MIN cells in which some are seen, whole: the order of a sum over cells depends on their places, which do
+// not depend on what other tokens see. read: the cell, or one that is seen in place of one that is not
+static int64_t fa_whole_groups(const int32_t * cells, int64_t n_cells, int64_t ic0, int64_t nc, int32_t * read, int32_t * place) {
+    int64_t n = 0;
+    int64_t i = 0;
+    for (int64_t c0 = ic0; c0 < ic0 + nc && i < n_cells; c0 += FA_BLOCK_MIN) {
+        const int64_t c1 = std::min(c0 + FA_BLOCK_MIN, ic0 + nc);
+        if (cells[i] >= c1) {
+            continue;
+        }
+        int32_t at = cells[i];
+        for (int64_t c = c0; c < c1; ++c) {
+            if (i < n_cells && cells[i] == c) {
+                at = cells[i++];
+            }
+            read [n] = at;
+            place[n] = c;
+            ++n;
+        }
+    }
+    return n;
 }
 
 // out = the threads' parts of the query row r of all streams, normalized
@@ -745,6 +785,8 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
     const float m0 = powf(2.0f, -(max_bias       ) / n_head_log2);
     const float m1 = powf(2.0f, -(max_bias / 2.0f) / n_head_log2);
 
+    const auto slope = [&](int64_t h) { return h < n_head_log2 ? powf(m0, h + 1) : powf(m1, 2*(h - n_head_log2) + 1); };
+
     const int ith = params->ith;
     const int nth = params->nth;
 
@@ -770,6 +812,15 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
         float * VKQ = base + layout.vkq + i3*n_rows*DV;
         float * M   = base + layout.m   + i3*n_rows;
         float * S   = base + layout.s   + i3*n_rows;
+
+        const auto raise_max = [&](int64_t r, float max) {
+            if (max > M[r]) {
+                const float ms = expf(M[r] - max);
+                ggml_vec_scale_f32(DV, VKQ + r*DV, ms);
+                S[r] *= ms;
+                M[r]  = max;
+            }
+        };
 
         ggml_vec_set_f32(n_rows, M, -INFINITY);
         memset(S, 0, n_rows*sizeof(float));
@@ -820,13 +871,53 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
                 /*.ldp   =*/ block,
             };
 
+#if defined(FA_X86)
+            if (n_gqa >= FA_TRANSPOSED_MIN_GQA) {
+                for (int64_t i = 0; i < n_cells; ++i) {
+                    cells[i] -= ic0;
+                }
+                const int64_t ic_next = std::min(ic0 + nth*block, n_kv);
+                const auto    next    = fa_get_ahead(cache_k, ic_next, std::min(block, n_kv - ic_next));
+
+                fa_block_transposed(cache_k, cache_v, ic0, nc, cells, n_cells, act, next, base + layout.kt, buf, [&](const fa_seen & seen) {
+                    for (int64_t t = 0; t < n_tokens; ++t) {
+                        if (!sees[t]) {
+                            continue;
+                        }
+                        fa_get_mask(mask ? (const ggml_fp16_t *) (mp + t*mask->nb[1]) + ic0 : nullptr, nc, seen.block, mask32);
+
+                        for (int64_t h = 0; h < n_head; ++h) {
+                            const int64_t r = t*n_head + h;
+                            float * p = P + r*block;
+
+                            if (logit_softcap != 0.0f) {
+                                fa_softcap(p, logit_softcap, seen);
+                            }
+                            const float max = fa_add_mask(p, mask32, max_bias > 0.0f ? slope(h) : 1.0f, seen);
+                            if (max == -INFINITY) {
+                                memset(p, 0, seen.block*sizeof(float));
+                                continue;
+                            }
+                            raise_max(r, max);
+                            S[r] += fa_exp(p, M[r], seen);
+                        }
+                    }
+                });
+                continue;
+            }
+#endif
+
+            int32_t read [FA_BLOCK_MAX];
+            int32_t place[FA_BLOCK_MAX];
+            const int64_t n_read = fa_whole_groups(cells, n_cells, ic0, nc, read, place);
+
             // what is read next: K, then V of this block, then K of the next one
-            const char * next_v = cache_v.data + cells[0]*cache_v.nb1;
+            const char * next_v = cache_v.data + read[0]*cache_v.nb1;
             const char * next_k = cache_k.data + std::min(ic0 + nth*block, n_kv - 1)*cache_k.nb1;
 
-            fa_block<fa_op_kq>(cache_k, cells, n_cells, next_v, act, buf);
+            fa_block<fa_op_kq>(cache_k, read, n_read, next_v, act, buf);
 
-            const int64_t n_exp = GGML_PAD(n_cells, FA_BLOCK_MIN);
+            const int64_t n_exp = GGML_PAD(n_read, FA_BLOCK_MIN);
 
             // online softmax
             // ref: https://arxiv.org/pdf/2112.05682.pdf
@@ -835,8 +926,8 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
                     continue;
                 }
 
-                for (int64_t i = 0; mask && i < n_cells; ++i) {
-                    mask32[i] = GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) (mp + t*mask->nb[1]))[cells[i]]);
+                for (int64_t i = 0; mask && i < n_read; ++i) {
+                    mask32[i] = GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) (mp + t*mask->nb[1]))[place[i]]);
                 }
 
                 for (int64_t h = 0; h < n_head; ++h) {
@@ -844,37 +935,31 @@ bool ggml_compute_forward_flash_attn_decode(const ggml_compute_params * params, 
                     float * p = P + r*block;
 
                     if (logit_softcap != 0.0f) {
-                        ggml_vec_tanh_f32(n_cells, p, p);
-                        ggml_vec_scale_f32(n_cells, p, logit_softcap);
+                        ggml_vec_tanh_f32(n_read, p, p);
+                        ggml_vec_scale_f32(n_read, p, logit_softcap);
                     }
                     if (max_bias > 0.0f) {
-                        const float slope = h < n_head_log2 ? powf(m0, h + 1) : powf(m1, 2*(h - n_head_log2) + 1);
-                        ggml_vec_mad_f32(n_cells, p, mask32, slope);
+                        ggml_vec_mad_f32(n_read, p, mask32, slope(h));
                     } else if (mask) {
-                        ggml_vec_add_f32(n_cells, p, p, mask32);
+                        ggml_vec_add_f32(n_read, p, p, mask32);
                     }
 
                     float max = -INFINITY;
-                    ggml_vec_max_f32(n_cells, &max, p);
+                    ggml_vec_max_f32(n_read, &max, p);
 
                     // whole vectors, for the rest of one is computed otherwise
-                    std::fill(p + n_cells, p + n_exp, -INFINITY);
+                    std::fill(p + n_read, p + n_exp, -INFINITY);
 
                     if (max == -INFINITY) {
-                        memset(p, 0, n_cells*sizeof(float));
+                        memset(p, 0, n_read*sizeof(float));
                         continue;
                     }
-                    if (max > M[r]) {
-                        const float ms = expf(M[r] - max);
-                        ggml_vec_scale_f32(DV, VKQ + r*DV, ms);
-                        S[r] *= ms;
-                        M[r]  = max;
-                    }
+                    raise_max(r, max);
                     S[r] += ggml_vec_soft_max_f32(n_exp, p, p, M[r]);
                 }
             }
 
-            fa_block<fa_op_vkq>(cache_v, cells, n_cells, next_k, act, buf);
+            fa_block<fa_op_vkq>(cache_v, read, n_read, next_k, act, buf);
         }
     }
 

@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
@@ -47,12 +48,23 @@ static constexpr int64_t MMF_TILE_BLOCKS = 32;
 static constexpr size_t MMF_AHEAD = 4096;
 static constexpr size_t MMF_LINE  = 64; // that one fetch brings
 
+// bytes of all blocks of columns for which rows are read whole: what of L1 the weights do not need
+static constexpr size_t MMF_WHOLE = 36*1024;
+
+// columns from which on rows are computed together, where they are at all
+static constexpr int MMF_COLS_OF_ROWS = 4;
+
 // of Q4_K and Q6_K: for more of them, tiled.cpp unpacks to tiles
 static constexpr int64_t MMF_MAX_COLS_K = 10;
 
 static inline float mmf_half(ggml_half x) {
     return _cvtsh_ss(x);
 }
+
+// AVX512 takes two blocks at a time
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define MMF_PAIRS
+#endif
 
 // 32 values of a row: value = scale*(u - OFFSET) + min
 struct mmf_block {
@@ -80,6 +92,39 @@ static inline __m256i mmf_fifth_bits(__m256i u, const uint8_t * qh) {
 #endif
 }
 
+#if defined(MMF_PAIRS)
+// two blocks of a row
+struct mmf_pair {
+    __m512i u;
+    __m512  scale;
+    __m256  min[2];
+};
+
+static constexpr __mmask16 MMF_SECOND = 0xFF00; // lanes of 32 bits
+
+static inline __m512i mmf_nibbles(const uint8_t * a, const uint8_t * b) {
+    __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) a));
+    x = _mm512_mask_broadcast_i32x4(x, MMF_SECOND, _mm_loadu_si128((const __m128i *) b));
+    const __m512i shift = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0);
+    return _mm512_and_si512(_mm512_srlv_epi16(x, shift), _mm512_set1_epi8(0x0F));
+}
+
+static inline __m512i mmf_fifth_bits(__m512i u, const uint8_t * a, const uint8_t * b) {
+    uint32_t bits_a, bits_b;
+    memcpy(&bits_a, a, sizeof(bits_a));
+    memcpy(&bits_b, b, sizeof(bits_b));
+    return _mm512_mask_add_epi8(u, bits_a | (uint64_t) bits_b << 32, u, _mm512_set1_epi8(16));
+}
+
+static inline __m256 mmf_halves(ggml_half x) {
+    return _mm256_cvtph_ps(_mm_set1_epi16(x));
+}
+
+static inline __m512 mmf_scales(ggml_half a, ggml_half b) {
+    return _mm512_cvtph_ps(_mm256_mask_set1_epi16(_mm256_set1_epi16(a), MMF_SECOND, b));
+}
+#endif
+
 template <ggml_type TYPE> struct mmf_weights;
 
 template <> struct mmf_weights<GGML_TYPE_Q4_0> {
@@ -89,6 +134,11 @@ template <> struct mmf_weights<GGML_TYPE_Q4_0> {
     static inline mmf_block load(const block & b) {
         return { mmf_nibbles(b.qs), _mm256_set1_ps(mmf_half(b.d)), 0.0f };
     }
+#if defined(MMF_PAIRS)
+    static inline mmf_pair load(const block & a, const block & b) {
+        return { mmf_nibbles(a.qs, b.qs), mmf_scales(a.d, b.d), {} };
+    }
+#endif
 };
 
 template <> struct mmf_weights<GGML_TYPE_Q4_1> {
@@ -98,6 +148,11 @@ template <> struct mmf_weights<GGML_TYPE_Q4_1> {
     static inline mmf_block load(const block & b) {
         return { mmf_nibbles(b.qs), _mm256_set1_ps(mmf_half(b.data.data.d)), mmf_half(b.data.data.m) };
     }
+#if defined(MMF_PAIRS)
+    static inline mmf_pair load(const block & a, const block & b) {
+        return { mmf_nibbles(a.qs, b.qs), mmf_scales(a.data.data.d, b.data.data.d), { mmf_halves(a.data.data.m), mmf_halves(b.data.data.m) } };
+    }
+#endif
 };
 
 template <> struct mmf_weights<GGML_TYPE_Q5_0> {
@@ -107,6 +162,11 @@ template <> struct mmf_weights<GGML_TYPE_Q5_0> {
     static inline mmf_block load(const block & b) {
         return { mmf_fifth_bits(mmf_nibbles(b.qs), b.qh), _mm256_set1_ps(mmf_half(b.d)), 0.0f };
     }
+#if defined(MMF_PAIRS)
+    static inline mmf_pair load(const block & a, const block & b) {
+        return { mmf_fifth_bits(mmf_nibbles(a.qs, b.qs), a.qh, b.qh), mmf_scales(a.d, b.d), {} };
+    }
+#endif
 };
 
 template <> struct mmf_weights<GGML_TYPE_Q5_1> {
@@ -116,6 +176,11 @@ template <> struct mmf_weights<GGML_TYPE_Q5_1> {
     static inline mmf_block load(const block & b) {
         return { mmf_fifth_bits(mmf_nibbles(b.qs), b.qh), _mm256_set1_ps(mmf_half(b.data.data.d)), mmf_half(b.data.data.m) };
     }
+#if defined(MMF_PAIRS)
+    static inline mmf_pair load(const block & a, const block & b) {
+        return { mmf_fifth_bits(mmf_nibbles(a.qs, b.qs), a.qh, b.qh), mmf_scales(a.data.data.d, b.data.data.d), { mmf_halves(a.data.data.m), mmf_halves(b.data.data.m) } };
+    }
+#endif
 };
 
 template <> struct mmf_weights<GGML_TYPE_Q8_0> {
@@ -130,6 +195,14 @@ template <> struct mmf_weights<GGML_TYPE_Q8_0> {
         const __m256i x = _mm256_loadu_si256((const __m256i *) b.qs);
         return { _mm256_xor_si256(x, _mm256_set1_epi8((char) OFFSET)), _mm256_set1_ps(mmf_half(b.d)), 0.0f };
     }
+#if defined(MMF_PAIRS)
+    static inline mmf_pair load(const block & a, const block & b) {
+        const __m256i x = _mm256_loadu_si256((const __m256i *) a.qs);
+        const __m256i y = _mm256_loadu_si256((const __m256i *) b.qs);
+        const __m512i u = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+        return { _mm512_xor_si512(u, _mm512_set1_epi8((char) OFFSET)), mmf_scales(a.d, b.d), {} };
+    }
+#endif
 };
 
 // sums of 4 products each, and begin
@@ -152,8 +225,129 @@ static inline float mmf_sum(__m256 x) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+#if defined(MMF_PAIRS)
+
+// one pair of blocks of each column of a tile
+struct alignas(64) mmf_cols {
+    static constexpr int64_t BLOCKS = 2;
+
+    int8_t  q    [MMF_TILE_COLS][64];
+    int32_t begin[MMF_TILE_COLS][16]; // -OFFSET times the sum of 4 bytes each
+    float   d    [MMF_TILE_COLS][16];
+    float   s    [2][MMF_TILE_COLS];  // d times the sum of all bytes of a block
+};
+
+template <ggml_type TYPE>
+static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int n_cols, int64_t ib0, int64_t ib1) {
+    constexpr int OFFSET = mmf_weights<TYPE>::OFFSET;
+
+    for (int64_t ib = ib0; ib < GGML_PAD(ib1, 2); ++ib) {
+        mmf_cols & to = dst[(ib - ib0)/2];
+        const int  i  = (ib - ib0)%2;
+
+        for (int c = 0; c < n_cols; ++c) {
+            __m256i q = _mm256_setzero_si256();
+            float   d = 0.0f; // of a block that there is not
+            float   s = 0.0f;
+
+            if (ib == ib1) {
+                // nothing
+            } else if (mmf_weights<TYPE>::HAS_MIN) {
+                const auto & b = ((const block_q8_1 *) (cols + c*row_size))[ib];
+                q = _mm256_loadu_si256((const __m256i *) b.qs);
+                d = mmf_half(b.data.data.d);
+                s = mmf_half(b.data.data.s);
+            } else {
+                const auto & b = ((const block_q8_0 *) (cols + c*row_size))[ib];
+                q = _mm256_loadu_si256((const __m256i *) b.qs);
+                d = mmf_half(b.d);
+            }
+
+            _mm256_store_si256((__m256i *) (to.q[c] + 32*i), q);
+            _mm256_store_ps(to.d[c] + 8*i, _mm256_set1_ps(d));
+            to.s[i][c] = s;
+
+            const __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(OFFSET));
+            _mm256_store_si256((__m256i *) (to.begin[c] + 8*i), _mm256_sub_epi32(_mm256_setzero_si256(), sum));
+        }
+    }
+}
+
+// N_ROWS rows that lie nb01 apart: what a column has is read once for them, and with one column no sum waits for itself.
+// dst: column c is at dst[c*stride]
+template <ggml_type TYPE, int N_COLS, int N_ROWS>
+static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t nb01, const char * const * ahead, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
+    using weights = mmf_weights<TYPE>;
+    using block   = typename weights::block;
+
+    __m512 acc[N_ROWS][N_COLS];
+    __m256 min[N_ROWS][2];
+
+    for (int r = 0; r < N_ROWS; ++r) {
+        for (int c = 0; c < N_COLS; ++c) {
+            acc[r][c] = _mm512_setzero_ps();
+        }
+        min[r][0] = _mm256_setzero_ps();
+        min[r][1] = _mm256_setzero_ps();
+    }
+
+    for (int64_t ib = ib0; ib < ib1; ib += 2) {
+        const mmf_cols & col = cols[(ib - ib0)/2];
+
+        mmf_pair w[N_ROWS];
+        for (int r = 0; r < N_ROWS; ++r) {
+            const block * b = (const block *) (rows + r*nb01) + (ib - ib0);
+            MMF_PREFETCH(ahead[r] + (ib - ib0)*sizeof(block));
+            MMF_PREFETCH(ahead[r] + (ib - ib0 + 1)*sizeof(block));
+            // the last one twice if they are odd: the columns have none beside it
+            w[r] = weights::load(b[0], b[ib + 1 < ib1]);
+        }
+
+        for (int c = 0; c < N_COLS; ++c) {
+            __m512i q     = _mm512_load_si512(col.q[c]);
+            __m512i begin = weights::OFFSET ? _mm512_load_si512(col.begin[c]) : _mm512_setzero_si512();
+            __m512  d     = _mm512_load_ps(col.d[c]);
+#if defined(__GNUC__)
+            if (N_ROWS > 1) {
+                // or it is read anew for each row: more than can be read in the time
+                __asm__("" : "+v"(q), "+v"(begin), "+v"(d));
+            }
+#endif
+
+            for (int r = 0; r < N_ROWS; ++r) {
+                const __m512 x = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(begin, w[r].u, q));
+                acc[r][c] = _mm512_fmadd_ps(_mm512_mul_ps(x, d), w[r].scale, acc[r][c]);
+            }
+        }
+
+        if (weights::HAS_MIN) {
+            for (int r = 0; r < N_ROWS; ++r) {
+                for (int i = 0; i < 2; ++i) {
+                    min[r][i] = _mm256_fmadd_ps(w[r].min[i], _mm256_load_ps(col.s[i]), min[r][i]);
+                }
+            }
+        }
+    }
+
+    for (int r = 0; r < N_ROWS; ++r) {
+        alignas(32) float m[MMF_TILE_COLS];
+        _mm256_store_ps(m, _mm256_add_ps(min[r][0], min[r][1]));
+
+        for (int c = 0; c < N_COLS; ++c) {
+            const __m512  x   = acc[r][c];
+            const float   sum = mmf_sum(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1))) + m[c];
+            float & to = dst[r + c*stride];
+            to = ib0 == 0 ? sum : to + sum;
+        }
+    }
+}
+
+#else
+
 // one block of each column of a tile
 struct alignas(64) mmf_cols {
+    static constexpr int64_t BLOCKS = 1;
+
     int8_t  q    [MMF_TILE_COLS][32];
     int32_t begin[MMF_TILE_COLS][8]; // -OFFSET times the sum of 4 bytes each
     float   d    [MMF_TILE_COLS];
@@ -190,9 +384,14 @@ static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int 
 }
 
 // dst: column c is at dst[c*stride]
-template <ggml_type TYPE, int N_COLS>
-static inline void mmf_row(float * dst, size_t stride, const typename mmf_weights<TYPE>::block * row, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
+template <ggml_type TYPE, int N_COLS, int N_ROWS>
+static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t nb01, const char * const * ahead, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
     using weights = mmf_weights<TYPE>;
+
+    static_assert(N_ROWS == 1, "");
+    GGML_UNUSED(nb01);
+
+    const auto * row = (const typename weights::block *) rows;
 
     __m256 acc[N_COLS];
     __m256 min = _mm256_setzero_ps();
@@ -204,9 +403,9 @@ static inline void mmf_row(float * dst, size_t stride, const typename mmf_weight
     for (int64_t ib = ib0; ib < ib1; ++ib) {
         const mmf_cols & col = cols[ib - ib0];
 
-        MMF_PREFETCH((const char *) (row + ib) + MMF_AHEAD);
+        MMF_PREFETCH(ahead[0] + (ib - ib0)*sizeof(row[0]));
 
-        const mmf_block w = weights::load(row[ib]);
+        const mmf_block w = weights::load(row[ib - ib0]);
 
         for (int c = 0; c < N_COLS; ++c) {
             const __m256i q     = _mm256_load_si256((const __m256i *) col.q[c]);
@@ -230,6 +429,8 @@ static inline void mmf_row(float * dst, size_t stride, const typename mmf_weight
         to = ib0 == 0 ? sum : to + sum;
     }
 }
+
+#endif
 
 //
 // blocks of 256 values with scales of their parts: all in integers up to the end of a block
@@ -307,6 +508,8 @@ static inline void mmf_load(mmf_block_K & w, const block_q6_K & b) {
 
 // one block of each column of a tile
 struct alignas(64) mmf_cols_K {
+    static constexpr int64_t BLOCKS = 1;
+
     int8_t  q   [MMF_PARTS][MMF_TILE_COLS][32];
     int16_t sums[MMF_TILE_COLS][16];
     float   d   [MMF_TILE_COLS];
@@ -340,7 +543,7 @@ static inline __m256i mmf_dot_pairs(__m256i acc, __m256i a, __m256i b) {
 
 // dst: column c is at dst[c*stride]
 template <typename block, int N_COLS>
-static inline void mmf_row(float * dst, size_t stride, const block * row, const mmf_cols_K * cols, int64_t ib0, int64_t ib1) {
+static inline void mmf_row(float * dst, size_t stride, const block * row, const char * ahead, const mmf_cols_K * cols, int64_t ib0, int64_t ib1) {
     __m256 acc[N_COLS];
 
     for (int c = 0; c < N_COLS; ++c) {
@@ -351,11 +554,11 @@ static inline void mmf_row(float * dst, size_t stride, const block * row, const 
         const mmf_cols_K & col = cols[ib - ib0];
 
         for (size_t i = 0; i < sizeof(block); i += MMF_LINE) {
-            MMF_PREFETCH((const char *) (row + ib) + MMF_AHEAD + i);
+            MMF_PREFETCH(ahead + (ib - ib0)*sizeof(block) + i);
         }
 
         mmf_block_K w;
-        mmf_load(w, row[ib]);
+        mmf_load(w, row[ib - ib0]);
 
         __m256i sum[N_COLS];
         for (int c = 0; c < N_COLS; ++c) {
@@ -393,9 +596,10 @@ template <ggml_type TYPE> struct mmf_type {
     static void lay_out(cols * dst, const char * c, size_t row_size, int n, int64_t ib0, int64_t ib1) {
         mmf_lay_out<TYPE>(dst, c, row_size, n, ib0, ib1);
     }
-    template <int N_COLS>
-    static void row(float * dst, size_t stride, const block * r, const cols * c, int64_t ib0, int64_t ib1) {
-        mmf_row<TYPE, N_COLS>(dst, stride, r, c, ib0, ib1);
+    static constexpr int ROWS = cols::BLOCKS; // that are computed together
+    template <int N_COLS, int N_ROWS>
+    static void row(float * dst, size_t stride, const char * r, size_t nb01, const char * const * ahead, const cols * c, int64_t ib0, int64_t ib1) {
+        mmf_row<TYPE, N_COLS, N_ROWS>(dst, stride, r, nb01, ahead, c, ib0, ib1);
     }
 };
 
@@ -406,51 +610,122 @@ template <typename B> struct mmf_type_K {
     static void lay_out(cols * dst, const char * c, size_t row_size, int n, int64_t ib0, int64_t ib1) {
         mmf_lay_out(dst, c, row_size, n, ib0, ib1);
     }
-    template <int N_COLS>
-    static void row(float * dst, size_t stride, const block * r, const cols * c, int64_t ib0, int64_t ib1) {
-        mmf_row<block, N_COLS>(dst, stride, r, c, ib0, ib1);
+    static constexpr int ROWS = 1;
+    template <int N_COLS, int N_ROWS>
+    static void row(float * dst, size_t stride, const char * r, size_t nb01, const char * const * ahead, const cols * c, int64_t ib0, int64_t ib1) {
+        static_assert(N_ROWS == 1, "");
+        GGML_UNUSED(nb01);
+        mmf_row<block, N_COLS>(dst, stride, (const block *) r, ahead[0], c, ib0, ib1);
     }
 };
 
 template <> struct mmf_type<GGML_TYPE_Q4_K> : mmf_type_K<block_q4_K> {};
 template <> struct mmf_type<GGML_TYPE_Q6_K> : mmf_type_K<block_q6_K> {};
 
+// the blocks [ib0, ib1) of rows
+template <ggml_type TYPE>
+struct mmf_tile {
+    const char * rows; // at block 0
+    size_t       nb01;
+    int64_t      n_rows;
+
+    int64_t ib0, ib1;
+    int64_t n_block; // of a row
+
+    static constexpr size_t SIZE = sizeof(typename mmf_type<TYPE>::block);
+
+    inline const char * at(int64_t r) const {
+        return rows + r*nb01 + ib0*SIZE;
+    }
+
+    // what is read about MMF_AHEAD bytes after this part of row r: of rows that follow, first in this tile, then in the next
+    inline const char * ahead(int64_t r) const {
+        const size_t  size = (ib1 - ib0)*SIZE;
+        const int64_t next = r + (MMF_AHEAD + size - 1)/size;
+        return next < n_rows ? at(next) : ib1 < n_block ? at(next - n_rows) + size : rows + next*nb01;
+    }
+};
+
+// rows from r on, N_ROWS at a time; the first that is left
+template <ggml_type TYPE, int N_COLS, int N_ROWS>
+static int64_t mmf_rows(float * dst, size_t stride, const mmf_tile<TYPE> & tile, const typename mmf_type<TYPE>::cols * cols, int64_t r) {
+    for (; r + N_ROWS <= tile.n_rows; r += N_ROWS) {
+        const char * ahead[N_ROWS];
+        for (int i = 0; i < N_ROWS; ++i) {
+            ahead[i] = tile.ahead(r + i);
+        }
+        mmf_type<TYPE>::template row<N_COLS, N_ROWS>(dst + r, stride, tile.at(r), tile.nb01, ahead, cols, tile.ib0, tile.ib1);
+    }
+    return r;
+}
+
 template <ggml_type TYPE, int N_COLS>
-static void mmf_rows(float * dst, size_t stride, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t ib0, int64_t ib1) {
-    for (int64_t r = 0; r < n_rows; ++r) {
-        mmf_type<TYPE>::template row<N_COLS>(dst + r, stride, (const typename mmf_type<TYPE>::block *) (rows + r*nb01), cols, ib0, ib1);
+static void mmf_rows(float * dst, size_t stride, const mmf_tile<TYPE> & tile, const typename mmf_type<TYPE>::cols * cols) {
+    const int64_t r = mmf_rows<TYPE, N_COLS, mmf_type<TYPE>::ROWS>(dst, stride, tile, cols, 0);
+    mmf_rows<TYPE, N_COLS, 1>(dst, stride, tile, cols, r);
+}
+
+// rows from r on, N_ROWS at a time, as they lie in memory; the first that is left. cols: of all blocks
+template <ggml_type TYPE, int N_COLS, int N_ROWS>
+static int64_t mmf_whole_rows(float * dst, size_t stride, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t n_block, int64_t r) {
+    using type = mmf_type<TYPE>;
+    constexpr int64_t n_part = 32*MMF_TILE_BLOCKS/type::SIZE;
+
+    for (; r + N_ROWS <= n_rows; r += N_ROWS) {
+        for (int64_t ib0 = 0; ib0 < n_block; ib0 += n_part) {
+            const char * row = rows + r*nb01 + ib0*sizeof(typename type::block);
+            const char * ahead[N_ROWS];
+            for (int i = 0; i < N_ROWS; ++i) {
+                ahead[i] = row + i*nb01 + MMF_AHEAD;
+            }
+            type::template row<N_COLS, N_ROWS>(dst + r, stride, row, nb01, ahead, cols + ib0/type::cols::BLOCKS, ib0, std::min(ib0 + n_part, n_block));
+        }
+    }
+    return r;
+}
+
+template <ggml_type TYPE, int N_COLS>
+static void mmf_whole_rows(float * dst, size_t stride, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t n_block) {
+    // with few columns the product waits for the memory, which gives most where it is read in order
+    constexpr int N_ROWS = N_COLS < MMF_COLS_OF_ROWS ? 1 : mmf_type<TYPE>::ROWS;
+
+    const int64_t r = mmf_whole_rows<TYPE, N_COLS, N_ROWS>(dst, stride, rows, nb01, n_rows, cols, n_block, 0);
+    mmf_whole_rows<TYPE, N_COLS, 1>(dst, stride, rows, nb01, n_rows, cols, n_block, r);
+}
+
+// calls f with the number of columns of a tile, known when it is compiled
+template <typename F>
+static void mmf_for_cols(int n, F && f) {
+    switch (n) {
+        case 1: f(std::integral_constant<int, 1>()); break;
+        case 2: f(std::integral_constant<int, 2>()); break;
+        case 3: f(std::integral_constant<int, 3>()); break;
+        case 4: f(std::integral_constant<int, 4>()); break;
+        case 5: f(std::integral_constant<int, 5>()); break;
+        case 6: f(std::integral_constant<int, 6>()); break;
+        case 7: f(std::integral_constant<int, 7>()); break;
+        case 8: f(std::integral_constant<int, 8>()); break;
+        default: GGML_ABORT("%d columns in a tile", n);
     }
 }
 
 template <ggml_type TYPE>
 static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
+    using type = mmf_type<TYPE>;
+
     const ggml_tensor * src0 = dst->src[0];
 
     const int64_t n_cols  = ic1 - ic0;
-    const int64_t n_block = src0->ne[0]/mmf_type<TYPE>::SIZE;
+    const int64_t n_block = src0->ne[0]/type::SIZE;
+    const size_t  nb01    = src0->nb[1];
     const size_t  stride  = dst->nb[1]/sizeof(float);
 
-    const char * rows = (const char *) src0->data + ir0*src0->nb[1];
+    const char * rows = (const char *) src0->data + ir0*nb01;
 
-    constexpr int64_t n_tile_block = 32*MMF_TILE_BLOCKS/mmf_type<TYPE>::SIZE;
+    constexpr int64_t n_part = 32*MMF_TILE_BLOCKS/type::SIZE;
+    constexpr size_t  size   = sizeof(typename type::cols)/(MMF_TILE_COLS*type::cols::BLOCKS); // of a block of a column
 
-    static thread_local std::vector<typename mmf_type<TYPE>::cols> laid_out(n_tile_block);
-
-    // a row after the other, as they lie in memory; the sums are those of the tiles below
-    if (n_cols == 1) {
-        laid_out.resize(std::max<size_t>(laid_out.size(), n_block));
-
-        mmf_type<TYPE>::lay_out(laid_out.data(), cols + ic0*row_size, row_size, 1, 0, n_block);
-
-        float * to = (float *) dst->data + ic0*stride + ir0;
-
-        for (int64_t r = 0; r < ir1 - ir0; ++r) {
-            for (int64_t ib0 = 0; ib0 < n_block; ib0 += n_tile_block) {
-                mmf_rows<TYPE, 1>(to + r, stride, rows + r*src0->nb[1], src0->nb[1], 1, laid_out.data() + ib0, ib0, std::min(ib0 + n_tile_block, n_block));
-            }
-        }
-        return;
-    }
+    static thread_local std::vector<typename type::cols> laid_out(n_part);
 
     // tiles of about the same size
     const int64_t n_tile = (n_cols + MMF_TILE_COLS - 1)/MMF_TILE_COLS;
@@ -458,25 +733,25 @@ static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int
     for (int64_t it = 0, c0 = 0; it < n_tile; ++it) {
         const int n = (n_cols - c0)/(n_tile - it);
 
-        float * to = (float *) dst->data + (ic0 + c0)*stride + ir0;
+        const char * from = cols + (ic0 + c0)*row_size;
+        float      * to   = (float *) dst->data + (ic0 + c0)*stride + ir0;
 
-        for (int64_t ib0 = 0; ib0 < n_block; ib0 += n_tile_block) {
-            const int64_t ib1 = std::min(ib0 + n_tile_block, n_block);
+        // the sums of both ways are the same
+        if (n == 1 || n*n_block*size <= MMF_WHOLE) {
+            laid_out.resize(std::max<size_t>(laid_out.size(), n_block));
+            type::lay_out(laid_out.data(), from, row_size, n, 0, n_block);
 
-            mmf_type<TYPE>::lay_out(laid_out.data(), cols + (ic0 + c0)*row_size, row_size, n, ib0, ib1);
+            mmf_for_cols(n, [&](auto n_c) {
+                mmf_whole_rows<TYPE, decltype(n_c)::value>(to, stride, rows, nb01, ir1 - ir0, laid_out.data(), n_block);
+            });
+        } else {
+            for (int64_t ib0 = 0; ib0 < n_block; ib0 += n_part) {
+                const mmf_tile<TYPE> tile = { rows, nb01, ir1 - ir0, ib0, std::min(ib0 + n_part, n_block), n_block };
+                type::lay_out(laid_out.data(), from, row_size, n, tile.ib0, tile.ib1);
 
-            const auto tile = [&](auto f) { f(to, stride, rows, src0->nb[1], ir1 - ir0, laid_out.data(), ib0, ib1); };
-
-            switch (n) {
-                case 1: tile(mmf_rows<TYPE, 1>); break;
-                case 2: tile(mmf_rows<TYPE, 2>); break;
-                case 3: tile(mmf_rows<TYPE, 3>); break;
-                case 4: tile(mmf_rows<TYPE, 4>); break;
-                case 5: tile(mmf_rows<TYPE, 5>); break;
-                case 6: tile(mmf_rows<TYPE, 6>); break;
-                case 7: tile(mmf_rows<TYPE, 7>); break;
-                case 8: tile(mmf_rows<TYPE, 8>); break;
-                default: GGML_ABORT("%d columns in a tile", n);
+                mmf_for_cols(n, [&](auto n_c) {
+                    mmf_rows<TYPE, decltype(n_c)::value>(to, stride, tile, laid_out.data());
+                });
             }
         }
 
