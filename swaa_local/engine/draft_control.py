@@ -25,7 +25,6 @@ Speculate = bool | Literal["auto"]
 MIN_TOKENS = 1024
 """Tokens in the cache before `auto` tries drafts: below, a pass costs what a draft does."""
 
-_MATCH = 3  # tokens that a text must repeat before its continuation is looked up
 _LONGEST_MATCH = 24  # longer ones are compared no further
 _LOOKED_AT = 64  # of the places where it does, the last ones
 _MARGIN = 1.05  # drafts that promise less than this are not made
@@ -44,7 +43,23 @@ class Source(Enum):
     """Where the tokens of a draft are from."""
 
     WINDOW = "the model, reading through its window"
-    LOOKUP = "the text, where it repeats itself"
+    REPEATS_2 = "the text, where it repeats two tokens"
+    REPEATS_3 = "where it repeats three"
+    REPEATS_4 = "where it repeats four to eleven"
+    REPEATS_12 = "where it repeats twelve or more"
+
+
+_REPEATS = {2: Source.REPEATS_2, 3: Source.REPEATS_3, 4: Source.REPEATS_4, 12: Source.REPEATS_12}
+"""By how many tokens are repeated at least: the more, the surer is what follows."""
+
+_PRIOR = {
+    Source.WINDOW: 0.85,
+    Source.REPEATS_2: 0.3,
+    Source.REPEATS_3: 0.5,
+    Source.REPEATS_4: 0.8,
+    Source.REPEATS_12: 0.96,
+}
+"""Shares of drafted tokens that are accepted, until a generation's own are known (docs/results.md)."""
 
 
 def check_speculate(value: Any) -> Speculate:
@@ -54,19 +69,24 @@ def check_speculate(value: Any) -> Speculate:
     raise OutOfRange(f'speculate is {value!r}; it can be True, False or "auto"')
 
 
-def look_up(tokens: np.ndarray) -> np.ndarray:
+def look_up(tokens: np.ndarray) -> tuple[Source, np.ndarray]:
     """What followed where the text last said what `tokens` (1-D) end with; the longest match wins. Often empty."""
-    n = len(tokens)
-    if n <= _MATCH:
-        return tokens[:0]
-    last = np.flatnonzero(tokens[:-1] == tokens[-1])  # few, also of a long text
-    for i in range(1, _MATCH):
-        last = last[last >= i]
-        last = last[tokens[last - i] == tokens[n - 1 - i]]
-    places = last[-_LOOKED_AT:] + 1
+    places = np.flatnonzero(tokens[:-1] == tokens[-1:]) + 1  # few, also of a long text
+    places = _repeating(tokens, places, 2)
+    longer = _repeating(tokens, places, 3)
+    places = longer if len(longer) else places
     if not len(places):
-        return tokens[:0]
-    return tokens[max(places, key=lambda place: (_common_suffix(tokens, int(place)), place)) :][:MAX_DRAFT]
+        return Source.REPEATS_2, tokens[:0]
+    matches = [(_common_suffix(tokens, int(place)), int(place)) for place in places[-_LOOKED_AT:]]
+    length, place = max(matches)
+    source = _REPEATS[max(least for least in _REPEATS if least <= length)]
+    return source, tokens[place:][:MAX_DRAFT]
+
+
+def _repeating(tokens: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
+    """Those of the places behind n tokens that equal the last n; the last n - 1 are known to."""
+    places = places[places >= n]
+    return places[tokens[places - n] == tokens[-n]] if len(places) else places
 
 
 def _common_suffix(tokens: np.ndarray, end: int) -> int:
@@ -175,7 +195,7 @@ class DraftControl:
     def __init__(self, costs: Costs | None) -> None:
         self._measured = costs
         self._drafting_s = self._spent_s = 0.0  # on the draft that is made, and with its pass
-        self._acceptance = {Source.WINDOW: Acceptance(0.85), Source.LOOKUP: Acceptance(0.7)}
+        self._acceptance = {source: Acceptance(prior) for source, prior in _PRIOR.items()}
 
     def plan(self, depth: int, limits: dict[Source, int]) -> Plan:
         """The next draft. limits: the most tokens that each source can give now."""

@@ -109,10 +109,11 @@ class DraftingLlama(LoadedLlama):
         self.input_ids[n_past] = token
         # One ubatch; and of what a ring overwrites, n_ubatch tokens can be taken back.
         limit = min(self._most_drafted, self.n_ctx() - n_past - 1, self.context_params.n_ubatch - 1)
-        found = look_up(self.input_ids[: n_past + 1])[:limit].tolist()
+        repeat, follows = look_up(self.input_ids[: n_past + 1])
+        found = follows[:limit].tolist()
         found = found[: next((i for i, each in enumerate(found) if self.is_end(each)), None)]
         hides = 0 < self.draft_window <= n_past
-        plan = control.plan(n_past, {Source.LOOKUP: len(found), Source.WINDOW: limit if hides else 0})
+        plan = control.plan(n_past, {repeat: len(found), Source.WINDOW: limit if hides else 0})
         tokens = found[: plan.n]
         if plan.n and plan.source is Source.WINDOW:
             started = time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 from swaa_local.engine.draft_control import MAX_DRAFT, MIN_TOKENS, Costs, DraftControl, Source, look_up
 
 DEPTH = 8000
-BOTH = {Source.LOOKUP: 0, Source.WINDOW: MAX_DRAFT}
+BOTH = {Source.REPEATS_4: 0, Source.WINDOW: MAX_DRAFT}
 
 
 def simulate(
@@ -108,14 +108,14 @@ def test_the_less_is_accepted_the_less_is_drafted():
 
 def test_the_better_source_is_taken():
     control = DraftControl(None)
-    limits = {Source.LOOKUP: 8, Source.WINDOW: 8}
+    limits = {Source.REPEATS_4: 8, Source.WINDOW: 8}
     for _ in range(20):
         control.add_outcome(Source.WINDOW, 8, 8)
-        control.add_outcome(Source.LOOKUP, 0, 1)
+        control.add_outcome(Source.REPEATS_4, 0, 1)
     assert control.plan(50, limits).source is Source.WINDOW
     for _ in range(20):
-        control.add_outcome(Source.LOOKUP, 8, 8)
-    assert control.plan(50, limits).source is Source.LOOKUP
+        control.add_outcome(Source.REPEATS_4, 8, 8)
+    assert control.plan(50, limits).source is Source.REPEATS_4
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,47 @@ def test_the_better_source_is_taken():
         ("1abcdX abceX1abc", "dX abceX1abc"),  # but a longer match first
         ("aaaa", "a"),
         ("abcXabd", ""),
+        ("abcXYbc", "XYbc"),
+        ("1abcX 2bcY 3bcZ1abc", "X 2bcY 3bcZ1abc"),
+        ("abcX" + "bcY" * 70 + "abc", "X" + "bcY" * 70 + "abc"),  # the longer match, behind however many shorter ones
         ("abc", ""),
         ("", ""),
     ],
 )
 def test_what_followed_the_last_time(text, follows):
     tokens = np.array([ord(letter) for letter in text], dtype=np.intc)
-    assert "".join(map(chr, look_up(tokens))) == follows[:MAX_DRAFT]
+    assert "".join(map(chr, look_up(tokens)[1])) == follows[:MAX_DRAFT]
+
+
+@pytest.mark.parametrize(
+    ("repeated", "source"),
+    [
+        (2, Source.REPEATS_2),
+        (3, Source.REPEATS_3),
+        (4, Source.REPEATS_4),
+        (11, Source.REPEATS_4),
+        (12, Source.REPEATS_12),
+        (30, Source.REPEATS_12),
+    ],
+)
+def test_the_source_says_how_much_is_repeated(repeated, source):
+    said = list(range(100, 100 + repeated))
+    assert look_up(np.array([1, *said, 2, 3, *said], dtype=np.intc))[0] is source
+
+
+def test_what_is_surer_is_drafted_further():
+    """Costs of a CPU: each further token of a pass costs a third of a decoded one."""
+    costs = Costs()
+    costs.at(DEPTH)
+    for n in (1, 2, 4, 8):
+        for _ in range(5):
+            costs.add_pass(n, 1 + 0.33 * (n - 1))
+    costs.since_decode = 0
+    control = DraftControl(costs)
+    lengths = [
+        control.plan(DEPTH, {source: 7, Source.WINDOW: 0}).n
+        for source in (Source.REPEATS_3, Source.REPEATS_4, Source.REPEATS_12)
+    ]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < 3
+    assert lengths[2] == 7
