@@ -77,8 +77,10 @@ def look_up(tokens: np.ndarray) -> tuple[Source, np.ndarray]:
     places = longer if len(longer) else places
     if not len(places):
         return Source.REPEATS_2, tokens[:0]
-    matches = [(_common_suffix(tokens, int(place)), int(place)) for place in places[-_LOOKED_AT:]]
-    length, place = max(matches)
+    places = places[-_LOOKED_AT:]
+    lengths = _common_suffixes(tokens, places)
+    length = lengths.max()
+    place = places[lengths == length][-1]
     source = _REPEATS[max(least for least in _REPEATS if least <= length)]
     return source, tokens[place:][:MAX_DRAFT]
 
@@ -89,11 +91,12 @@ def _repeating(tokens: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
     return places[tokens[places - n] == tokens[-n]] if len(places) else places
 
 
-def _common_suffix(tokens: np.ndarray, end: int) -> int:
-    """Tokens before `end` that equal the last ones."""
-    n = min(end, _LONGEST_MATCH)
-    differ = np.flatnonzero(tokens[end - n : end][::-1] != tokens[-n:][::-1])
-    return int(differ[0]) if len(differ) else n
+def _common_suffixes(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many tokens before each of these places equal the last ones."""
+    back = np.arange(1, min(_LONGEST_MATCH, len(tokens) - 1) + 1)
+    at = places[:, None] - back
+    same = (tokens[np.maximum(at, 0)] == tokens[len(tokens) - back]) & (at >= 0)
+    return np.where(same.all(axis=1), len(back), same.argmin(axis=1))
 
 
 class Acceptance:
