@@ -55,7 +55,8 @@ READING: dict[str, tuple[str, Any]] = {
 
 
 class CtrlC:
-    """Sends SIGINT at the nth line of swaa_local's engine that runs while this is open; n_lines: that ran."""
+    """Sends SIGINT at the nth line of swaa_local's engine that runs while this is open, and takes the KeyboardInterrupt
+    that comes of it; n_lines: that ran."""
 
     def __init__(self, nth: int) -> None:
         self._nth = nth
@@ -69,8 +70,9 @@ class CtrlC:
         sys.settrace(self._called)
         return self
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> bool:
         sys.settrace(None)
+        return kind is KeyboardInterrupt and self.came
 
     def _called(self, frame: FrameType, _event: str, _arg: Any) -> Any:
         # `generate` does nothing but hand over: Python looks for signals in what it calls.
@@ -123,6 +125,15 @@ def answer(llm: Llama, prompt: list[int], n: int = N_SAID) -> list[int]:
     return list(islice(llm.generate(prompt, temp=0.0), n))
 
 
+def drafting(load: Callable[..., Llama], name: str, n: int = N_SAID) -> tuple[Llama, Llama, list[int]]:
+    """A model that drafts so, another of the same, and what it says to the prompt, n tokens. It begins anew."""
+    kind, swaa, options = DRAFTING[name]
+    llm, other = load(kind, swaa, speculate=True, **options), load(kind, swaa, **options)
+    said = answer(llm, PROMPT, n)
+    llm.reset()
+    return llm, other, said
+
+
 def interrupt_everywhere(interrupted: Callable[[CtrlC], None], most: int) -> None:
     """At `most` lines, evenly among those that there are."""
     counting = CtrlC(sys.maxsize)
@@ -136,11 +147,7 @@ def interrupt_everywhere(interrupted: Callable[[CtrlC], None], most: int) -> Non
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", DRAFTING)
 def test_ctrl_c_between_the_steps_of_a_draft(load, name):
-    kind, swaa, options = DRAFTING[name]
-    llm = load(kind, swaa, speculate=True, **options)
-    other = load(kind, swaa, **options)
-    said = answer(llm, PROMPT, 40)
-    text = PROMPT + said
+    llm, other, said = drafting(load, name, 40)
 
     def interrupted(ctrl_c: CtrlC) -> None:
         """In three tokens, with drafts that are in the cells, and at the end."""
@@ -149,15 +156,12 @@ def test_ctrl_c_between_the_steps_of_a_draft(load, name):
         found = [next(steps)]
         while not llm._ahead:
             found.append(next(steps))
-        try:
-            with ctrl_c:
-                found += list(islice(steps, 3))
-                steps.close()
-        except KeyboardInterrupt:
-            assert ctrl_c.came
+        with ctrl_c:
+            found += list(islice(steps, 3))
+            steps.close()
         del steps
         assert found == said[: len(found)]
-        check(llm, other, [text])
+        check(llm, other, [PROMPT + said])
 
     interrupt_everywhere(interrupted, 300)
     assert answer(llm, PROMPT, 40) == said
@@ -174,11 +178,8 @@ def test_ctrl_c_while_a_prompt_is_taken_up_and_read(load, name):
 
     def interrupted(ctrl_c: CtrlC) -> None:
         answer(llm, PROMPT, 3)
-        try:
-            with ctrl_c:
-                answer(llm, OTHER, 3)
-        except KeyboardInterrupt:
-            assert ctrl_c.came
+        with ctrl_c:
+            answer(llm, OTHER, 3)
         check(llm, other, [OTHER + said, before])
 
     interrupt_everywhere(interrupted, 150)
@@ -196,13 +197,10 @@ def test_ctrl_c_while_a_state_is_taken_or_a_schedule_changed(load, name):
     def interrupted(ctrl_c: CtrlC) -> None:
         answer(llm, PROMPT, 2)
         held = llm.input_ids[: llm.n_tokens].tolist()
-        try:
-            with ctrl_c:
-                llm.load_state(state)
-                llm.save_state()
-                llm.set_schedule(SWAAConfig(48, 4, True))
-        except KeyboardInterrupt:
-            assert ctrl_c.came
+        with ctrl_c:
+            llm.load_state(state)
+            llm.save_state()
+            llm.set_schedule(SWAAConfig(48, 4, True))
         n = llm.n_tokens
         assert llm.input_ids[:n].tolist() in (held, whole, [])
         assert last_position(llm) == n - 1 or n == 0
@@ -218,10 +216,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("name", DRAFTING)
 @pytest.mark.parametrize("nth", range(12))
 def test_an_engine_that_fails_in_the_middle_of_a_draft(load, monkeypatch, name, nth):
-    kind, swaa, options = DRAFTING[name]
-    llm, other = load(kind, swaa, speculate=True, **options), load(kind, swaa, **options)
-    said = answer(llm, PROMPT)
-    llm.reset()
+    llm, other, said = drafting(load, name)
     steps = llm.generate(PROMPT, temp=0.0)
     found = [next(steps)]
     real, left = C.llama_decode, nth
@@ -243,10 +238,7 @@ def test_an_engine_that_fails_in_the_middle_of_a_draft(load, monkeypatch, name, 
 @pytest.mark.parametrize("name", DRAFTING)
 @pytest.mark.parametrize("who", ["processor", "criterion"])
 def test_a_callback_that_raises_while_drafts_are_there(load, name, who):
-    kind, swaa, options = DRAFTING[name]
-    llm, other = load(kind, swaa, speculate=True, **options), load(kind, swaa, **options)
-    said = answer(llm, PROMPT, 40)
-    text = PROMPT + said
+    llm, other, said = drafting(load, name, 40)
 
     def call(tokens: Any, scores: Any) -> Any:
         if llm._ahead and len(tokens) > len(PROMPT) + 2:
@@ -257,18 +249,15 @@ def test_a_callback_that_raises_while_drafts_are_there(load, name, who):
     given: dict[str, Any] = (
         {"logits_processor": processors} if who == "processor" else {"stopping_criteria": StoppingCriteriaList([call])}
     )
-    llm.reset()
     with pytest.raises(Stop):
         list(islice(llm.generate(PROMPT, temp=0.0, **given), 40))
-    check(llm, other, [text])
+    check(llm, other, [PROMPT + said])
 
 
 @pytest.mark.parametrize("name", DRAFTING)
 def test_a_generation_that_is_left(load, name):
     """At any token: the drafts that are in the cells go with it."""
-    kind, swaa, options = DRAFTING[name]
-    llm, other = load(kind, swaa, speculate=True, **options), load(kind, swaa, **options)
-    said = answer(llm, PROMPT, 30)
+    llm, other, said = drafting(load, name, 30)
     n_with_drafts = 0
     for n in range(1, 30):
         llm.reset()
