@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def main() -> None:
     parser.add_argument("--speculate", choices=["auto", "on", "off"], default="auto", help="off shows the noise")
     parser.add_argument("-r", "--pairs", type=int, default=2, help="of each text, question and temperature")
     parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, for a busy machine; with -t 1")
     args = parser.parse_args()
+
+    if args.cpu_time:
+        time.perf_counter = time.process_time  # for `auto` as well
 
     from swaa_local import Llama, SWAAConfig
 
