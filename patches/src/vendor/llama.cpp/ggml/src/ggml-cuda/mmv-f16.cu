@@ -9,6 +9,15 @@ static constexpr int MMV_F16_NBLOCKS_SM = 3;     // what registers allow
 static constexpr int MMV_F16_MAX_ROWS   = 4;     // of a warp
 static constexpr int MMV_F16_MAX_COLS   = 12000; // shared memory of a block: 48 kB
 
+// weights are read once and should push nothing out
+static __device__ __forceinline__ int4 mmv_f16_load(const half * ptr, const int i) {
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+    return ((const int4 *) ptr)[i];
+#else
+    return __ldcs((const int4 *) ptr + i);
+#endif // defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+}
+
 // n8: columns in groups of 8. nload: groups that a thread has on their way
 template <int nload, bool has_gate, bool has_norm>
 __launch_bounds__(MMV_F16_NWARPS*WARP_SIZE, MMV_F16_NBLOCKS_SM)
@@ -51,9 +60,9 @@ static __global__ void mul_mat_vec_f16(
     int4 gr[has_gate ? nload : 1];
 
     auto load = [&](const int u, const int i) {
-        xr[u] = i < n8 ? __ldcs((const int4 *) x + i) : make_int4(0, 0, 0, 0);
+        xr[u] = i < n8 ? mmv_f16_load(x, i) : make_int4(0, 0, 0, 0);
         if constexpr (has_gate) {
-            gr[u] = i < n8 ? __ldcs((const int4 *) gate + i) : make_int4(0, 0, 0, 0);
+            gr[u] = i < n8 ? mmv_f16_load(gate, i) : make_int4(0, 0, 0, 0);
         }
     };
 
