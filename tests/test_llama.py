@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -486,7 +487,9 @@ def test_ctrl_c_while_llama_cpp_computes(exact, swaa):
 
     def prefill_over_and_over():
         while True:
-            next(llm.generate(TOKENS[:600]))
+            # Closed by name: Python drops what is raised while it collects a generator.
+            with closing(llm.generate(TOKENS[:600])) as generation:
+                next(generation)
             llm.reset()
 
     with pytest.raises(KeyboardInterrupt):

@@ -89,6 +89,33 @@ def test_accepted_drafts_save_passes(load):
     assert run.accepted_tokens > N / 3
 
 
+def test_a_draft_that_ends_at_once_is_not_tried_for_each_token(load, monkeypatch):
+    """As where the model wants to end and may not. Nothing is checked then, so only its time can tell."""
+    llm = load(n_ctx=2048)
+    tries, draft = [], llm._draft
+    monkeypatch.setattr(llm, "_draft", lambda token, n: (tries.append(n), draft(token, n))[1][:0])
+    plain = say(llm, False, n=200, tokens=random_tokens(1100), temp=0.0)
+    assert say(llm, "auto", n=200, tokens=random_tokens(1100), temp=0.0) == plain
+    assert 0 < len(tries) < 20
+
+
+@pytest.mark.skipif(not EXACT, reason="passes are exact on x86 CPUs")
+def test_no_pass_needs_more_cells_than_its_first_token(load, monkeypatch):
+    """Attention would be divided between threads otherwise, and its sums with it."""
+    llm = load()
+    passes, decode = [], llm._decode
+    monkeypatch.setattr(
+        llm,
+        "_decode",
+        lambda tokens, *rest, **more: (passes.append((llm.n_tokens, len(tokens))), decode(tokens, *rest, **more))[1],
+    )
+    say(llm, True, n=250, temp=0.0)
+    checked = [(at, n) for at, n in passes if at >= len(TOKENS) and n > 1]
+    assert len(checked) > 20
+    assert checked[0][0] < 512 < checked[-1][0]
+    assert all(at // 256 == (at + n - 1) // 256 for at, n in checked)
+
+
 def test_the_distribution_is_that_of_full_attention(load):
     """Of the second and third token, over many seeds, where the drafts are often wrong: Pearson's chi squared."""
     llm, n_runs = load(draft_window=16), 500

@@ -26,6 +26,10 @@ _EXACT_PASS = 8
 """Tokens that the CPU's attention reads with one kernel, in which a token's bits are those of a pass of its own
 (FA_DECODE_MAX_TOKENS of flash-attn-decode.cpp)."""
 
+_CELLS_STEP = 256
+"""Attention reads so many cells more at a time, and how they are divided between threads follows from their number: a
+pass that needs a further step would sum up otherwise."""
+
 
 @dataclass
 class Ahead:
@@ -109,6 +113,8 @@ class DraftingLlama(LoadedLlama):
         self.input_ids[n_past] = token
         # One ubatch; and of what a ring overwrites, n_ubatch tokens can be taken back.
         limit = min(self._most_drafted, self.n_ctx() - n_past - 1, self.context_params.n_ubatch - 1)
+        if self._is_exact:
+            limit = min(limit, -(n_past + 1) % _CELLS_STEP)
         repeat, follows = look_up(self.input_ids[: n_past + 1])
         found = follows[:limit].tolist()
         found = found[: next((i for i, each in enumerate(found) if self.is_end(each)), None)]
@@ -125,15 +131,21 @@ class DraftingLlama(LoadedLlama):
                 self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
                 _c.llama_synchronize(self.ctx)
             control.add_pass(1 + len(tokens), time.perf_counter() - started)
+            if plan.n and not tokens:  # nothing came of the draft: it counts, or each token would try it again
+                control.add_outcome(plan.source, 0, 1)
             if tokens:
                 self._ahead = Ahead(self.n_tokens, plan.source, tokens)
                 if self._clock:
                     self._clock.drafted_tokens += len(tokens)
 
     @functools.cached_property
+    def _is_exact(self) -> bool:
+        """Whether a pass of several tokens is to give each the bits that it has alone: on CPUs."""
+        return gpu_layers(self.model_params.n_gpu_layers, workers=bool(self.rpc_servers)) == 0
+
+    @property
     def _most_drafted(self) -> int:
-        on_gpu = gpu_layers(self.model_params.n_gpu_layers, workers=bool(self.rpc_servers)) > 0
-        return MAX_DRAFT if on_gpu else _EXACT_PASS - 1
+        return _EXACT_PASS - 1 if self._is_exact else MAX_DRAFT
 
     @contextmanager
     def _threads_of_decode(self) -> Iterator[None]:

@@ -834,7 +834,8 @@ const llama_kv_cache_context * llama_kv_cache_swaa_context::get_own() const {
 }
 
 uint32_t llama_kv_cache_swaa_context::get_graph_kind() const {
-    return get_phase() == LLAMA_SWAA_PHASE_DRAFT;
+    // what the second scheduler allocates is not reserved, so that it is kept small
+    return get_phase() == LLAMA_SWAA_PHASE_DRAFT && get_ubatch().n_tokens <= 8;
 }
 
 llama_swaa_phase llama_kv_cache_swaa_context::get_phase() const {

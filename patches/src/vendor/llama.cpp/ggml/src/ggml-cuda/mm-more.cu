@@ -30,6 +30,11 @@ static bool mm_more_available() {
     return GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_HOPPER;
 }
 
+static bool mm_more_is_weight(const ggml_tensor * tensor) {
+    return tensor->op == GGML_OP_NONE && tensor->view_src == nullptr && tensor->buffer != nullptr &&
+        ggml_backend_buffer_get_usage(tensor->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+}
+
 static bool mm_more_get_unit(const ggml_cgraph * cgraph, int node_idx, mm_more_unit & unit) {
     ggml_tensor * mm = cgraph->nodes[node_idx];
 
@@ -40,8 +45,7 @@ static bool mm_more_get_unit(const ggml_cgraph * cgraph, int node_idx, mm_more_u
     const ggml_tensor * src0 = mm->src[0];
     const ggml_tensor * src1 = mm->src[1];
 
-    if (src0->op != GGML_OP_NONE || src0->view_src != nullptr || src0->buffer == nullptr ||
-            ggml_backend_buffer_get_usage(src0->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+    if (!mm_more_is_weight(src0)) {
         return false;
     }
     if (ggml_nrows(src1) != 1 || src0->ne[2]*src0->ne[3] != 1 || src0->ne[1] % MM_MORE_ROWS != 0 || !ggml_is_contiguous(src0)) {
@@ -58,8 +62,17 @@ static bool mm_more_get_unit(const ggml_cgraph * cgraph, int node_idx, mm_more_u
         const ggml_tensor * bias = add->src[0] == mm ? add->src[1] : add->src[0];
 
         // only what is known already can be added
-        if (bias->op == GGML_OP_NONE && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) && ggml_are_same_shape(bias, mm)) {
+        if (mm_more_is_weight(bias) && bias->type == GGML_TYPE_F32 && ggml_is_contiguous(bias) && ggml_are_same_shape(bias, mm)) {
             unit = { mm, bias, add, 2 };
+            return true;
+        }
+    }
+
+    // what else is added to the product, or scales it, is fused with it elsewhere
+    if (node_idx + 1 < cgraph->n_nodes) {
+        const ggml_tensor * next = cgraph->nodes[node_idx + 1];
+        if ((next->op == GGML_OP_ADD || next->op == GGML_OP_MUL) && (next->src[0] == mm || next->src[1] == mm)) {
+            return false;
         }
     }
 
@@ -80,7 +93,7 @@ static bool mm_more_get_norm(const ggml_cgraph * cgraph, int node_idx, mm_more_n
     memcpy(&norm.eps, rms->op_params, sizeof(float));
 
     return ggml_nrows(norm.x) == 1 && norm.x->type == GGML_TYPE_F32 && ggml_is_contiguous(norm.x) &&
-        norm.w->op == GGML_OP_NONE && norm.w->type == GGML_TYPE_F32 && ggml_is_contiguous(norm.w) &&
+        mm_more_is_weight(norm.w) && norm.w->type == GGML_TYPE_F32 && ggml_is_contiguous(norm.w) &&
         ggml_are_same_shape(norm.w, norm.x) && (mul->flags & GGML_TENSOR_FLAG_OUTPUT) == 0;
 }
 
@@ -127,7 +140,8 @@ void ggml_cuda_mm_more_reorder(ggml_cgraph * cgraph) {
 }
 
 int ggml_cuda_mm_more_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int node_idx) {
-    if (!mm_more_available()) {
+    // a stream of its own for each product is upstream's way, see GGML_CUDA_GRAPH_OPT
+    if (!mm_more_available() || ctx.curr_stream_no != 0) {
         return 0;
     }
 
