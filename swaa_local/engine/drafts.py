@@ -21,14 +21,11 @@ from swaa_local.engine.interrupt import DeferInterrupt
 from swaa_local.engine.run_stats import RunClock
 from swaa_local.engine.upstream import LoadedLlama
 from swaa_local.schedule.config import MAX_DRAFT
+from swaa_local.schedule.cost import CELL_PADDING
 
 _EXACT_PASS = 8
 """Tokens that the CPU's attention reads with one kernel, in which a token's bits are those of a pass of its own
 (FA_DECODE_MAX_TOKENS of flash-attn-decode.cpp)."""
-
-_CELLS_STEP = 256
-"""Attention reads so many cells more at a time, and how they are divided between threads follows from their number: a
-pass that needs a further step would sum up otherwise."""
 
 
 @dataclass
@@ -113,8 +110,8 @@ class DraftingLlama(LoadedLlama):
         self.input_ids[n_past] = token
         # One ubatch; and of what a ring overwrites, n_ubatch tokens can be taken back.
         limit = min(self._most_drafted, self.n_ctx() - n_past - 1, self.context_params.n_ubatch - 1)
-        if self._is_exact:
-            limit = min(limit, -(n_past + 1) % _CELLS_STEP)
+        if self._is_exact:  # threads divide the cells by their padded number, which is to be that of this token alone
+            limit = min(limit, -(n_past + 1) % CELL_PADDING)
         repeat, follows = look_up(self.input_ids[: n_past + 1])
         found = follows[:limit].tolist()
         found = found[: next((i for i, each in enumerate(found) if self.is_end(each)), None)]
@@ -131,12 +128,12 @@ class DraftingLlama(LoadedLlama):
                 self._decode([token, *tokens], log, 1 + len(tokens), n_ahead=len(tokens))
                 _c.llama_synchronize(self.ctx)
             control.add_pass(1 + len(tokens), time.perf_counter() - started)
-            if plan.n and not tokens:  # nothing came of the draft: it counts, or each token would try it again
-                control.add_outcome(plan.source, 0, 1)
             if tokens:
                 self._ahead = Ahead(self.n_tokens, plan.source, tokens)
                 if self._clock:
                     self._clock.drafted_tokens += len(tokens)
+            elif plan.n:  # nothing came of the draft: it counts, or each token would try it again
+                control.add_outcome(plan.source, 0, 1)
 
     @functools.cached_property
     def _is_exact(self) -> bool:
