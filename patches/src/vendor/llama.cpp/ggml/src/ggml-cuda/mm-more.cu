@@ -25,7 +25,7 @@ struct mm_more_norm {
     float               eps = 0.0f;
 };
 
-static bool mm_more_available() {
+bool ggml_cuda_mm_more_available() {
     const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
     return GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_HOPPER;
 }
@@ -109,7 +109,7 @@ static bool mm_more_overlap(const ggml_tensor * a, const ggml_tensor * b) {
 }
 
 void ggml_cuda_mm_more_reorder(ggml_cgraph * cgraph) {
-    if (!mm_more_available()) {
+    if (!ggml_cuda_mm_more_available()) {
         return;
     }
 
@@ -141,7 +141,7 @@ void ggml_cuda_mm_more_reorder(ggml_cgraph * cgraph) {
 
 int ggml_cuda_mm_more_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int node_idx) {
     // a stream of its own for each product is upstream's way, see GGML_CUDA_GRAPH_OPT
-    if (!mm_more_available() || ctx.curr_stream_no != 0) {
+    if (!ggml_cuda_mm_more_available() || ctx.curr_stream_no != 0) {
         return 0;
     }
 

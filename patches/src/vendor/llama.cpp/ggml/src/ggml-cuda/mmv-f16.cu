@@ -1,4 +1,5 @@
 #include "mmv-f16.cuh"
+#include "mm-more.cuh"
 #include "unary.cuh"
 
 // A warp computes rows one after the other. The vector is held in shared memory, in two halves so that a warp reads it
@@ -215,12 +216,7 @@ static void mul_mat_vec_f16_cuda(
 }
 
 bool ggml_cuda_should_use_mmv_f16(const ggml_tensor * src0, const ggml_tensor * src1) {
-    const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
-    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || cc < GGML_CUDA_CC_HOPPER) {
-        return false;
-    }
-
-    return src0->type == GGML_TYPE_F16 && src0->buffer != nullptr &&
+    return ggml_cuda_mm_more_available() && src0->type == GGML_TYPE_F16 && src0->buffer != nullptr &&
         ggml_backend_buffer_get_usage(src0->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS &&
         src0->ne[0] % 8 == 0 && src0->ne[0] <= MMV_F16_MAX_COLS && src0->ne[2]*src0->ne[3] == 1 && ggml_is_contiguous(src0) &&
         ggml_nrows(src1) == 1 && ggml_is_contiguous(src1) &&
