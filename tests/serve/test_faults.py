@@ -125,6 +125,14 @@ def test_a_request_that_is_not_sent_to_its_end_is_given_up(tiny_model: Path) -> 
                 assert not answer or answer.startswith(b"HTTP/1.1 4"), (name, answer)
 
 
+def bytes_on_the_way(port: int) -> int:
+    """What was sent through a port of this machine and not read yet, in both directions (proc(5), /proc/net/tcp)."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    queues = [row[4].split(":") for row in rows if f":{port:04X}" in (row[1][-5:], row[2][-5:])]
+    return sum(int(count, 16) for pair in queues for count in pair)
+
+
+@linux
 def test_large_requests_that_stay_open_keep_no_small_one_out(tiny_model: Path) -> None:
     """As much as the server holds is sent and not ended: another large one waits its turn, small ones do not."""
     with serving(tiny_model, "-c", "512", "-np", "1") as running:
@@ -133,6 +141,7 @@ def test_large_requests_that_stay_open_keep_no_small_one_out(tiny_model: Path) -
             connection = target_of(running).connect()
             connection.sendall(target_of(running).head("POST", "/completion", 15 << 20) + b" " * (14 << 20))
             connections.append(connection)
+        wait_until(lambda: bytes_on_the_way(target_of(running).port) == 0, "the server has read them")
         status, answer = target_of(running).ask("POST", "/completion", b" " * (15 << 20))
         assert status in (503, CUT_OFF), answer[:200]
         soak.check()
