@@ -1,4 +1,4 @@
-"""One flash attention op of ggml's CPU backend, called through its C API, and the same op in numpy.
+"""One flash attention op of ggml, on the CPU or on another device, through its C API, and the same op in numpy.
 
 The oracle reads the very values that the cache holds (gguf-py's dequantization, not ggml's) and works in float64.
 """
@@ -17,6 +17,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as GT
 from gguf.quants import dequantize, quantize
 from llama_cpp.llama_cpp import _lib
+
+from tests.support.engine import GPU_LAYERS
 
 RNG = np.random.default_rng(7)
 NP_TYPES = {GT.F32: np.float32, GT.F16: np.float16}
@@ -59,6 +61,16 @@ _flash = _declare("ggml_flash_attn_ext", c_void_p, *[c_void_p] * 5, c_float, c_f
 _add_sinks = _declare("ggml_flash_attn_ext_add_sinks", None, c_void_p, c_void_p)
 _new_graph = _declare("ggml_new_graph", c_void_p, c_void_p)
 _expand = _declare("ggml_build_forward_expand", None, c_void_p, c_void_p)
+# enum ggml_backend_dev_type
+DEVICE_CPU, DEVICE_GPU = 0, 1
+_device_by_type = _declare("ggml_backend_dev_by_type", c_void_p, c_int)
+_device_init = _declare("ggml_backend_dev_init", c_void_p, c_void_p, ctypes.c_char_p)
+_alloc = _declare("ggml_backend_alloc_ctx_tensors", c_void_p, c_void_p, c_void_p)
+_set = _declare("ggml_backend_tensor_set", None, c_void_p, c_void_p, c_size_t, c_size_t)
+_get = _declare("ggml_backend_tensor_get", None, c_void_p, c_void_p, c_size_t, c_size_t)
+_compute_backend = _declare("ggml_backend_graph_compute", c_int, c_void_p, c_void_p)
+_free_buffer = _declare("ggml_backend_buffer_free", None, c_void_p)
+_free_backend = _declare("ggml_backend_free", None, c_void_p)
 _cpu = _cpu_library()
 _compute = _declare("ggml_graph_compute_with_ctx", c_int, c_void_p, c_void_p, c_int, library=_cpu)
 _cpu_init = _declare("ggml_cpu_init", None, library=_cpu)
@@ -167,30 +179,56 @@ _plan = _declare("ggml_graph_plan", _Plan, c_void_p, c_int, c_void_p, library=_c
 
 def work_bytes(case: Case, n_threads: int) -> int:
     """Scratch memory that the op asks for."""
-    with _built(case) as (_context, graph, _out):
+    with _built(case) as (_context, graph, _out, _values):
         return int(_plan(graph, n_threads, None).work_size)
 
 
 def compute(case: Case, n_threads: int = 1, data: Inputs | None = None) -> np.ndarray[Any, Any]:
     """The op on the CPU backend, shaped like `expected`; data: instead of the case's own inputs."""
-    with _built(case, data) as (context, graph, out):
+    with _built(case, data) as (context, graph, out, _values):
         assert _compute(context, graph, n_threads) == 0
         shape = (case.n_stream, case.n_tokens, case.n_head, case.head_v)
         return np.ctypeslib.as_array(ctypes.cast(_data(out), POINTER(c_float)), shape).astype(np.float64)
 
 
+def compute_on_device(case: Case) -> np.ndarray[Any, Any]:
+    """The op on the device that the engine's tests use (GPU_LAYERS), shaped like `expected`."""
+    _lib.llama_backend_init()
+    backend = _device_init(_device_by_type(DEVICE_GPU if GPU_LAYERS else DEVICE_CPU), None)
+    assert backend
+    buffer = None
+    try:
+        with _built(case, on_device=True) as (context, graph, out, values):
+            buffer = _alloc(context, backend)
+            assert buffer
+            for tensor, packed in values:
+                _set(tensor, packed.ctypes.data, 0, packed.nbytes)
+            assert _compute_backend(backend, graph) == 0
+            got = np.empty((case.n_stream, case.n_tokens, case.n_head, case.head_v), np.float32)
+            _get(out, got.ctypes.data, 0, got.nbytes)
+            return got.astype(np.float64)
+    finally:
+        _free_buffer(buffer)
+        _free_backend(backend)
+
+
 @contextmanager
-def _built(case: Case, data: Inputs | None = None) -> Iterator[tuple[int, int, int]]:
-    """Context, graph and output of the op."""
+def _built(
+    case: Case, data: Inputs | None = None, *, on_device: bool = False
+) -> Iterator[tuple[int, int, int, list[tuple[int, np.ndarray[Any, Any]]]]]:
+    """Context, graph and output of the op, and the values of its inputs; for a device these are to be set."""
     _cpu_init()
     data = data or inputs(case)
-    context = _init(_InitParams(64 * 2**20, None, False))
+    context = _init(_InitParams(64 * 2**20, None, on_device))
+    values: list[tuple[int, np.ndarray[Any, Any]]] = []
     try:
 
         def tensor(array: np.ndarray[Any, Any], kind: GT, shape: tuple[int, ...]) -> int:
             made: int = _new_tensor(context, kind, len(shape), (c_int64 * len(shape))(*reversed(shape)))
             packed = np.ascontiguousarray(array)
-            ctypes.memmove(_data(made), packed.ctypes.data, packed.nbytes)
+            values.append((made, packed))
+            if not on_device:
+                ctypes.memmove(_data(made), packed.ctypes.data, packed.nbytes)
             return made
 
         def cache(values: np.ndarray[Any, Any], kind: GT) -> int:
@@ -208,7 +246,7 @@ def _built(case: Case, data: Inputs | None = None) -> Iterator[tuple[int, int, i
             _add_sinks(out, tensor(data.sinks, GT.F32, data.sinks.shape))
         graph = _new_graph(context)
         _expand(graph, out)
-        yield context, graph, out
+        yield context, graph, out, values
     finally:
         _free(context)
 
