@@ -1,7 +1,8 @@
 """Matrices of every type, in passes of one and of several tokens, against numpy with the rounded weights.
 
 Passes of one token take kernels of their own, and on CUDA one kernel for all products with the same vector (Q, K and V
-of a layer, with their biases).
+of a layer, with their biases). There a warp takes several rows where a GPU has fewer warps than the matrices have rows,
+and several turns for a row of more than 2048 columns: `WIDE` is of the size of a real model's layer.
 """
 
 from __future__ import annotations
@@ -38,18 +39,22 @@ ARCHES = ("llama", "qwen2", "qwen3", "qwen3moe")
 TOKENS = random_tokens(72)
 PROMPT = 40
 SCHEDULE = Sched(24, 4, (ALWAYS, FULL, PREFILL, ALWAYS))
+WIDE = {"n_layer": 1, "n_embd": 2560, "n_head": 40, "n_head_kv": 8, "head_dim": 128, "n_ff": 12288}
 
 
 @functools.cache
 def reference(arch: str, kind: str) -> np.ndarray:
     """Logits with the matrices as the file has them."""
     shape = TinyShape(arch=arch)
+    return forward(TOKENS, SCHEDULE, PROMPT, shape=shape, weights=as_in_the_file(tiny_weights(shape), kind))
+
+
+def as_in_the_file(weights: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     to = gguf.GGMLQuantizationType[kind]
-    weights = {
+    return {
         name: gguf.quants.dequantize(gguf.quants.quantize(array, to), to) if is_matrix(name) else array
-        for name, array in tiny_weights(shape).items()
+        for name, array in weights.items()
     }
-    return forward(TOKENS, SCHEDULE, PROMPT, shape=shape, weights=weights)
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -73,3 +78,14 @@ def test_passes_of_one_token_and_of_several_agree(tmp_path: Path, kind: str) -> 
             runs.append(np.concatenate([first, *rest]))
     for run in runs[1:]:
         assert worst_ratio(run, runs[0]) < LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_matrices_as_large_as_a_real_model_s(tmp_path: Path, kind: str) -> None:
+    weights = tiny_weights(TinyShape(**WIDE))
+    path = write_tiny_gguf(tmp_path / "model.gguf", weights=weights, weight_type=kind, **WIDE)
+    schedule, tokens, prompt = Sched(8, 2, (ALWAYS,)), TOKENS[:20], 12
+    with EngineModel(path, schedule) as model, model.context(n_batch=64, n_ubatch=32) as ctx:
+        got = ctx.run(tokens, prompt)
+    want = forward(tokens, schedule, prompt, shape=TinyShape(**WIDE), weights=as_in_the_file(weights, kind))
+    assert worst_ratio(got, want) < LIMITS[kind]

@@ -833,8 +833,7 @@ const llama_kv_cache_context * llama_kv_cache_swaa_context::get_own() const {
     return static_cast<const llama_kv_cache_context *>(ctx_own.get());
 }
 
-uint32_t llama_kv_cache_swaa_context::get_graph_kind() const {
-    // what the second scheduler allocates is not reserved, so that it is kept small
+bool llama_kv_cache_swaa_context::has_graph_aside() const {
     return get_phase() == LLAMA_SWAA_PHASE_DRAFT && get_ubatch().n_tokens <= 8;
 }
 

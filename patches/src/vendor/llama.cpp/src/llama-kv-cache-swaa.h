@@ -268,7 +268,7 @@ public:
     const llama_ubatch & get_ubatch() const override;
 
     // drafts and the passes that check them take turns
-    uint32_t get_graph_kind() const override;
+    bool has_graph_aside() const override;
 
     // see llama-graph-swaa.h
     std::unique_ptr<llm_graph_input_attn_kv> build_attn_inp_kv(

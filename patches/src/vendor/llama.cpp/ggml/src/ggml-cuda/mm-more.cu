@@ -123,6 +123,12 @@ void ggml_cuda_mm_more_reorder(ggml_cgraph * cgraph) {
         int end    = i + first.n_nodes;
 
         for (int j = end; j < std::min(i + MM_MORE_RANGE, cgraph->n_nodes) && n_more < GGML_CUDA_MM_MAX_MORE; ++j) {
+            // gate and up are one kernel with their activation where they are
+            if (ggml_can_fuse_subgraph(cgraph, j, { GGML_OP_MUL_MAT, GGML_OP_MUL_MAT, GGML_OP_GLU }, { j + 2 })) {
+                j++;
+                continue;
+            }
+
             mm_more_unit unit;
             if (!mm_more_get_unit(cgraph, j, unit) || !mm_more_same_vector(first, unit)) {
                 continue;
@@ -145,8 +151,10 @@ int ggml_cuda_mm_more_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgrap
         return 0;
     }
 
+    // a norm may be where these streams begin
     mm_more_norm norm;
-    const bool has_norm = cgraph->nodes[node_idx]->op == GGML_OP_RMS_NORM && mm_more_get_norm(cgraph, node_idx, norm);
+    const bool has_norm = cgraph->nodes[node_idx]->op == GGML_OP_RMS_NORM && ctx.stream_context().concurrent_events.empty() &&
+        mm_more_get_norm(cgraph, node_idx, norm);
 
     mm_more_unit units[1 + GGML_CUDA_MM_MAX_MORE];
 
