@@ -47,6 +47,26 @@ def test_whole_state(new_context, name, n):
     continues_exactly(copy, ref)
 
 
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+def test_drafts_behind_a_state_can_be_taken_back(new_context, seq):
+    """Wherever in the ring it ended, for more than a round: `n_ubatch` tokens overwrite nothing that is still seen."""
+    n_ubatch, ring, start = 32, 256, 300
+    schedule = Sched(200, 4, (ALWAYS, ALWAYS))
+    plain, source, copy = (new_context(schedule, n_ubatch=n_ubatch) for _ in range(3))
+    want = plain.run(TOKENS, start)
+    source.run(TOKENS[:start], start)
+    wrong = random_tokens(n_ubatch, seed=5)
+    for end in range(start, start + ring, 25):
+        copy.clear()
+        copy.load_state(source.state(seq), seq)
+        for at in range(end, end + ring + 40):
+            if at % 10 == 0:
+                copy.feed(wrong, chunk=1)
+                assert copy.rm(0, at, -1), f"at position {at}, behind a state of {end} tokens"
+            assert_close(copy.feed(TOKENS[at : at + 1]), want[at : at + 1], EXACT, at)
+        source.feed(TOKENS[end : end + 25], chunk=1)
+
+
 @pytest.mark.parametrize(("kv", "flash"), [("F16", "on"), ("F16", "off"), ("Q8_0", "on")])
 def test_state_of_other_caches(new_context, kv, flash):
     """f16 and quantized caches, with V transposed or not, go on as the original."""
