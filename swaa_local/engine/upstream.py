@@ -1,8 +1,8 @@
 """What a `Llama` is before it evaluates anything: loaded as the user and the schedule want it, guarded, and closed.
 
-Knows how upstream's class builds its model and context. With `upstream_facts` and `upstream_steps` it is the one place
-that uses what that class keeps for itself: `RELIED_ON`, to be looked at when upstream moves. What is evaluated, and in
-which phase, `llama` knows.
+Knows how upstream's class builds its model and context. With `upstream_adapter`, `upstream_facts` and `upstream_steps`
+it is the one place that uses what that class keeps for itself: `RELIED_ON`, to be looked at when upstream moves. What
+is evaluated, and in which phase, `llama` knows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from llama_cpp._internals import LlamaContext
 
 from swaa_local.engine import crash, native, placement, vocabulary
 from swaa_local.engine import log as engine_log
-from swaa_local.engine.adapter import AdapterWarning, LoadedAdapter
 from swaa_local.engine.callbacks import Callbacks
 from swaa_local.engine.context_length import check_memory, choose_n_ctx, gpu_layers
 from swaa_local.engine.draft_control import Speculate, check_speculate
@@ -42,11 +41,11 @@ from swaa_local.engine.schedule import (
     get_schedule,
     resolve_schedule,
 )
+from swaa_local.engine.upstream_adapter import AdaptedLlama
 from swaa_local.engine.upstream_facts import KnownLlama
 from swaa_local.engine.upstream_steps import SteppingLlama
 from swaa_local.engine.workers import WorkerAddress
 from swaa_local.errors import GGUFError, ModelLoadError, OutOfRange, SWAAError
-from swaa_local.model_file.adapter import adapter_remarks
 from swaa_local.model_file.check import check_gguf
 from swaa_local.schedule.config import DEFAULT_N_BATCH, DRAFT_WINDOW, LayerMode, Schedule, SWAAConfig, default_n_ubatch
 from swaa_local.schedule.model_layers import ModelLayers
@@ -84,7 +83,7 @@ class _Path(str):
         return os.fsencode(str(self))
 
 
-class LoadedLlama(SteppingLlama, KnownLlama):
+class LoadedLlama(SteppingLlama, KnownLlama, AdaptedLlama):
     """`llama_cpp.Llama` with a schedule; keywords and errors are described in `llama.Llama`."""
 
     n_tokens: int
@@ -136,7 +135,6 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         self._requested_n_ubatch = n_ubatch
         self._requested_n_batch = n_batch or max(DEFAULT_N_BATCH, n_ubatch or 0)
         self._adapter_path = lora_path
-        self._adapter: LoadedAdapter | None = None
         self.model_layers = ModelLayers.of(1)
         self.schedule: Schedule | None = None
         self.file_schedule: Schedule | None = None
@@ -334,24 +332,6 @@ class LoadedLlama(SteppingLlama, KnownLlama):
         n_gpu_layers = -1 if asked == _ALL_LAYERS else asked
         if not self.rpc_servers and (said := without_gpu(n_gpu_layers, option="n_gpu_layers")):
             warnings.warn(said, NoGPUWarning, stacklevel=5)
-
-    def _load_adapter(self) -> None:
-        """Before there is a context: it reserves graphs for the adapters that it finds."""
-        if self._adapter_path is None or self.model_params.vocab_only:
-            return
-        self._adapter = LoadedAdapter(self.model, self._adapter_path, self.lora_scale, verbose=self.verbose)
-        self._stack.callback(self._adapter.free)
-        self._warn_of_adapter(stacklevel=6)
-
-    def _attach_adapter(self) -> None:
-        self.lora_path, self._lora_adapter = self._adapter_path, self._adapter  # as upstream calls them
-        if self._adapter is not None:
-            self._adapter.attach(self.ctx)
-
-    def _warn_of_adapter(self, *, stacklevel: int) -> None:
-        if self._adapter is not None:
-            for remark in adapter_remarks(self._adapter.info, self.model_path, [self.schedule]):
-                warnings.warn(remark, AdapterWarning, stacklevel=stacklevel)
 
     def _form_chats(self) -> None:
         """Make upstream's handlers of the GGUF's templates give contents as each takes them. A blank one is none."""
