@@ -134,6 +134,14 @@ class CachedPrefixes:
 
     # A generation: `begin`, then for each evaluation `begin_read` and after each of its parts `has_read`.
 
+    def worth_keeping_from(self, n_held: int, n_prompt: int) -> int:
+        """Of the first tokens that the context holds of a prompt: those to go on from, so that it can be kept.
+
+        Behind a system message that a short prompt read as its tail, nothing could be: a long text reads it again.
+        """
+        is_cheap = n_held - self._n_pure < LEAST_TOKENS <= n_prompt - n_held
+        return min(n_held, self._n_pure) if is_cheap else n_held
+
     def begin(self, tokens: Sequence[int], ends: Sequence[int], *, tail: int = 0) -> None:
         """Take the beginning of a prompt from the cache, if that has more of it than the context, which holds nothing
         else any more.

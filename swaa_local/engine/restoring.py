@@ -79,7 +79,8 @@ class RestoringLlama(DraftingLlama):
         common = common_prefix(held, np.asarray(prompt, np.int32))
         if common == self.n_tokens and (common < len(prompt) or not self._lacks_logits):
             return
-        self._go_back(min(common, len(prompt) - 1))
+        kept = min(common, len(prompt) - 1)
+        self._go_back(self.prefixes.worth_keeping_from(kept, len(prompt)) if self.prefixes else kept)
 
     def save_state(self) -> Any:
         """Upstream's `save_state`; the state also knows where the prompt ended. Raises `StateError`."""

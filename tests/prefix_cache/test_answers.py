@@ -136,6 +136,34 @@ def test_a_conversation_that_goes_on_otherwise_begins_with_its_document(tmp_path
     llm.close()
 
 
+SYSTEM, HELLO = random_tokens(20, seed=7), random_tokens(6, seed=8)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_text_is_kept_also_where_a_short_prompt_began_with_the_same_tokens(answer, tiny_model, tmp_path, name):
+    """As every prompt of a chat begins with its system message. The short prompt may be shorter than its tail."""
+    swaa, n = SCHEDULES[name], len(SYSTEM + DOCUMENT)
+    cold = answer(swaa, SYSTEM + DOCUMENT + FIRST, [n], cache=False)
+    llm = Llama(str(tiny_model), swaa=swaa, n_ctx=4096, n_ubatch=256, n_threads=1, n_threads_batch=1)
+    llm.set_cache(PrefixCache(tmp_path / "states"))
+    list(islice(llm.generate(SYSTEM + HELLO, temp=0, prompt_tail=128), 3))
+    assert list(islice(llm.generate(SYSTEM + DOCUMENT + FIRST, temp=0, document_ends=[n]), 24)) == cold[0]
+    llm.close()
+    assert answer(swaa, SYSTEM + DOCUMENT + FIRST, [n]) == (cold[0], n)
+
+
+def test_a_conversation_that_goes_on_is_not_read_again(tiny_model, tmp_path):
+    options = {"n_ctx": 4096, "n_ubatch": 256, "n_threads": 1, "n_threads_batch": 1}
+    llm = Llama(str(tiny_model), swaa=SCHEDULES["FA decode with a tail"], **options)
+    llm.set_cache(PrefixCache(tmp_path / "states"))
+    said = list(islice(llm.generate(SYSTEM + HELLO, temp=0), 3))
+    held = [*SYSTEM, *HELLO, *said[:2]]
+    next(llm.generate([*held, *DOCUMENT, *FIRST], temp=0))
+    assert llm.last_run is not None
+    assert llm.last_run.cached_tokens == len(held)
+    llm.close()
+
+
 @pytest.mark.parametrize("name", ["rings", "rings beside FA decode and full"])
 def test_rings_are_taken_up_at_the_end_of_any_document(answer, name):
     swaa, other = SCHEDULES[name], random_tokens(500, seed=4)
