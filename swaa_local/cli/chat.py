@@ -27,27 +27,28 @@ from swaa_local.schedule.choice import ScheduleOptions
 @click.option(
     "-f", "--file", "files", metavar="PATH", multiple=True, help="A text, directory or pattern; - is stdin. Repeatable."
 )
-@click.option("-s", "--system", "-sys", metavar="TEXT", help="System message.")
+@click.option("-sys", "--system", "--system-prompt", metavar="TEXT", help="System message.")
 @click.option("--think/--no-think", default=None, help="Let a thinking model think, or not [its template decides].")
 @click.option("--hide-thinking", is_flag=True, help="Do not show what it thinks.")
 @click.option(
     "-n",
     "--max-tokens",
     "--predict",
-    type=int,
+    "--n-predict",
+    type=Number("tokens", -1, (1 << 31) - 1),
     help="Tokens of an answer, thinking included [no limit on a terminal, else 4096; the bundled model: 256].",
 )
 @click.option(
     "--loop-guard/--no-loop-guard", default=True, help="Stop an answer that repeats itself word for word [on]."
 )
-@click.option("--temp", type=Real(0), help="Temperature; 0 is greedy [0.8].")
+@click.option("--temp", "--temperature", type=Real(0), help="Temperature; 0 is greedy [0.8].")
 @click.option(
     "--top-k", type=Number("tokens", 0, (1 << 31) - 1), help="Sample from the k likeliest tokens; 0 from all [40]."
 )
 @click.option("--top-p", type=Real(0, 1), help="Sample from the likeliest that sum to p [0.95].")
 @click.option("--min-p", type=Real(0, 1), help="Drop tokens below this share of the likeliest [0.05].")
 @click.option("--repeat-penalty", type=Real(0), help="Penalty for repeated tokens [1.0, none].")
-@click.option("--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
+@click.option("-s", "--seed", type=click.IntRange(-1), help="Seed of the sampling; -1 is random [-1].")
 @click.option("-c", "--ctx-size", "n_ctx", type=tokens(0), help="Context in tokens [the model's, or what fits].")
 @click.option("--session", metavar="NAME", help="Keep the conversation under this name, or go on with it.")
 @click.option("--continue", "continues", is_flag=True, help="Go on with the last conversation.")

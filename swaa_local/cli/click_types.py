@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
+import click.shell_completion
 
 from swaa_local.engine.workers import WorkerAddress, parse_split
 from swaa_local.files.user_input import user_path
@@ -83,22 +85,29 @@ class Real(click.FloatRange):
     """A finite number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        number = float(super().convert(number, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is no finite number.", param, ctx)
         return number
 
 
 class Number(click.ParamType):
-    """A whole number from `least` to `most`. name: of what is counted. (click.IntRange prints bounds into the help.)"""
+    """A whole number from `least` to `most`. name: of what is counted. words: names of some numbers.
 
-    def __init__(self, name: str, least: int, most: int) -> None:
+    (click.IntRange prints bounds into the help.)
+    """
+
+    def __init__(self, name: str, least: int, most: int, *, words: Mapping[str, int] | None = None) -> None:
         self.name = name
-        self._least, self._most = least, most
+        self._least, self._most, self._words = least, most, words or {}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            number = int(value)
+            number = int(self._words.get(value, value))
         except ValueError:
             self.fail(f"{value!r} is not a number of {self.name}", param, ctx)
         if not self._least <= number <= self._most:
@@ -109,6 +118,33 @@ class Number(click.ParamType):
 def tokens(least: int) -> Number:
     """A number of tokens."""
     return Number("tokens", least, MAX_TOKENS)
+
+
+class _OnOffAuto(_Named):
+    """A switch that may decide by itself: True, False or None. Takes llama.cpp's other words, too."""
+
+    name = "[on|off|auto]"
+    _WORDS: ClassVar[Mapping[str, bool | None]] = {
+        **dict.fromkeys(("on", "enabled", "true", "1"), True),
+        **dict.fromkeys(("off", "disabled", "false", "0"), False),
+        **dict.fromkeys(("auto", "-1"), None),
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | None:
+        if isinstance(value, bool):
+            return value
+        if value not in self._WORDS:
+            self.fail(f"{value!r} is not on, off or auto", param, ctx)
+        return self._WORDS[value]
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        words = ("on", "off", "auto")
+        return [click.shell_completion.CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+ON_OFF_AUTO = _OnOffAuto()
 
 
 class Numbers(click.ParamType):

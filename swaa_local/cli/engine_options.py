@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from swaa_local.cli.click_types import LORA, SPLIT, WORKERS, Number, Real, tokens
+from swaa_local.cli.click_types import LORA, ON_OFF_AUTO, SPLIT, WORKERS, Number, Real, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
 from swaa_local.engine.options import ROPE_SCALES, ROPE_SCALINGS, SPLIT_MODES, EngineOptions
@@ -22,7 +22,7 @@ from swaa_local.schedule.cost import KV_TYPES
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _KV_TYPE = click.Choice(list(KV_TYPES), case_sensitive=False)
-_THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS)
+_THREADS, _LAYERS = Number("threads", 1, MAX_THREADS), Number("layers", -1, MAX_LAYERS, words={"all": -1, "auto": -1})
 
 
 def tell_without_gpu(engine: EngineOptions) -> None:
@@ -43,7 +43,13 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
     """
     options = {
         "n_gpu_layers": click.option(
-            "-ngl", "--gpu-layers", "n_gpu_layers", type=_LAYERS, default=-1, help="Layers on the GPU [all]."
+            "-ngl",
+            "--gpu-layers",
+            "--n-gpu-layers",
+            "n_gpu_layers",
+            type=_LAYERS,
+            default=-1,
+            help="Layers on the GPU [all].",
         ),
         "rpc_servers": click.option(
             "--rpc",
@@ -85,8 +91,8 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         "flash_attn": click.option(
             "-fa",
             "--flash-attn",
-            type=click.Choice(["on", "off", "auto"]),
-            default="auto",
+            type=ON_OFF_AUTO,
+            default=None,
             help="Flash attention; auto is on where the device can [auto].",
         ),
         "type_k": click.option(
@@ -127,7 +133,6 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         said = {field.name: kwargs.pop(field.name) for field in fields(EngineOptions) if field.name not in without}
-        said["flash_attn"] = {"on": True, "off": False, "auto": None}[said["flash_attn"]]
         if "speculate" in said:
             said["speculate"] = {"on": True, "off": False, "auto": "auto"}[said["speculate"]]
         crash.watch(f"running {click.get_current_context().info_name}", keep_backtrace=said.get("verbose", False))

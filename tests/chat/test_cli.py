@@ -106,10 +106,34 @@ def test_a_silent_pipe_is_not_waited_for(model):
 
 def test_system_message_and_sampling_options(model):
     bare = prompt_tokens(chat(model, *FAST, "-p", "Is it?"))
-    options = ["-s", "Be brief.", "--temp", "0", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.1", "--seed", "1"]
+    options = ["-sys", "Be brief.", "--temp", "0", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.1", "--seed", "1"]
     done = chat("-m", model, *FAST, "-p", "Is it?", *options, "--repeat-penalty", "1.1", "-n", "100")
     assert done.stdout == b"Yes!\n"
     assert prompt_tokens(done) == bare + len("<|system\nBe brief.|\n") - 2 + 2 - 1
+
+
+def test_options_under_all_their_names_in_llama_cpp(model):
+    plain = chat(model, *FAST, "-p", "Is it?", "-sys", "Be brief.")
+    names = ["--system-prompt", "Be brief.", "--temperature", "0", "-s", "1", "--n-gpu-layers", "all", "-fa", "1"]
+    done = chat(model, *FAST, "-p", "Is it?", *names, "--n-predict", "100")
+    assert (done.returncode, done.stdout) == (0, b"Yes!\n")
+    assert prompt_tokens(done) == prompt_tokens(plain)
+    assert chat(model, *FAST, "-p", "Is it?", "--n-predict", "1").stdout != b"Yes!\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-n", "-2"], "-2 is not between -1 and"),  # -1 is no limit, and so would others be
+        (["--temp", "hot"], "'hot' is not a number."),
+        (["-s", "Be brief."], "'Be brief.' is not a valid integer"),  # the seed, as in llama.cpp
+        (["-fa", "maybe"], "'maybe' is not on, off or auto"),
+    ],
+)
+def test_a_value_that_cannot_be_is_wrong_usage(model, options, message):
+    done = chat(model, *FAST, "-p", "Is it?", *options)
+    assert done.returncode == 2
+    assert message in done.stderr.decode()
 
 
 def test_engine_options(model):

@@ -86,10 +86,10 @@ def test_a_system_message_is_kept_and_can_be_replaced(model, tmp_path):
     def system() -> str:
         return json.loads((tmp_path / "state/swaa-local/sessions/s.json").read_text())["system"]
 
-    chat(model, "--session", "s", "-s", "Be brief.", "-p", "Is it?", home=tmp_path)
+    chat(model, "--session", "s", "-sys", "Be brief.", "-p", "Is it?", home=tmp_path)
     chat(model, "--session", "s", "-p", "And that?", home=tmp_path)
     assert system() == "Be brief."
-    chat(model, "--session", "s", "-s", "Be long.", "-p", "And that?", home=tmp_path)
+    chat(model, "--session", "s", "-sys", "Be long.", "-p", "And that?", home=tmp_path)
     assert system() == "Be long."
 
 
