@@ -161,8 +161,9 @@ def demo_command(
     """See what sliding windows break, and what each strategy wins back.
 
     Writes a long document with facts in it and asks a small model, which comes with the package, the same questions
-    under seven schedules: full attention, a naive window, each of the four strategies alone (sinks, full attention
-    while decoding, some full layers, thinking first), and all of them together. Needs no network and a minute or two.
+    in nine ways: with full attention, a naive window, each of four strategies alone (sinks, full attention while
+    decoding, some full layers, thinking first), and the schedule that its file stores: without its tail, as it is, and
+    thinking first. Needs no network and a minute or two.
 
     \b
     swaa-local demo

@@ -132,7 +132,7 @@ def main() -> None:
     prompt is read. Other programs still run the same file with full attention.
 
     \b
-    swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b
+    swaa-local convert unsloth/Qwen3-4B-Instruct-2507-GGUF:Q4_K_M -o qwen.gguf --preset qwen3-4b
     swaa-local inspect qwen.gguf
     swaa-local chat qwen.gguf --file book.txt
     swaa-local serve qwen.gguf

@@ -14,7 +14,7 @@ NAME = "needle.gguf"
 TEMPLATE = "needle.jinja"
 NOTE = (
     "this is the bundled model: it answers questions about facts in a text and can do nothing else; for a real one: "
-    "swaa-local convert Qwen/Qwen3-4B-Instruct-2507 -o qwen.gguf --outtype q4_k_m --preset qwen3-4b"
+    "swaa-local convert unsloth/Qwen3-4B-Instruct-2507-GGUF:Q4_K_M -o qwen.gguf --preset qwen3-4b"
 )
 """What a user should know who did not ask for it."""
 
