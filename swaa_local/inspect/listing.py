@@ -5,6 +5,7 @@ Knows headers and folders; nothing of the engine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from swaa_local.errors import SWAAError
 from swaa_local.files.user_input import user_path
+from swaa_local.model_file.adapter import AdapterInfo, read_adapter
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
 from swaa_local.model_file.schedule_keys import KEY_CALIBRATION, schedule_of
 from swaa_local.model_file.split import open_gguf, whole_models
@@ -27,7 +29,8 @@ class NoSuchDirectory(SWAAError):
 
 @dataclass(frozen=True)
 class ListedModel:
-    """One model. name: as `chat` takes it. Where `problem` says why it cannot be read, the other fields are None."""
+    """One model, or an adapter for `--lora`. name: as `chat` takes it. Where `problem` says why it cannot be read, the
+    other fields are None."""
 
     name: str
     path: Path
@@ -35,6 +38,7 @@ class ListedModel:
     info: ModelInfo | None = None
     schedule: Schedule | None = None
     is_calibrated: bool = False
+    adapter: AdapterInfo | None = None
     problem: str | None = None
 
 
@@ -91,4 +95,6 @@ def _look_at(path: Path, name: str) -> ListedModel:
             )
     except SWAAError as error:
         size = path.stat().st_size if path.exists() else 0
+        with contextlib.suppress(SWAAError):
+            return ListedModel(name, path, size, adapter=read_adapter(path))
         return ListedModel(name, path, size, problem=str(error).removeprefix(f"{path}: "))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from swaa_local.inspect.listing import ListedModel
 from swaa_local.inspect.run import Cost, Inspection
+from swaa_local.model_file.adapter import AdapterInfo
 from swaa_local.model_file.model_info import ModelInfo, describe_model
 from swaa_local.schedule.cost import full_cells
 from swaa_local.schedule.text import in_slides, in_words, layer_by_layer
@@ -37,13 +39,32 @@ def report(inspection: Inspection) -> str:
         first, *rest = layer_by_layer(schedule)
         lines += [f"schedule   {first}", *rest]
         if inspection.calibration is not None:
-            lines.append(f"calibrated {printable(inspection.calibration)}")
+            lines.append(f"calibrated {printable(_calibration_in_words(inspection.calibration))}")
     if model.unsupported is not None:
         lines += ["", f"No schedule can apply here: {model.unsupported}. Its KV cache is not a plain one; no figures."]
         return "\n".join(lines)
     assert inspection.full is not None
     lines += ["", *_costs(inspection, inspection.full)]
     return "\n".join(lines)
+
+
+def _calibration_in_words(stored: str) -> str:
+    """What `calibrate` says that it found; as it is stored where that is not known."""
+    try:
+        said = json.loads(stored)
+        asked, quality = float(said["keep"]), float(said["quality"])
+        words = f"with prompts of {int(said['length'])} tokens: keeps {quality:.1%} of full attention's quality"
+        words += f" ({'' if said['keeps'] else 'less than the '}{asked:.1%} asked for)"
+        if "speed" in said:
+            words += f", reads {float(said['speed']):.2f} times as fast"
+        evidence = {"search": "nothing was checked", "short prompts": "tried on short prompts alone"}
+        if said["evidence"] == "check":
+            evidence["check"] = (
+                f"{int(said['right'])} of {int(said['n'])} right in the check, full attention {int(said['full_right'])}"
+            )
+        return f"{words}; {evidence[said['evidence']]}"
+    except (ValueError, TypeError, KeyError):
+        return stored
 
 
 def _costs(inspection: Inspection, full: Cost) -> list[str]:
@@ -160,6 +181,9 @@ def listed(models: Sequence[ListedModel]) -> str:
     rows = [("model", "size", "what", "schedule")]
     for model in models:
         info = model.info
+        if model.adapter is not None:
+            rows.append((printable(model.name), format_bytes(model.n_bytes), "LoRA adapter", _tuned_for(model.adapter)))
+            continue
         if info is None:
             rows.append(
                 (printable(model.name), format_bytes(model.n_bytes), "cannot be read", printable(model.problem))
@@ -180,6 +204,12 @@ def _listed_schedule(model: ListedModel) -> str:
     return "none can apply" if model.info.unsupported else "none"
 
 
+def _tuned_for(adapter: AdapterInfo) -> str:
+    if not adapter.is_tuned:
+        return "for --lora"
+    return f"for --lora, tuned for {in_words(adapter.schedule) if adapter.schedule else 'full attention'}"
+
+
 def listed_as_dict(model: ListedModel) -> dict[str, Any]:
     """For JSON; what is not known is null."""
     info = model.info
@@ -193,5 +223,6 @@ def listed_as_dict(model: ListedModel) -> dict[str, Any]:
         "n_ctx_train": info.n_ctx_train if info else None,
         "schedule": model.schedule.as_dict() if model.schedule else None,
         "calibrated": model.is_calibrated,
+        "adapter": model.adapter is not None,
         "problem": model.problem,
     }

@@ -79,7 +79,7 @@ def test_the_output_is_the_model_with_the_schedule_and_what_it_was_found_with(ca
 
 def test_inspect_shows_what_it_was_found_with(calibrated):
     folder, _ = calibrated
-    assert '"prompts":' in succeeds("inspect", folder / "out.gguf")
+    assert "calibrated with prompts of 2048 tokens: keeps " in succeeds("inspect", folder / "out.gguf")
     assert json.loads(succeeds("inspect", folder / "out.gguf", "--json"))["calibration"].startswith("{")
     assert json.loads(succeeds("inspect", bundled_model(), "--json"))["calibration"] is None
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.adapters import write_adapter
 from tests.support.program import environment, fails, run, succeeds
 from tests.support.scripted import thinker
-from tests.support.tiny import PREFILL, ScheduleKeys
+from tests.support.tiny import PREFILL, ScheduleKeys, TinyShape, tiny_weights
 
 
 @pytest.fixture
@@ -127,6 +128,17 @@ def test_the_models_of_a_directory_are_listed(tiny_model_factory, tmp_path):
     assert (found["c.gguf"]["calibrated"], found["a.gguf"]["calibrated"]) == (True, False)
     assert found["broken.gguf"]["problem"]
     assert "no such directory" in fails("list", tmp_path / "nowhere")
+
+
+def test_an_adapter_is_listed_as_one(tmp_path):
+    schedule = ScheduleKeys(24, 4, [PREFILL] * 4)
+    write_adapter(tmp_path / "other.gguf", tiny_weights(TinyShape()))
+    texts = {"swaa_tune.base": "base"}
+    write_adapter(tmp_path / "tuned.gguf", tiny_weights(TinyShape()), schedule=schedule, texts=texts)
+    other, tuned = succeeds("list", tmp_path).splitlines()[1:]
+    assert other.endswith("LoRA adapter  for --lora")
+    assert tuned.endswith("LoRA adapter  for --lora, tuned for w24 k4 fadec")
+    assert [row["adapter"] for row in json.loads(succeeds("list", tmp_path, "--json"))] == [True, True]
 
 
 def test_the_hub_cache_is_listed_by_names_that_chat_takes(tiny_model, tmp_path):

@@ -17,7 +17,7 @@ from swaa_local.schedule.layers import compact_layers
 from swaa_local.schedule.text import layer_strip
 from tests.support.gguf_edit import SWAA, i32s, u32, write_header_model
 from tests.support.program import ROOT, fails, run, succeeds
-from tests.support.tiny import TinyShape, tiny_weights
+from tests.support.tiny import ScheduleKeys, TinyShape, tiny_weights
 
 F, P, A = LayerMode.FULL, LayerMode.PREFILL, LayerMode.ALWAYS
 
@@ -150,6 +150,35 @@ def test_a_file_without_a_schedule_says_so(tiny_model):
     assert data["schedule"] is None
     assert data["scheduled"] is None
     assert data["n_ctx"] == 4096
+
+
+FOUND = {"length": 2048, "keep": 0.9, "quality": 1.0432, "keeps": True, "evidence": "search", "speed": 2.317}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            FOUND,
+            "keeps 104.3% of full attention's quality (90.0% asked for), reads 2.32 times as fast; nothing was checked",
+        ),
+        (
+            FOUND | {"evidence": "check", "right": 4, "n": 16, "full_right": 5, "quality": 0.8, "keeps": False},
+            "keeps 80.0% of full attention's quality (less than the 90.0% asked for), reads 2.32 times as fast; "
+            "4 of 16 right in the check, full attention 5",
+        ),
+    ],
+)
+def test_what_calibrate_found_is_told_in_words(tiny_model_factory, found, words):
+    schedule = ScheduleKeys(24, 4, [P] * 4)
+    model = tiny_model_factory(schedule=schedule, extra={"swaa.calibration": json.dumps(found)})
+    assert f"\ncalibrated with prompts of 2048 tokens: {words}\n" in succeeds("inspect", model)
+
+
+@pytest.mark.parametrize("stored", ["{}", "by hand", "[]", '{"length": "x"}'])
+def test_what_somebody_else_stored_as_a_calibration_is_shown_as_it_is(tiny_model_factory, stored):
+    model = tiny_model_factory(schedule=ScheduleKeys(24, 4, [P] * 4), extra={"swaa.calibration": stored})
+    assert f"\ncalibrated {stored}\n" in succeeds("inspect", model)
 
 
 def test_a_stored_schedule_of_full_layers(tmp_path):
