@@ -102,12 +102,13 @@ class ScheduleOptions:
         return self._checked(chosen)
 
     def _checked(self, chosen: SWAAConfig) -> SWAAConfig:
-        """The same. Raises `ScheduleError` for a tail that was asked for and that no layer would have."""
+        """The same, without a preset's tail where no layer would have it. Raises `ScheduleError` for one that was asked
+        for."""
         if self.tail and not chosen.force_fa_decode:
             raise ScheduleError(
                 f"--tail {self.tail} has no effect without FA decode: add --fa-decode, or leave out --tail"
             )
-        return chosen
+        return chosen if chosen.force_fa_decode else replace(chosen, prompt_tail=0)
 
 
 def _calibrated(stored: StoredSchedule) -> SWAAConfig:

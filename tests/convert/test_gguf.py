@@ -156,6 +156,12 @@ def test_layers_are_clipped_with_a_tail(tmp_path, tiny_model):
     assert read_schedule(out) == Schedule(16, 0, (P, F, P, A), 5)
 
 
+def test_a_presets_tail_goes_with_its_fa_decode(tmp_path, tiny_model):
+    out = tmp_path / "out.gguf"
+    succeeds("convert", tiny_model, "-o", out, "--preset", "quality", "--no-fa-decode")
+    assert read_schedule(out) == Schedule(2048, 100, (F, A, F, A), 0)
+
+
 @pytest.mark.parametrize("options", [("--window", 8), ("--preset", "streaming")], ids=str)
 @pytest.mark.parametrize("command", ["convert", "chat", "serve", "bench"])
 def test_a_tail_that_no_layer_would_have_is_refused(tmp_path, tiny_model, command, options):
