@@ -22,10 +22,11 @@ from swaa_local.report.progress import Reporter
 from swaa_local.schedule.config import Schedule
 from swaa_local.schedule.model_layers import LayerKind, ModelLayers
 from swaa_local.sources.checkpoint_files import WEIGHTS, checkpoint_files
+from swaa_local.text.extras import install
 
 # What the converter itself writes; other types go through llama.cpp's quantizer.
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
-EXTRA = "pip install 'swaa-local[convert]'"
+EXTRA = install("convert")
 _LAYER_KEYS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")  # as in upstream's TextModel
 _HF_CONVERTER = "swaa_local.convert.children.hf_converter"
 _NEEDED = ("torch", "transformers", "sentencepiece", "safetensors")

@@ -17,6 +17,7 @@ from pathlib import Path
 from swaa_local.files.document import Document, DocumentError, decode_document, read_document
 from swaa_local.files.input_file import read_input
 from swaa_local.files.user_input import user_path
+from swaa_local.text.extras import install
 from swaa_local.text.printable import printable
 
 _MOST_FILES = 1000
@@ -105,9 +106,7 @@ def _pdf_text(data: bytes, name: str) -> str:
 def _by_pdftotext(data: bytes, name: str) -> str:
     program = shutil.which("pdftotext")
     if program is None:
-        raise DocumentError(
-            f"{name} is a PDF; its text can be read with pypdf (pip install 'swaa-local[pdf]') or pdftotext"
-        )
+        raise DocumentError(f"{name} is a PDF; its text can be read with pypdf ({install('pdf')}) or pdftotext")
     try:
         done = subprocess.run([program, "-", "-"], input=data, capture_output=True, check=False, timeout=_PDF_S)
     except subprocess.TimeoutExpired:

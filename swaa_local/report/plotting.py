@@ -8,6 +8,7 @@ from typing import Any
 
 from swaa_local.errors import SWAAError
 from swaa_local.files.output_file import OutputError, write_output
+from swaa_local.text.extras import install
 from swaa_local.text.printable import printable
 
 MARKERS = "osD^vP*X<>"
@@ -27,7 +28,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise PlotError("plots need matplotlib: pip install 'swaa-local[plot]'") from None
+        raise PlotError(f"plots need matplotlib: {install('plot')}") from None
 
 
 def as_title(text: str) -> str:

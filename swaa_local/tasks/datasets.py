@@ -16,6 +16,7 @@ from typing import Any
 
 from swaa_local.tasks.base import Question, TaskError
 from swaa_local.tasks.scoring import Metric
+from swaa_local.text.extras import install
 
 # Answer lengths of RULER's tasks by the beginning of their names, in tokens, and the one measured by any reference.
 _RULER_TOKENS = {"niah": 128, "vt": 30, "variable_tracking": 30, "cwe": 120, "common_words": 120, "fwe": 50, "freq": 50}
@@ -82,7 +83,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise TaskError(f"{path} is Parquet, which needs pyarrow: pip install 'swaa-local[parquet]'") from None
+        raise TaskError(f"{path} is Parquet, which needs pyarrow: {install('parquet')}") from None
     wanted = ("input", "outputs", "answer_prefix", "prompt", "context", "question", "answer")
     try:
         with parquet.ParquetFile(path) as file:

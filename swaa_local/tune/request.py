@@ -8,12 +8,13 @@ from typing import Literal
 
 from swaa_local.errors import SWAAError
 from swaa_local.schedule.choice import ScheduleOptions
+from swaa_local.text.extras import install
 
 Device = Literal["auto", "cuda", "cpu", "mps"]
 AttentionKind = Literal["flash", "sdpa"]
 Attention = AttentionKind | Literal["auto"]
 NEEDED = ("torch", "transformers", "peft", "accelerate")
-EXTRA = "pip install 'swaa-local[tune]'"
+EXTRA = install("tune")
 
 
 class TuneError(SWAAError):

@@ -159,7 +159,7 @@ def test_a_pdf_without_pypdf(tmp_path, monkeypatch):
     path.write_bytes(pdf("Sinks stay visible"))
     monkeypatch.setitem(sys.modules, "pypdf", None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DocumentError, match=r"pip install 'swaa-local\[pdf\]'\) or pdftotext"):
+    with pytest.raises(DocumentError, match=r"pip install 'swaa-local\[pdf\]', or with uv: .*\) or pdftotext"):
         read_documents(str(path))
     program = tmp_path / "pdftotext"
     program.write_text('#!/bin/sh\n[ "$1 $2" = "- -" ] && printf "%s" "from pdftotext"\n')
