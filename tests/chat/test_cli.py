@@ -232,7 +232,7 @@ def test_without_a_model_it_is_the_bundled_one_and_says_how_to_get_another(tmp_p
     done = chat("-f", tmp_path / "a.txt", "-p", "What is the pin code of Ada Klein?", "-t", 1)
     assert (done.returncode, done.stdout) == (0, b"40417\n")
     assert b"this is the bundled model" in done.stderr
-    assert b"swaa-local convert Qwen/" in done.stderr
+    assert b"swaa-local convert unsloth/" in done.stderr
 
 
 def test_the_bundled_model_stops_where_it_finds_no_end():

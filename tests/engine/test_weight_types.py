@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -39,7 +40,7 @@ ARCHES = ("llama", "qwen2", "qwen3", "qwen3moe")
 TOKENS = random_tokens(72)
 PROMPT = 40
 SCHEDULE = Sched(24, 4, (ALWAYS, FULL, PREFILL, ALWAYS))
-WIDE = {"n_layer": 1, "n_embd": 2560, "n_head": 40, "n_head_kv": 8, "head_dim": 128, "n_ff": 12288}
+WIDE: dict[str, Any] = {"n_layer": 1, "n_embd": 2560, "n_head": 40, "n_head_kv": 8, "head_dim": 128, "n_ff": 12288}
 
 
 @functools.cache
