@@ -210,6 +210,12 @@ def test_chat_notes_another_schedule(model, weights, tmp_path):
     assert "was tuned" not in done.stderr
 
 
+def test_an_adapter_of_another_architecture_names_both(model, weights, tmp_path):
+    other = write_adapter(tmp_path / "other.gguf", weights, arch="llama")
+    said = fails("chat", model, "--lora", other, "-p", "hm", "-t", 1, "-c", 512)
+    assert "does not load: it is for a model of architecture llama, and this is qwen3" in said
+
+
 @pytest.mark.parametrize("command", ["chat", "bench", "eval", "serve"])
 def test_what_is_no_adapter_is_an_error(command, model, tmp_path):
     peft = tmp_path / "peft"

@@ -13,8 +13,10 @@ from typing import Any
 from llama_cpp import llama_cpp as _c
 
 from swaa_local.engine import log as engine_log
+from swaa_local.engine import model_meta
 from swaa_local.errors import GGUFError, ModelLoadError
 from swaa_local.model_file.adapter import AdapterInfo, read_adapter
+from swaa_local.text.printable import printable
 
 
 class AdapterWarning(UserWarning):
@@ -37,7 +39,14 @@ class LoadedAdapter:
         with engine_log.captured(verbose) as log:
             self._adapter = _c.llama_adapter_lora_init(model, os.fsencode(path))
         if not self._adapter:
-            raise ModelLoadError(f"the LoRA adapter {path} does not load: {log.reason}")
+            reason = self._other_architecture(model) or log.reason
+            raise ModelLoadError(f"the LoRA adapter {path} does not load: {reason}")
+
+    def _other_architecture(self, model: Any) -> str | None:
+        mine = model_meta.text(model, "general.architecture") or "unknown"
+        if self.info.architecture == mine:
+            return None
+        return f"it is for a model of architecture {printable(self.info.architecture)}, and this is {printable(mine)}"
 
     def attach(self, ctx: Any) -> None:
         """Make a new context use it."""
