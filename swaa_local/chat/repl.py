@@ -142,7 +142,8 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
     session.rates.save()
     interrupted = interrupted or session.finish == "interrupted"
     if interrupted:
-        terminal.note("stopped" if session.replied else "stopped before the answer began; your message is not kept")
+        early = "stopped before the answer began" + ("; your message is not kept" if conversing else "")
+        terminal.note("stopped" if session.replied else early)
     elif session.finish == "length":
         more = "/set max-tokens" if conversing else "-n"
         terminal.note(f"stopped after {session.settings.max_tokens} tokens; {more} allows more")
