@@ -21,10 +21,10 @@ SCHEDULES = {
 }
 
 
-def ask(server: Running, question: str) -> tuple[str, int]:
+def ask(server: Running, question: str, document: str = DOCUMENT) -> tuple[str, int]:
     """The answer of a plain chat completion, and the tokens that were not read again."""
     body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": f"{DOCUMENT}\n\n{question}"}],
+        "messages": [{"role": "user", "content": f"{document}\n\n{question}"}],
         "temperature": 0,
         "max_tokens": 12,
     }
@@ -52,6 +52,21 @@ def test_a_text_is_read_once_for_all_runs_of_a_server(tiny_model, tmp_path, name
     assert cached > 1200
     assert states(tmp_path)[0].stat().st_mode & 0o777 == 0o600
     assert "1 state, " in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
+
+
+def test_a_text_is_kept_also_behind_short_requests(tiny_model, tmp_path):
+    """They leave the beginning of every prompt, the template's, in a slot, read as their tail."""
+    options = ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "64", "-c", "4096", "-np", "1", "-ub", "128"]
+    with serving(tiny_model, *options, "--no-cache", XDG_CACHE_HOME=str(tmp_path)) as server:
+        cold, _ = ask(server, "Who?")
+    with serving(tiny_model, *options, XDG_CACHE_HOME=str(tmp_path)) as server:
+        ask(server, "Hello", document="")
+        answer, cached = ask(server, "Who?")
+        assert (answer, cached < 20) == (cold, True)
+        wait_until(lambda: len(states(tmp_path)) == 1, "a state is written")
+        ask(server, "Hello", document="")
+    with serving(tiny_model, *options, XDG_CACHE_HOME=str(tmp_path)) as server:
+        assert ask(server, "Who?")[1] > 1200
 
 
 def test_states_that_are_torn_or_of_other_models_are_read_again(tiny_model, tiny_model_factory, tmp_path):
