@@ -195,7 +195,7 @@ def test_such_names_are_measured_and_plotted(folder, tmp_path):
 )
 def test_a_message_in_another_encoding_or_cut_in_a_letter_is_one_error(folder, tmp_path, text, byte, before):
     model = folder / f"{LATIN}.gguf"
-    for args in (["-p", text], ["-p", "Is it?", "-s", text]):
+    for args in (["-p", text], ["-p", "Is it?", "-sys", text]):
         done = subprocess.run(
             [sys.executable, "-m", "swaa_local", "chat", os.fsencode(model), *args],
             env=environment(),
