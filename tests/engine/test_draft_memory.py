@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import GPU_LAYERS
-from tests.support.program import ROOT
+from tests.support.program import environment
 
 pytestmark = [
     pytest.mark.usefixtures("engine"),
@@ -80,11 +79,10 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafted(model: Path, refusing: Path, folder: Path, memory: str) -> tuple[bytes, str]:
     """Logits of drafts and of the passes that check them, and stderr."""
     out = folder / f"{memory}.npy"
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"LD_PRELOAD": str(refusing), "NO_MEMORY": str(folder / "no-memory"), "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", DRAFTING, str(model), memory, str(out)],
-        env=env, capture_output=True, text=True, check=False, timeout=300,
+        env=environment(LD_PRELOAD=str(refusing), NO_MEMORY=str(folder / "no-memory")),
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out.read_bytes(), done.stderr

@@ -179,13 +179,13 @@ _plan = _declare("ggml_graph_plan", _Plan, c_void_p, c_int, c_void_p, library=_c
 
 def work_bytes(case: Case, n_threads: int) -> int:
     """Scratch memory that the op asks for."""
-    with _built(case) as (_context, graph, _out, _values):
+    with _built(case) as (_context, graph, _out, _contents):
         return int(_plan(graph, n_threads, None).work_size)
 
 
 def compute(case: Case, n_threads: int = 1, data: Inputs | None = None) -> np.ndarray[Any, Any]:
     """The op on the CPU backend, shaped like `expected`; data: instead of the case's own inputs."""
-    with _built(case, data) as (context, graph, out, _values):
+    with _built(case, data) as (context, graph, out, _contents):
         assert _compute(context, graph, n_threads) == 0
         shape = (case.n_stream, case.n_tokens, case.n_head, case.head_v)
         return np.ctypeslib.as_array(ctypes.cast(_data(out), POINTER(c_float)), shape).astype(np.float64)
@@ -198,10 +198,10 @@ def compute_on_device(case: Case) -> np.ndarray[Any, Any]:
     assert backend
     buffer = None
     try:
-        with _built(case, on_device=True) as (context, graph, out, values):
+        with _built(case, on_device=True) as (context, graph, out, contents):
             buffer = _alloc(context, backend)
             assert buffer
-            for tensor, packed in values:
+            for tensor, packed in contents:
                 _set(tensor, packed.ctypes.data, 0, packed.nbytes)
             assert _compute_backend(backend, graph) == 0
             got = np.empty((case.n_stream, case.n_tokens, case.n_head, case.head_v), np.float32)
@@ -216,17 +216,17 @@ def compute_on_device(case: Case) -> np.ndarray[Any, Any]:
 def _built(
     case: Case, data: Inputs | None = None, *, on_device: bool = False
 ) -> Iterator[tuple[int, int, int, list[tuple[int, np.ndarray[Any, Any]]]]]:
-    """Context, graph and output of the op, and the values of its inputs; for a device these are to be set."""
+    """Context, graph and output of the op, and what its inputs hold; for a device that is to be set."""
     _cpu_init()
     data = data or inputs(case)
     context = _init(_InitParams(64 * 2**20, None, on_device))
-    values: list[tuple[int, np.ndarray[Any, Any]]] = []
+    contents: list[tuple[int, np.ndarray[Any, Any]]] = []
     try:
 
         def tensor(array: np.ndarray[Any, Any], kind: GT, shape: tuple[int, ...]) -> int:
             made: int = _new_tensor(context, kind, len(shape), (c_int64 * len(shape))(*reversed(shape)))
             packed = np.ascontiguousarray(array)
-            values.append((made, packed))
+            contents.append((made, packed))
             if not on_device:
                 ctypes.memmove(_data(made), packed.ctypes.data, packed.nbytes)
             return made
@@ -246,7 +246,7 @@ def _built(
             _add_sinks(out, tensor(data.sinks, GT.F32, data.sinks.shape))
         graph = _new_graph(context)
         _expand(graph, out)
-        yield context, graph, out, values
+        yield context, graph, out, contents
     finally:
         _free(context)
 
