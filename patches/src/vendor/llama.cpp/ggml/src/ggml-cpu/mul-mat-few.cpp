@@ -18,6 +18,7 @@
 
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
+#include "simd-mappings.h"
 
 #include <algorithm>
 #include <cstring>
@@ -58,7 +59,7 @@ static constexpr int MMF_COLS_OF_ROWS = 4;
 static constexpr int64_t MMF_MAX_COLS_K = 10;
 
 static inline float mmf_half(ggml_half x) {
-    return _cvtsh_ss(x);
+    return GGML_CPU_COMPUTE_FP16_TO_FP32(x);
 }
 
 // AVX512 takes two blocks at a time
