@@ -20,10 +20,13 @@ from tests.support.engine import GPU_LAYERS, EngineModel, cpu_features, quantize
 from tests.support.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.usefixtures("engine")
+x86 = pytest.mark.skipif(cpu_features().get("AVX2") != "1", reason="the kernel for quantized weights is for AVX2")
 
 K_TYPES = [GT.Q4_K, GT.Q6_K]
 TYPES = [GT.Q4_0, GT.Q4_1, GT.Q5_0, GT.Q5_1, GT.Q8_0, *K_TYPES]
 _mul_mat = op._declare("ggml_mul_mat", c_void_p, c_void_p, c_void_p, c_void_p)
+_mul_mat_id = op._declare("ggml_mul_mat_id", c_void_p, *[c_void_p] * 4)
+N_EXPERTS, N_USED = 8, 3
 
 
 def product(weights: np.ndarray, kind: GT, columns: np.ndarray, n_threads: int = 1) -> np.ndarray:
@@ -44,6 +47,53 @@ def product(weights: np.ndarray, kind: GT, columns: np.ndarray, n_threads: int =
         return got.copy()
     finally:
         op._free(context)
+
+
+def experts_product(
+    weights: np.ndarray, kind: GT, columns: np.ndarray, ids: np.ndarray, n_threads: int = 1, *, by_expert: bool = False
+) -> np.ndarray:
+    """weights: [expert][row][k], packed. columns: [token][1 or chosen][k]; ids: [token][chosen].
+
+    Returns [token][chosen][row].
+    by_expert: the columns lie in memory as [chosen][token][k].
+    """
+    op._cpu_init()
+    context = op._init(op._InitParams(64 * 2**20, None, False))
+    try:
+        n_rows, k = weights.shape[1], columns.shape[2]
+        w = op._new_tensor(context, kind, 3, (c_int64 * 3)(k, n_rows, len(weights)))
+        lying = np.ascontiguousarray(columns.swapaxes(0, 1) if by_expert else columns)
+        x = op._new_tensor(context, GT.F32, 3, (c_int64 * 3)(*reversed(lying.shape)))
+        i = op._new_tensor(context, GT.I32, 2, (c_int64 * 2)(*reversed(ids.shape)))
+        for tensor, array in ((w, weights), (x, lying), (i, ids.astype(np.int32))):
+            ctypes.memmove(op._data(tensor), array.ctypes.data, array.nbytes)
+        out = _mul_mat_id(context, w, op._permute(context, x, 0, 2, 1, 3) if by_expert else x, i)
+        graph = op._new_graph(context)
+        op._expand(graph, out)
+        assert op._compute(context, graph, n_threads) == 0
+        shape = (*ids.shape, n_rows)
+        return np.ctypeslib.as_array(ctypes.cast(op._data(out), POINTER(c_float)), shape).copy()
+    finally:
+        op._free(context)
+
+
+def experts(kind: GT, n_rows: int, k: int, n_tokens: int, n_columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights, columns and ids: every token chooses expert 0, only the first one 1, none 7, some each of the others."""
+    rng = np.random.default_rng(n_tokens + n_rows)
+    weights, columns = operands(kind, N_EXPERTS * n_rows, k, n_tokens * n_columns)
+    others = [rng.permutation(np.arange(2, N_EXPERTS - 1))[: N_USED - 1] for _ in range(n_tokens)]
+    ids = np.array([rng.permutation([0, *chosen]) for chosen in others])
+    ids[0] = [2, 1, 0]
+    return weights.reshape(N_EXPERTS, n_rows, -1), columns.reshape(n_tokens, n_columns, k), ids
+
+
+def expected_of_experts(weights: np.ndarray, kind: GT, columns: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    return np.array(
+        [
+            [expected(weights[e], kind, columns[t, c % columns.shape[1]][None])[0] for c, e in enumerate(chosen)]
+            for t, chosen in enumerate(ids)
+        ]
+    )
 
 
 def operands(kind: GT, n_rows: int, k: int, n_columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +177,51 @@ def test_the_same_for_any_number_of_threads(kind):
         assert op.nmse(one, expected(weights, kind, columns)) < 1e-5
         for n_threads in (2, 3, 7):
             assert np.array_equal(product(weights, kind, columns, n_threads=n_threads), one)
+
+
+# gate and up: all experts of a token by the same column; down: each by its own
+@pytest.mark.parametrize("n_columns", [1, N_USED], ids=["one column a token", "one column an expert"])
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 5, 8, 9, 13, 17, 40])
+def test_experts(kind, n_tokens, n_columns):
+    weights, columns, ids = experts(kind, 70, 768 if kind in K_TYPES else 608, n_tokens, n_columns)
+    want = expected_of_experts(weights, kind, columns, ids)
+    one = experts_product(weights, kind, columns, ids)
+    assert op.nmse(one, want) < 1e-5
+    for n_threads in (2, 3):
+        assert np.array_equal(experts_product(weights, kind, columns, ids, n_threads), one)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("n_rows", [1, 5, 16, 65, 200])
+def test_experts_of_any_size(kind, n_rows):
+    """More threads than rows, and several chunks; columns that do not lie one behind another."""
+    weights, columns, ids = experts(kind, n_rows, 256, 6, N_USED)
+    want = expected_of_experts(weights, kind, columns, ids)
+    for n_threads in (1, 3):
+        for by_expert in (False, True):
+            got = experts_product(weights, kind, columns, ids, n_threads, by_expert=by_expert)
+            assert op.nmse(got, want) < 1e-5
+
+
+@x86
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_a_token_gets_the_same_bits_of_its_experts_beside_others(kind):
+    weights, columns, ids = experts(kind, 70, 768, 8, 1)
+    together = experts_product(weights, kind, columns, ids)
+    for t in range(len(ids)):
+        assert np.array_equal(experts_product(weights, kind, columns[t : t + 1], ids[t : t + 1])[0], together[t])
+
+
+@x86
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_an_expert_is_computed_as_a_matrix_is(kind):
+    """By the same kernel, so to the same bits: other kernels add in other orders."""
+    weights, columns, ids = experts(kind, 70, 768, 8, 1)
+    got = experts_product(weights, kind, columns, ids)
+    for t, chosen in enumerate(ids):
+        for c, e in enumerate(chosen):
+            assert np.array_equal(got[t, c], product(weights[e], kind, columns[t])[0])
 
 
 # x86's repacked products of Q4_K with many columns are slower than those of the weights as they are.

@@ -73,6 +73,15 @@ def test_a_token_says_the_same_beside_others(models, name, schedule):
     check(models[name], schedule)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_mixtures_of_experts(tmp_path, name, schedule):
+    """Of up to eight tokens any number chooses an expert."""
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", arch="qwen3moe", n_embd=256, n_ff=256)
+    quantize(plain, tmp_path / "mixture.gguf", getattr(C, f"LLAMA_FTYPE_MOSTLY_{name}"))
+    check(tmp_path / "mixture.gguf", schedule)
+
+
 @pytest.mark.parametrize("kind", [0, 8, 2], ids=["F32", "Q8_0", "Q4_0"])
 def test_with_every_kind_of_cache(models, kind):
     check(models["Q8_0"], SCHEDULES["all modes"], type_k=kind, type_v=kind)

@@ -4,10 +4,12 @@
 // if a block of weights is unpacked once for all of them and what is left for a column is a load, a dot product of bytes and
 // two products with scales.
 //
-// The columns are laid out anew, block by block, so that they are read in memory order and with their scales beside them.
+// The columns are laid out anew, block by block, so that they are read in memory order and with their scales beside them. So
+// they may lie anywhere: an expert of a mixture is a product of its own, by the columns of the tokens that chose it.
 // What makes the weights' bytes signed again is a sum over the column's bytes alone and is where a dot product begins.
 //
 // Relies on, of ggml:
+//   - ggml-cpu.c's mmid_row_mapping: the place of a column in dst, of which dimension 1 modulo src1's is its place in src1
 //   - the blocks of ggml-common.h, and that the columns come as the vec_dot_type of the weights: Q8_1 for Q4_1 and Q5_1, Q8_K for
 //     Q4_K and Q6_K, else Q8_0
 
@@ -39,10 +41,13 @@ static constexpr int64_t MMF_TILE_BLOCKS = 32;
 #define MMF_DPBUSD(acc, u, s) _mm256_dpbusd_avx_epi32(acc, u, s)
 #endif
 
+// to L2: what is needed next and what is fetched would wait for each other in L1
 #if defined(__GNUC__)
-#define MMF_PREFETCH(addr) __builtin_prefetch(addr)
+#define MMF_PREFETCH(addr) __builtin_prefetch(addr, 0, 2)
+#define MMF_INLINE         inline __attribute__((always_inline)) // or what is the same for all rows is made for each
 #else
 #define MMF_PREFETCH(addr) GGML_UNUSED(addr)
+#define MMF_INLINE         inline
 #endif
 
 // bytes from what is read to what is fetched: the hardware alone gets a third of the memory's speed here
@@ -55,8 +60,9 @@ static constexpr size_t MMF_WHOLE = 36*1024;
 // columns from which on rows are computed together, where they are at all
 static constexpr int MMF_COLS_OF_ROWS = 4;
 
-// of Q4_K and Q6_K: for more of them, tiled.cpp unpacks to tiles
-static constexpr int64_t MMF_MAX_COLS_K = 10;
+// for more of them, tiled.cpp unpacks to tiles
+static constexpr int64_t MMF_MAX_COLS_Q4_K = 12;
+static constexpr int64_t MMF_MAX_COLS_Q6_K = 32;
 
 static inline float mmf_half(ggml_half x) {
     return GGML_CPU_COMPUTE_FP16_TO_FP32(x);
@@ -239,7 +245,7 @@ struct alignas(64) mmf_cols {
 };
 
 template <ggml_type TYPE>
-static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int n_cols, int64_t ib0, int64_t ib1) {
+static void mmf_lay_out(mmf_cols * dst, const char * const * cols, int n_cols, int64_t ib0, int64_t ib1) {
     constexpr int OFFSET = mmf_weights<TYPE>::OFFSET;
 
     for (int64_t ib = ib0; ib < GGML_PAD(ib1, 2); ++ib) {
@@ -254,12 +260,12 @@ static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int 
             if (ib == ib1) {
                 // nothing
             } else if (mmf_weights<TYPE>::HAS_MIN) {
-                const auto & b = ((const block_q8_1 *) (cols + c*row_size))[ib];
+                const auto & b = ((const block_q8_1 *) cols[c])[ib];
                 q = _mm256_loadu_si256((const __m256i *) b.qs);
                 d = mmf_half(b.data.data.d);
                 s = mmf_half(b.data.data.s);
             } else {
-                const auto & b = ((const block_q8_0 *) (cols + c*row_size))[ib];
+                const auto & b = ((const block_q8_0 *) cols[c])[ib];
                 q = _mm256_loadu_si256((const __m256i *) b.qs);
                 d = mmf_half(b.d);
             }
@@ -275,9 +281,9 @@ static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int 
 }
 
 // N_ROWS rows that lie nb01 apart: what a column has is read once for them, and with one column no sum waits for itself.
-// dst: column c is at dst[c*stride]
+// dst: column c of the first row is at dst[c][ir]
 template <ggml_type TYPE, int N_COLS, int N_ROWS>
-static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t nb01, const char * const * ahead, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
+static MMF_INLINE void mmf_row(float * const * dst, int64_t ir, const char * rows, size_t nb01, const char * const * ahead, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
     using weights = mmf_weights<TYPE>;
     using block   = typename weights::block;
 
@@ -337,7 +343,7 @@ static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t
         for (int c = 0; c < N_COLS; ++c) {
             const __m512  x   = acc[r][c];
             const float   sum = mmf_sum(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1))) + m[c];
-            float & to = dst[r + c*stride];
+            float & to = dst[c][ir + r];
             to = ib0 == 0 ? sum : to + sum;
         }
     }
@@ -356,7 +362,7 @@ struct alignas(64) mmf_cols {
 };
 
 template <ggml_type TYPE>
-static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int n_cols, int64_t ib0, int64_t ib1) {
+static void mmf_lay_out(mmf_cols * dst, const char * const * cols, int n_cols, int64_t ib0, int64_t ib1) {
     constexpr int OFFSET = mmf_weights<TYPE>::OFFSET;
 
     for (int64_t ib = ib0; ib < ib1; ++ib) {
@@ -366,12 +372,12 @@ static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int 
             __m256i q;
 
             if (mmf_weights<TYPE>::HAS_MIN) {
-                const auto & b = ((const block_q8_1 *) (cols + c*row_size))[ib];
+                const auto & b = ((const block_q8_1 *) cols[c])[ib];
                 q = _mm256_loadu_si256((const __m256i *) b.qs);
                 to.d[c] = mmf_half(b.data.data.d);
                 to.s[c] = mmf_half(b.data.data.s);
             } else {
-                const auto & b = ((const block_q8_0 *) (cols + c*row_size))[ib];
+                const auto & b = ((const block_q8_0 *) cols[c])[ib];
                 q = _mm256_loadu_si256((const __m256i *) b.qs);
                 to.d[c] = mmf_half(b.d);
             }
@@ -384,9 +390,9 @@ static void mmf_lay_out(mmf_cols * dst, const char * cols, size_t row_size, int 
     }
 }
 
-// dst: column c is at dst[c*stride]
+// dst: column c of the first row is at dst[c][ir]
 template <ggml_type TYPE, int N_COLS, int N_ROWS>
-static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t nb01, const char * const * ahead, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
+static MMF_INLINE void mmf_row(float * const * dst, int64_t ir, const char * rows, size_t nb01, const char * const * ahead, const mmf_cols * cols, int64_t ib0, int64_t ib1) {
     using weights = mmf_weights<TYPE>;
 
     static_assert(N_ROWS == 1, "");
@@ -426,7 +432,7 @@ static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t
 
     for (int c = 0; c < N_COLS; ++c) {
         const float sum = mmf_sum(acc[c]) + m[c];
-        float & to = dst[c*stride];
+        float & to = dst[c][ir];
         to = ib0 == 0 ? sum : to + sum;
     }
 }
@@ -437,33 +443,119 @@ static inline void mmf_row(float * dst, size_t stride, const char * rows, size_t
 // blocks of 256 values with scales of their parts: all in integers up to the end of a block
 //
 
-static constexpr int MMF_PARTS = QK_K/32;
+#if defined(MMF_PAIRS)
+using mmf_ints = __m512i;
+#else
+using mmf_ints = __m256i;
+#endif
+
+static constexpr int MMF_PART  = sizeof(mmf_ints); // values that are computed together
+static constexpr int MMF_PARTS = QK_K/MMF_PART;
 
 // a block of a row: value = d*scale*u plus what is the same for all 16 values of a group (a min, or the offset of u)
 struct mmf_block_K {
-    __m256i u    [MMF_PARTS]; // bytes
-    __m256i scale[MMF_PARTS]; // of 2 values each
-    __m256i sums;             // of each group: what the sum of the column's 16 values is multiplied by
-    float   d;
-    float   d_sums;
+    mmf_ints u    [MMF_PARTS]; // bytes
+    mmf_ints scale[MMF_PARTS]; // of 2 values each
+    __m256i  sums;             // of each group: what the sum of the column's 16 values is multiplied by
+    __m128   d;                // and, of weights with a min, what the sums are scaled by
 };
+
+static inline __m128 mmf_two_halves(const void * x) {
+    int32_t bits;
+    memcpy(&bits, x, sizeof(bits));
+    return _mm_cvtph_ps(_mm_cvtsi32_si128(bits));
+}
+
+// the 8 scales and then the 8 mins: 6 bits each in 12 bytes, the first 4 of both whole, the others in two pieces
+static inline __m256i mmf_scales_and_mins(const block_q4_K & b) {
+    const __m128i x     = _mm_loadu_si128((const __m128i *) b.scales); // and 4 bytes of what follows
+    const __m128i whole = _mm_srlv_epi32(_mm_shuffle_epi32(x, _MM_SHUFFLE(2, 1, 2, 0)), _mm_set_epi32(4, 0, 0, 0));
+    const __m128i high  = _mm_srli_epi32(_mm_shuffle_epi32(x, _MM_SHUFFLE(1, 1, 0, 0)), 2);
+    return _mm256_cvtepu8_epi16(_mm_or_si128(
+            _mm_and_si128(whole, _mm_set_epi32(0x0F0F0F0F, 0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F)),
+            _mm_and_si128(high,  _mm_set_epi32(0x30303030, 0, 0x30303030, 0))));
+}
+
+#if defined(MMF_PAIRS)
+
+// a low half and a high one
+static inline __m512i mmf_shifts(int low, int high) {
+    return _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1);
+}
+
+// of 16 numbers x those at `at`, from number i on
+static inline __m512i mmf_spread(__m256i x, const uint8_t * at, int i) {
+    const __m512i from = _mm512_cvtepu8_epi16(_mm256_load_si256((const __m256i *) at));
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(from, _mm512_set1_epi16(i)), _mm512_castsi256_si512(x));
+}
+
+static inline void mmf_load(mmf_block_K & w, const block_q4_K & b) {
+    alignas(32) static constexpr uint8_t at[32] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2 };
+    alignas(32) static constexpr uint8_t mins[16] = { 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15 };
+
+    const __m256i s = mmf_scales_and_mins(b);
+
+    // the low nibbles of 32 bytes are 32 values, and the high ones are the next
+    for (int i = 0; i < MMF_PARTS; i += 2) {
+        const __m512i q = _mm512_loadu_si512(b.qs + 32*i);
+        w.u[i]     = _mm512_and_si512(q, _mm512_set1_epi8(0x0F));
+        w.u[i + 1] = _mm512_and_si512(_mm512_srli_epi16(q, 4), _mm512_set1_epi8(0x0F));
+        w.scale[i]     = mmf_spread(s, at, 2*i);
+        w.scale[i + 1] = mmf_spread(s, at, 2*i + 1);
+    }
+
+    w.sums = _mm256_permutexvar_epi16(_mm256_cvtepu8_epi16(_mm_load_si128((const __m128i *) mins)), s);
+    w.d    = mmf_two_halves(&b.data);
+}
+
+static inline void mmf_load(mmf_block_K & w, const block_q6_K & b) {
+    alignas(32) static constexpr uint8_t at[32] = { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 };
+
+    w.sums = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) b.scales));
+
+    // each half: 64 bytes of low bits, whose low nibbles are a part and whose high ones the next, and 32 bytes of high bits,
+    // two for each 32 values
+    for (int i = 0; i < MMF_PARTS; i += 2) {
+        const __m512i h = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) (b.qh + i*16)));
+        const __m512i l = _mm512_loadu_si512(b.ql + i*32);
+
+        const __m512i low  = _mm512_set1_epi8(0x0F);
+        const __m512i high = _mm512_set1_epi8(0x30);
+
+        w.u[i]     = _mm512_or_si512(_mm512_and_si512(l, low),                       _mm512_and_si512(_mm512_sllv_epi16(h, mmf_shifts(4, 2)), high));
+        w.u[i + 1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(l, 4), low), _mm512_and_si512(_mm512_srlv_epi16(h, mmf_shifts(0, 2)), high));
+        w.scale[i]     = mmf_spread(w.sums, at, 4*i);
+        w.scale[i + 1] = mmf_spread(w.sums, at, 4*i + 4);
+    }
+
+    w.d    = _mm_set1_ps(mmf_half(b.d));
+    w.sums = _mm256_slli_epi16(_mm256_sub_epi16(_mm256_setzero_si256(), w.sums), 5); // u is 32 too large
+}
+
+// acc + the products of bytes, in pairs that share a scale
+static inline __m512i mmf_dot_scaled(__m512i acc, __m512i u, const int8_t * q, __m512i scale) {
+    return _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(u, _mm512_load_si512(q)), scale);
+}
+
+static inline __m256i mmf_fold(__m512i x) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+}
+
+static inline __m512i mmf_ints_of(__m256i x) {
+    return _mm512_zextsi256_si512(x);
+}
+
+#else
 
 static inline __m256i mmf_pairs(__m128i x) {
     return _mm256_set_m128i(_mm_unpackhi_epi16(x, x), _mm_unpacklo_epi16(x, x));
 }
 
 static inline void mmf_load(mmf_block_K & w, const block_q4_K & b) {
-    // 8 scales and 8 mins of 6 bits each in 12 bytes: the first 4 of both are whole, the others in two pieces
-    uint32_t x[3];
-    memcpy(x, b.scales, sizeof(x));
-
-    const uint32_t s0 = x[0] & 0x3F3F3F3F;
-    const uint32_t m0 = x[1] & 0x3F3F3F3F;
-    const uint32_t s1 = ( x[2]       & 0x0F0F0F0F) | ((x[0] >> 2) & 0x30303030);
-    const uint32_t m1 = ((x[2] >> 4) & 0x0F0F0F0F) | ((x[1] >> 2) & 0x30303030);
+    const __m256i x = mmf_scales_and_mins(b);
 
     alignas(16) int16_t s[8];
-    _mm_store_si128((__m128i *) s, _mm_cvtepu8_epi16(_mm_set_epi32(0, 0, s1, s0)));
+    _mm_store_si128((__m128i *) s, _mm256_castsi256_si128(x));
 
     // the low nibbles of 32 bytes are a part, and the high ones are the next
     for (int i = 0; i < MMF_PARTS; i += 2) {
@@ -474,9 +566,8 @@ static inline void mmf_load(mmf_block_K & w, const block_q4_K & b) {
         w.scale[i + 1] = _mm256_set1_epi16(s[i + 1]);
     }
 
-    w.sums   = mmf_pairs(_mm_cvtepu8_epi16(_mm_set_epi32(0, 0, m1, m0)));
-    w.d      = mmf_half(b.data.data.d);
-    w.d_sums = -mmf_half(b.data.data.dmin);
+    w.sums = mmf_pairs(_mm256_extracti128_si256(x, 1));
+    w.d    = mmf_two_halves(&b.data);
 }
 
 static inline void mmf_load(mmf_block_K & w, const block_q6_K & b) {
@@ -503,27 +594,57 @@ static inline void mmf_load(mmf_block_K & w, const block_q6_K & b) {
         w.scale[i] = _mm256_set_m128i(_mm_set1_epi16(s[2*i + 1]), _mm_set1_epi16(s[2*i]));
     }
 
-    w.d      = mmf_half(b.d);
-    w.d_sums = -32.0f*w.d;
+    w.d    = _mm_set1_ps(mmf_half(b.d));
+    w.sums = _mm256_slli_epi16(_mm256_sub_epi16(_mm256_setzero_si256(), w.sums), 5); // u is 32 too large
 }
+
+// acc + the products of bytes, in pairs that share a scale
+static inline __m256i mmf_dot_scaled(__m256i acc, __m256i u, const int8_t * q, __m256i scale) {
+    const __m256i x = _mm256_maddubs_epi16(u, _mm256_load_si256((const __m256i *) q)); // at most 2*63*127, which 16 bits hold
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(acc, x, scale);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(acc, x, scale);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(x, scale));
+#endif
+}
+
+static inline __m256i mmf_fold(__m256i x) {
+    return x;
+}
+
+static inline __m256i mmf_ints_of(__m256i x) {
+    return x;
+}
+
+#endif
 
 // one block of each column of a tile
 struct alignas(64) mmf_cols_K {
     static constexpr int64_t BLOCKS = 1;
 
-    int8_t  q   [MMF_PARTS][MMF_TILE_COLS][32];
+    int8_t  q   [MMF_PARTS][MMF_TILE_COLS][MMF_PART];
     int16_t sums[MMF_TILE_COLS][16];
     float   d   [MMF_TILE_COLS];
 };
 
-static void mmf_lay_out(mmf_cols_K * dst, const char * cols, size_t row_size, int n_cols, int64_t ib0, int64_t ib1) {
+// 32 values of a block: their number where it is laid out. 64 bytes of Q4_K are the first and the third of four, or the others
+template <typename block>
+static inline int mmf_place(int i) {
+    return std::is_same<block, block_q4_K>::value && MMF_PART == 64 ? i/4*4 + i%2*2 + i/2%2 : i;
+}
+
+template <typename block>
+static void mmf_lay_out(mmf_cols_K * dst, const char * const * cols, int n_cols, int64_t ib0, int64_t ib1) {
     for (int64_t ib = ib0; ib < ib1; ++ib) {
         mmf_cols_K & to = dst[ib - ib0];
 
         for (int c = 0; c < n_cols; ++c) {
-            const auto & b = ((const block_q8_K *) (cols + c*row_size))[ib];
-            for (int i = 0; i < MMF_PARTS; ++i) {
-                memcpy(to.q[i][c], b.qs + 32*i, 32);
+            const auto & b = ((const block_q8_K *) cols[c])[ib];
+            for (int i = 0; i < QK_K/32; ++i) {
+                const int at = 32*mmf_place<block>(i);
+                memcpy(to.q[at/MMF_PART][c] + at%MMF_PART, b.qs + 32*i, 32);
             }
             memcpy(to.sums[c], b.bsums, sizeof(b.bsums));
             to.d[c] = b.d;
@@ -531,25 +652,12 @@ static void mmf_lay_out(mmf_cols_K * dst, const char * cols, size_t row_size, in
     }
 }
 
-// acc + the sums of 2 products each
-static inline __m256i mmf_dot_pairs(__m256i acc, __m256i a, __m256i b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(acc, a, b);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(acc, a, b);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-#endif
-}
-
-// dst: column c is at dst[c*stride]
+// dst: column c of the first row is at dst[c][ir]
 template <typename block, int N_COLS>
-static inline void mmf_row(float * dst, size_t stride, const block * row, const char * ahead, const mmf_cols_K * cols, int64_t ib0, int64_t ib1) {
-    __m256 acc[N_COLS];
+static MMF_INLINE void mmf_row(float * const * dst, int64_t ir, const block * row, const char * ahead, const mmf_cols_K * cols, int64_t ib0, int64_t ib1) {
+    constexpr bool HAS_MIN = std::is_same<block, block_q4_K>::value;
 
-    for (int c = 0; c < N_COLS; ++c) {
-        acc[c] = _mm256_setzero_ps();
-    }
+    __m256 acc[N_COLS] = {};
 
     for (int64_t ib = ib0; ib < ib1; ++ib) {
         const mmf_cols_K & col = cols[ib - ib0];
@@ -561,27 +669,30 @@ static inline void mmf_row(float * dst, size_t stride, const block * row, const 
         mmf_block_K w;
         mmf_load(w, row[ib - ib0]);
 
-        __m256i sum[N_COLS];
+        mmf_ints sum [N_COLS];
+        __m256i  sums[N_COLS];
         for (int c = 0; c < N_COLS; ++c) {
-            sum[c] = _mm256_setzero_si256();
+            sums[c] = _mm256_madd_epi16(w.sums, _mm256_load_si256((const __m256i *) col.sums[c]));
+            sum [c] = mmf_ints_of(HAS_MIN ? _mm256_setzero_si256() : sums[c]);
         }
         for (int i = 0; i < MMF_PARTS; ++i) {
             for (int c = 0; c < N_COLS; ++c) {
-                // at most 2*63*127, which 16 bits hold
-                const __m256i x = _mm256_maddubs_epi16(w.u[i], _mm256_load_si256((const __m256i *) col.q[i][c]));
-                sum[c] = mmf_dot_pairs(sum[c], x, w.scale[i]);
+                sum[c] = mmf_dot_scaled(sum[c], w.u[i], col.q[i][c], w.scale[i]);
             }
         }
         for (int c = 0; c < N_COLS; ++c) {
-            const __m256i sums = _mm256_madd_epi16(w.sums, _mm256_load_si256((const __m256i *) col.sums[c]));
+            const __m128 d = _mm_mul_ps(w.d, _mm_set1_ps(col.d[c]));
 
-            acc[c] = _mm256_fmadd_ps(_mm256_set1_ps(w.d     *col.d[c]), _mm256_cvtepi32_ps(sum[c]), acc[c]);
-            acc[c] = _mm256_fmadd_ps(_mm256_set1_ps(w.d_sums*col.d[c]), _mm256_cvtepi32_ps(sums),   acc[c]);
+            acc[c] = _mm256_fmadd_ps(_mm256_broadcastss_ps(d), _mm256_cvtepi32_ps(mmf_fold(sum[c])), acc[c]);
+            if (HAS_MIN) {
+                const __m256 d_sums = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(d), _mm256_set1_epi32(1));
+                acc[c] = _mm256_fnmadd_ps(d_sums, _mm256_cvtepi32_ps(sums[c]), acc[c]);
+            }
         }
     }
 
     for (int c = 0; c < N_COLS; ++c) {
-        float & to = dst[c*stride];
+        float & to = dst[c][ir];
         to = ib0 == 0 ? mmf_sum(acc[c]) : to + mmf_sum(acc[c]);
     }
 }
@@ -594,13 +705,13 @@ template <ggml_type TYPE> struct mmf_type {
     using block = typename mmf_weights<TYPE>::block;
     using cols  = mmf_cols;
     static constexpr int64_t SIZE = 32;
-    static void lay_out(cols * dst, const char * c, size_t row_size, int n, int64_t ib0, int64_t ib1) {
-        mmf_lay_out<TYPE>(dst, c, row_size, n, ib0, ib1);
+    static void lay_out(cols * dst, const char * const * c, int n, int64_t ib0, int64_t ib1) {
+        mmf_lay_out<TYPE>(dst, c, n, ib0, ib1);
     }
     static constexpr int ROWS = cols::BLOCKS; // that are computed together
     template <int N_COLS, int N_ROWS>
-    static void row(float * dst, size_t stride, const char * r, size_t nb01, const char * const * ahead, const cols * c, int64_t ib0, int64_t ib1) {
-        mmf_row<TYPE, N_COLS, N_ROWS>(dst, stride, r, nb01, ahead, c, ib0, ib1);
+    static MMF_INLINE void row(float * const * dst, int64_t ir, const char * r, size_t nb01, const char * const * ahead, const cols * c, int64_t ib0, int64_t ib1) {
+        mmf_row<TYPE, N_COLS, N_ROWS>(dst, ir, r, nb01, ahead, c, ib0, ib1);
     }
 };
 
@@ -608,15 +719,15 @@ template <typename B> struct mmf_type_K {
     using block = B;
     using cols  = mmf_cols_K;
     static constexpr int64_t SIZE = QK_K;
-    static void lay_out(cols * dst, const char * c, size_t row_size, int n, int64_t ib0, int64_t ib1) {
-        mmf_lay_out(dst, c, row_size, n, ib0, ib1);
+    static void lay_out(cols * dst, const char * const * c, int n, int64_t ib0, int64_t ib1) {
+        mmf_lay_out<block>(dst, c, n, ib0, ib1);
     }
     static constexpr int ROWS = 1;
     template <int N_COLS, int N_ROWS>
-    static void row(float * dst, size_t stride, const char * r, size_t nb01, const char * const * ahead, const cols * c, int64_t ib0, int64_t ib1) {
+    static MMF_INLINE void row(float * const * dst, int64_t ir, const char * r, size_t nb01, const char * const * ahead, const cols * c, int64_t ib0, int64_t ib1) {
         static_assert(N_ROWS == 1, "");
         GGML_UNUSED(nb01);
-        mmf_row<block, N_COLS>(dst, stride, (const block *) r, ahead[0], c, ib0, ib1);
+        mmf_row<block, N_COLS>(dst, ir, (const block *) r, ahead[0], c, ib0, ib1);
     }
 };
 
@@ -649,26 +760,26 @@ struct mmf_tile {
 
 // rows from r on, N_ROWS at a time; the first that is left
 template <ggml_type TYPE, int N_COLS, int N_ROWS>
-static int64_t mmf_rows(float * dst, size_t stride, const mmf_tile<TYPE> & tile, const typename mmf_type<TYPE>::cols * cols, int64_t r) {
+static int64_t mmf_rows(float * const * dst, const mmf_tile<TYPE> & tile, const typename mmf_type<TYPE>::cols * cols, int64_t r) {
     for (; r + N_ROWS <= tile.n_rows; r += N_ROWS) {
         const char * ahead[N_ROWS];
         for (int i = 0; i < N_ROWS; ++i) {
             ahead[i] = tile.ahead(r + i);
         }
-        mmf_type<TYPE>::template row<N_COLS, N_ROWS>(dst + r, stride, tile.at(r), tile.nb01, ahead, cols, tile.ib0, tile.ib1);
+        mmf_type<TYPE>::template row<N_COLS, N_ROWS>(dst, r, tile.at(r), tile.nb01, ahead, cols, tile.ib0, tile.ib1);
     }
     return r;
 }
 
 template <ggml_type TYPE, int N_COLS>
-static void mmf_rows(float * dst, size_t stride, const mmf_tile<TYPE> & tile, const typename mmf_type<TYPE>::cols * cols) {
-    const int64_t r = mmf_rows<TYPE, N_COLS, mmf_type<TYPE>::ROWS>(dst, stride, tile, cols, 0);
-    mmf_rows<TYPE, N_COLS, 1>(dst, stride, tile, cols, r);
+static void mmf_rows(float * const * dst, const mmf_tile<TYPE> & tile, const typename mmf_type<TYPE>::cols * cols) {
+    const int64_t r = mmf_rows<TYPE, N_COLS, mmf_type<TYPE>::ROWS>(dst, tile, cols, 0);
+    mmf_rows<TYPE, N_COLS, 1>(dst, tile, cols, r);
 }
 
 // rows from r on, N_ROWS at a time, as they lie in memory; the first that is left. cols: of all blocks
 template <ggml_type TYPE, int N_COLS, int N_ROWS>
-static int64_t mmf_whole_rows(float * dst, size_t stride, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t n_block, int64_t r) {
+static int64_t mmf_whole_rows(float * const * dst, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t n_block, int64_t r) {
     using type = mmf_type<TYPE>;
     constexpr int64_t n_part = 32*MMF_TILE_BLOCKS/type::SIZE;
 
@@ -679,19 +790,19 @@ static int64_t mmf_whole_rows(float * dst, size_t stride, const char * rows, siz
             for (int i = 0; i < N_ROWS; ++i) {
                 ahead[i] = row + i*nb01 + MMF_AHEAD;
             }
-            type::template row<N_COLS, N_ROWS>(dst + r, stride, row, nb01, ahead, cols + ib0/type::cols::BLOCKS, ib0, std::min(ib0 + n_part, n_block));
+            type::template row<N_COLS, N_ROWS>(dst, r, row, nb01, ahead, cols + ib0/type::cols::BLOCKS, ib0, std::min(ib0 + n_part, n_block));
         }
     }
     return r;
 }
 
 template <ggml_type TYPE, int N_COLS>
-static void mmf_whole_rows(float * dst, size_t stride, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t n_block) {
+static void mmf_whole_rows(float * const * dst, const char * rows, size_t nb01, int64_t n_rows, const typename mmf_type<TYPE>::cols * cols, int64_t n_block) {
     // with few columns the product waits for the memory, which gives most where it is read in order
     constexpr int N_ROWS = N_COLS < MMF_COLS_OF_ROWS ? 1 : mmf_type<TYPE>::ROWS;
 
-    const int64_t r = mmf_whole_rows<TYPE, N_COLS, N_ROWS>(dst, stride, rows, nb01, n_rows, cols, n_block, 0);
-    mmf_whole_rows<TYPE, N_COLS, 1>(dst, stride, rows, nb01, n_rows, cols, n_block, r);
+    const int64_t r = mmf_whole_rows<TYPE, N_COLS, N_ROWS>(dst, rows, nb01, n_rows, cols, n_block, 0);
+    mmf_whole_rows<TYPE, N_COLS, 1>(dst, rows, nb01, n_rows, cols, n_block, r);
 }
 
 // calls f with the number of columns of a tile, known when it is compiled
@@ -711,17 +822,17 @@ static void mmf_for_cols(int n, F && f) {
 }
 
 template <ggml_type TYPE>
-static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
+static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int64_t expert, const int32_t * expert_cols, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
     using type = mmf_type<TYPE>;
 
     const ggml_tensor * src0 = dst->src[0];
 
+    const int64_t ne11    = dst->src[1]->ne[1];
     const int64_t n_cols  = ic1 - ic0;
     const int64_t n_block = src0->ne[0]/type::SIZE;
     const size_t  nb01    = src0->nb[1];
-    const size_t  stride  = dst->nb[1]/sizeof(float);
 
-    const char * rows = (const char *) src0->data + ir0*nb01;
+    const char * rows = (const char *) src0->data + expert*src0->nb[2] + ir0*nb01;
 
     constexpr int64_t n_part = 32*MMF_TILE_BLOCKS/type::SIZE;
     constexpr size_t  size   = sizeof(typename type::cols)/(MMF_TILE_COLS*type::cols::BLOCKS); // of a block of a column
@@ -734,24 +845,33 @@ static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int
     for (int64_t it = 0, c0 = 0; it < n_tile; ++it) {
         const int n = (n_cols - c0)/(n_tile - it);
 
-        const char * from = cols + (ic0 + c0)*row_size;
-        float      * to   = (float *) dst->data + (ic0 + c0)*stride + ir0;
+        const char * from[MMF_TILE_COLS];
+        float      * to  [MMF_TILE_COLS];
+
+        for (int c = 0; c < n; ++c) {
+            const int64_t ic = ic0 + c0 + c;
+            const int64_t i1 = expert_cols ? expert_cols[2*ic]     : ic;
+            const int64_t i2 = expert_cols ? expert_cols[2*ic + 1] : 0;
+
+            from[c] = cols + (i1 % ne11 + i2*ne11)*row_size;
+            to  [c] = (float *) ((char *) dst->data + i1*dst->nb[1] + i2*dst->nb[2]) + ir0;
+        }
 
         // the sums of both ways are the same
         if (n == 1 || n*n_block*size <= MMF_WHOLE) {
             laid_out.resize(std::max<size_t>(laid_out.size(), n_block));
-            type::lay_out(laid_out.data(), from, row_size, n, 0, n_block);
+            type::lay_out(laid_out.data(), from, n, 0, n_block);
 
             mmf_for_cols(n, [&](auto n_c) {
-                mmf_whole_rows<TYPE, decltype(n_c)::value>(to, stride, rows, nb01, ir1 - ir0, laid_out.data(), n_block);
+                mmf_whole_rows<TYPE, decltype(n_c)::value>(to, rows, nb01, ir1 - ir0, laid_out.data(), n_block);
             });
         } else {
             for (int64_t ib0 = 0; ib0 < n_block; ib0 += n_part) {
                 const mmf_tile<TYPE> tile = { rows, nb01, ir1 - ir0, ib0, std::min(ib0 + n_part, n_block), n_block };
-                type::lay_out(laid_out.data(), from, row_size, n, tile.ib0, tile.ib1);
+                type::lay_out(laid_out.data(), from, n, tile.ib0, tile.ib1);
 
                 mmf_for_cols(n, [&](auto n_c) {
-                    mmf_rows<TYPE, decltype(n_c)::value>(to, stride, tile, laid_out.data());
+                    mmf_rows<TYPE, decltype(n_c)::value>(to, tile, laid_out.data());
                 });
             }
         }
@@ -760,11 +880,11 @@ static void mmf_chunk(ggml_tensor * dst, const char * cols, size_t row_size, int
     }
 }
 
-bool ggml_mul_mat_few_serves(const ggml_tensor * dst) {
+bool ggml_mul_mat_few_serves(const ggml_tensor * dst, int64_t n_cols) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
 
-    int64_t max_cols = src1->ne[1];
+    int64_t max_cols = INT64_MAX;
 
     switch (src0->type) {
         case GGML_TYPE_Q4_0:
@@ -774,42 +894,49 @@ bool ggml_mul_mat_few_serves(const ggml_tensor * dst) {
         case GGML_TYPE_Q8_0:
             break;
         case GGML_TYPE_Q4_K:
+            max_cols = MMF_MAX_COLS_Q4_K;
+            break;
         case GGML_TYPE_Q6_K:
-            max_cols = MMF_MAX_COLS_K;
+            max_cols = MMF_MAX_COLS_Q6_K;
             break;
         default:
             return false;
     }
 
-    return src1->type == GGML_TYPE_F32 && src1->ne[1] <= max_cols && src1->ne[2]*src1->ne[3] == 1;
+    const bool is_batch = dst->op == GGML_OP_MUL_MAT && src1->ne[2]*src1->ne[3] > 1;
+
+    return src1->type == GGML_TYPE_F32 && n_cols <= max_cols && !is_batch;
 }
 
-void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
+void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t expert, const int32_t * expert_cols, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
     const char * c = (const char *) cols;
 
     switch (dst->src[0]->type) {
-        case GGML_TYPE_Q4_0: mmf_chunk<GGML_TYPE_Q4_0>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
-        case GGML_TYPE_Q4_1: mmf_chunk<GGML_TYPE_Q4_1>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
-        case GGML_TYPE_Q5_0: mmf_chunk<GGML_TYPE_Q5_0>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
-        case GGML_TYPE_Q5_1: mmf_chunk<GGML_TYPE_Q5_1>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
-        case GGML_TYPE_Q8_0: mmf_chunk<GGML_TYPE_Q8_0>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
-        case GGML_TYPE_Q4_K: mmf_chunk<GGML_TYPE_Q4_K>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
-        case GGML_TYPE_Q6_K: mmf_chunk<GGML_TYPE_Q6_K>(dst, c, row_size, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q4_0: mmf_chunk<GGML_TYPE_Q4_0>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q4_1: mmf_chunk<GGML_TYPE_Q4_1>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q5_0: mmf_chunk<GGML_TYPE_Q5_0>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q5_1: mmf_chunk<GGML_TYPE_Q5_1>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q8_0: mmf_chunk<GGML_TYPE_Q8_0>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q4_K: mmf_chunk<GGML_TYPE_Q4_K>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
+        case GGML_TYPE_Q6_K: mmf_chunk<GGML_TYPE_Q6_K>(dst, c, row_size, expert, expert_cols, ir0, ir1, ic0, ic1); break;
         default: GGML_ABORT("type %s is not served", ggml_type_name(dst->src[0]->type));
     }
 }
 
 #else
 
-bool ggml_mul_mat_few_serves(const ggml_tensor * dst) {
+bool ggml_mul_mat_few_serves(const ggml_tensor * dst, int64_t n_cols) {
     GGML_UNUSED(dst);
+    GGML_UNUSED(n_cols);
     return false;
 }
 
-void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
+void ggml_mul_mat_few_rows(ggml_tensor * dst, const void * cols, size_t row_size, int64_t expert, const int32_t * expert_cols, int64_t ir0, int64_t ir1, int64_t ic0, int64_t ic1) {
     GGML_UNUSED(dst);
     GGML_UNUSED(cols);
     GGML_UNUSED(row_size);
+    GGML_UNUSED(expert);
+    GGML_UNUSED(expert_cols);
     GGML_UNUSED(ir0);
     GGML_UNUSED(ir1);
     GGML_UNUSED(ic0);
