@@ -6,9 +6,10 @@ Arithmetic on metadata: it opens no model and measures nothing. The formulas are
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 
-from swaa_local.errors import SWAAError
+from swaa_local.errors import GGUFError, SWAAError
 from swaa_local.model_file.model_info import ModelInfo, model_info_of
 from swaa_local.model_file.schedule_keys import stored_of
 from swaa_local.model_file.split import open_gguf
@@ -63,9 +64,12 @@ def inspect_gguf(
     """Read a file's header and work out the cost of one sequence.
 
     `n_ctx` defaults to the model's training context, at most `DEFAULT_N_CTX`, `n_ubatch` to what `Llama` would choose
-    on this machine. Raises `GGUFError` for a bad file or schedule, `SWAAError` for a KV type that does not fit the
-    model.
+    on this machine. Raises `GGUFError` for a directory, a bad file or schedule, `SWAAError` for a KV type that does
+    not fit the model.
     """
+    if os.path.isdir(path):
+        name = os.fspath(path)
+        raise GGUFError(f"{name} is a directory; swaa-local list {shlex.quote(name)} shows the models in it")
     with open_gguf(path) as file:
         model, stored = model_info_of(file), stored_of(file)
     schedule = stored.schedule

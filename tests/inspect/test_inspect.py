@@ -216,9 +216,20 @@ def test_a_kv_type_that_does_not_fit_the_heads(tmp_path):
     assert "needs rows of a multiple of 32 elements, not 80" in fails("inspect", path, "-ctk", "q8_0")
 
 
-def test_missing_file_and_directory(tmp_path):
+def test_a_missing_file(tmp_path):
     assert "none.gguf: cannot read it: No such file" in fails("inspect", tmp_path / "none.gguf")
-    assert "Is a directory" in fails("inspect", tmp_path)
+
+
+def test_a_directory_is_refused_with_the_command_that_shows_what_is_in_it(tmp_path):
+    directory = tmp_path / "my models"
+    directory.mkdir()
+    write_qwen3_4b(directory / "m.gguf", [F] * 36)
+    message = fails("inspect", directory)
+    assert f"{directory} is a directory" in message
+    _, command = message.split("; ")
+    program, *words = split(command.removesuffix(" shows the models in it"))
+    assert program == "swaa-local"
+    assert str(directory / "m.gguf") in succeeds(*words)
 
 
 def write_gemma3(path, keys):
