@@ -95,6 +95,26 @@ class Real(click.FloatRange):
         return number
 
 
+class Factor(click.ParamType):
+    """A finite number from `least` to `most`. (click.FloatRange prints bounds into the help, where nobody gets near
+    these.)"""
+
+    name = "factor"
+
+    def __init__(self, least: float, most: float) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number such as 4 or 0.5", param, ctx)
+        if not self._least <= number <= self._most:
+            least, most = (f"{bound:.6f}".rstrip("0").rstrip(".") for bound in (self._least, self._most))
+            self.fail(f"{value} is not between {least} and {most}", param, ctx)
+        return number
+
+
 class Number(click.ParamType):
     """A whole number from `least` to `most`. name: of what is counted. words: names of some numbers.
 

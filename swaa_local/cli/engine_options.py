@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from swaa_local.cli.click_types import LORA, ON_OFF_AUTO, SPLIT, WORKERS, Number, Real, tokens
+from swaa_local.cli.click_types import LORA, ON_OFF_AUTO, SPLIT, WORKERS, Factor, Number, tokens
 from swaa_local.engine import crash
 from swaa_local.engine.limits import MAX_LAYERS, MAX_THREADS
 from swaa_local.engine.options import ROPE_SCALES, ROPE_SCALINGS, SPLIT_MODES, EngineOptions
@@ -108,9 +108,8 @@ def engine_options(command: Command, *, without: Collection[str] = ()) -> Comman
         ),
         "rope_scale": click.option(
             "--rope-scale",
-            type=Real(*ROPE_SCALES),
-            metavar="FACTOR",
-            help="By what to stretch what it was trained on [the model's].",
+            type=Factor(*ROPE_SCALES),
+            help="By what to stretch the length that it was trained on, such as 4 [the model's].",
         ),
         "yarn_orig_ctx": click.option(
             "--yarn-orig-ctx", type=tokens(1), help="What it was trained on, for yarn [the model's]."

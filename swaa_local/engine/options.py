@@ -16,7 +16,7 @@ ROPE_SCALINGS = ("none", "linear", "yarn")
 
 ROPE = ("rope_scaling", "rope_scale", "yarn_orig_ctx")
 """The fields that say how RoPE is scaled."""
-ROPE_SCALES = (2.0**-20, 2.0**20)
+ROPE_SCALES = (1e-6, 1e6)
 """Least and most of `rope_scale`."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from swaa_local import __version__
 from swaa_local.schedule.presets import PRESETS
-from tests.support.program import ROOT, environment, run, succeeds
+from tests.support.program import ROOT, environment, fails, run, succeeds
 
 
 def test_help_teaches_and_loads_no_engine(tmp_path):
@@ -21,6 +22,25 @@ def test_help_teaches_and_loads_no_engine(tmp_path):
             done = run(*command, flag, PYTHONPATH=f"{tmp_path}:{ROOT}")
             assert done.returncode == 0, done.stderr
             assert f"swaa-local {' '.join(command) or 'convert'} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["chat", "eval", "calibrate"])
+def test_help_of_the_rope_scale_is_words_and_an_example(command):
+    text = " ".join(succeeds(command, "--help").split())
+    [told] = re.findall(r"--rope-scale FACTOR (.*?) --", text)
+    assert told == "By what to stretch the length that it was trained on, such as 4 [the model's]."
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("0", "0 is not between 0.000001 and 1000000"),
+        ("nan", "nan is not between 0.000001 and 1000000"),
+        ("four", "'four' is not a number such as 4 or 0.5"),
+    ],
+)
+def test_a_rope_scale_that_cannot_be_is_named_with_what_can(value, problem):
+    assert problem in fails("chat", "--rope-scale", value, code=2)
 
 
 def test_help_of_convert_names_sources_presets_and_the_extra():
