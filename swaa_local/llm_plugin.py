@@ -41,7 +41,9 @@ class SWAALocal(llm.Model):  # type: ignore[misc]
     class Options(llm.Options):  # type: ignore[misc]
         model: str | None = Field(default=None, description="GGUF file or hub id, for the model swaa-local")
         temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
-        max_tokens: int | None = Field(default=None, description="Of an answer, thinking included")
+        max_tokens: int | None = Field(
+            default=None, ge=-1, description="Of an answer, thinking included; -1 is no limit, 0 reads the prompt alone"
+        )
         seed: int | None = Field(default=None, ge=-1, description="Of the sampling; -1 is random")
         ctx: int | None = Field(default=None, ge=0, description="Tokens of context")
         threads: int | None = Field(default=None, ge=1, description="To read and to write")

@@ -208,7 +208,9 @@ def _shown(name: str, value: Any) -> str:
         return "auto (the model's template decides)"
     if isinstance(value, bool):
         return "on" if value else "off"
-    if name == "max_tokens" and value <= 0:
+    if name == "max_tokens" and value == 0:
+        return "0 (the prompt is read, and nothing written)"
+    if name == "max_tokens" and value < 0:
         return f"{value} (until the context is full)"
     if name == "seed" and value < 0:
         return f"{value} (a new one each time)"

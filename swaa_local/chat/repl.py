@@ -144,6 +144,9 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
     if interrupted:
         early = "stopped before the answer began" + ("; your message is not kept" if conversing else "")
         terminal.note("stopped" if session.replied else early)
+    elif session.finish == "length" and not session.settings.max_tokens:
+        limit = "max-tokens 0; your message is not kept, its documents go with the next one" if conversing else "-n 0"
+        terminal.note(f"the prompt was read, and nothing is written with {limit}")
     elif session.finish == "length":
         more = "/set max-tokens" if conversing else "-n"
         terminal.note(f"stopped after {session.settings.max_tokens} tokens; {more} allows more")
@@ -159,8 +162,7 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
             f"stopped: the answer says the same {session.loop_tokens} tokens over and over; a higher temperature or a "
             f"repeat penalty of 1.1 may help, and {off} lets it go on"
         )
-    # Without a token nobody knows how much of the prompt was read.
-    if session.stats and session.stats.generated_tokens:
+    if session.stats and session.stats.has_read:
         terminal.figures(session.stats, session.llm.kv_bytes)
     return interrupted
 

@@ -109,7 +109,8 @@ class Session:
         """Say something, with the pending documents, and get the reply piece by piece.
 
         Ctrl-C (KeyboardInterrupt, or closing the iterator) ends the reply and keeps what there is of it. If there is
-        nothing yet, or the message cannot be evaluated, it is taken back and its documents are pending again.
+        nothing yet, as always with a limit of 0 tokens, or the message cannot be evaluated, it is taken back and its
+        documents are pending again.
         Raises `PromptTooLong` and `TemplateError`.
         """
         asked = Turn("user", text, documents=tuple(self.pending))
@@ -153,7 +154,7 @@ class Session:
         stream = Stream(
             llm,
             prompt,
-            max_tokens=settings.max_tokens if settings.max_tokens > 0 else None,
+            max_tokens=settings.max_tokens if settings.max_tokens >= 0 else None,
             # A question of any length has its tail behind these, so that what was read up to there serves all.
             document_ends=[end - tail for end in prompt.document_ends if end > tail],
             prompt_tail=max(tail, min(prompt.n_question or 0, MAX_QUESTION_TAIL)),
@@ -171,7 +172,9 @@ class Session:
         finally:
             self.finish = stream.finish or "interrupted"
             self.stats, self.loop_tokens = llm.last_run, stream.loop_tokens
-            self.replied = self.finish != "interrupted" or bool(stream.text or stream.thinking)
+            self.replied = bool(stream.text or stream.thinking) or (
+                self.finish != "interrupted" and settings.max_tokens != 0
+            )
             if self.replied:
                 self.turns.append(Turn("assistant", stream.text.rstrip(), stream.thinking.rstrip()))
 

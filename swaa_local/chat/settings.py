@@ -19,8 +19,9 @@ class ChatError(SWAAError):
 class Settings:
     """How replies are made. Sampling defaults are llama.cpp's; a GGUF may bring its own (`with_defaults_of`).
 
-    max_tokens: of a reply, thinking included; 0 or less: until the context is full. seed: -1 is a new one each time.
-    think: None leaves it to the model's template. loop_guard: end a reply that repeats itself word for word.
+    max_tokens: of a reply, thinking included; 0: none, the prompt is read; -1: until the context is full. seed: -1
+    is a new one each time. think: None leaves it to the model's template. loop_guard: end a reply that repeats itself
+    word for word.
     """
 
     temp: float = 0.8

@@ -36,7 +36,8 @@ from swaa_local.schedule.choice import ScheduleOptions
     "--predict",
     "--n-predict",
     type=Number("tokens", -1, (1 << 31) - 1),
-    help="Tokens of an answer, thinking included [no limit on a terminal, else 4096; the bundled model: 256].",
+    help="Tokens of an answer, thinking included; -1: no limit, 0: the prompt is read, and that is all "
+    "[-1 on a terminal, else 4096; the bundled model: 256].",
 )
 @click.option(
     "--loop-guard/--no-loop-guard", default=True, help="Stop an answer that repeats itself word for word [on]."

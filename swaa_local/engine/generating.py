@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Generator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,13 @@ class GeneratingLlama(RestoringLlama):
             except KeyboardInterrupt:  # before it was shielded
                 self._settle(clock)
                 raise
+
+    def read(self, tokens: Sequence[int], **kwargs: Any) -> None:
+        """Evaluate a prompt as `generate` would, with its keywords, and generate nothing."""
+        with closing(self.generate(tokens, **kwargs)) as generated:
+            next(generated)  # chosen from the prompt's last logits, and evaluated by nobody
+            assert self._clock is not None
+            self._clock.generated_tokens = 0
 
     def _settle(self, clock: RunClock) -> None:
         """At the end of a generation, whatever ended it. A call that runs now, as one may around a generator that is
@@ -121,6 +128,7 @@ class GeneratingLlama(RestoringLlama):
                     clock.add_time(time.perf_counter() - started)
                     self._end_step()
                 left, sampler = (self.n_tokens, self._changes), self._active_sampler
+            clock.has_read = True
             clock.generated_tokens += 1
             text.append(token)
             sent = yield token

@@ -13,7 +13,7 @@ class RunStats:
     prompt_tokens includes cached_tokens, whose keys and values were in the cache already. prefill_s ends with the first
     generated token, which the prompt's last logits give; decode_s covers the others. Time that the caller spent between
     two tokens is not counted. passes: evaluations that gave the tokens after the first; fewer than these where drafts
-    were accepted.
+    were accepted. has_read: the whole prompt is in the cache; without it, its reading was stopped.
     """
 
     prompt_tokens: int
@@ -24,13 +24,13 @@ class RunStats:
     passes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    has_read: bool = True
 
     @property
     def prefill_tokens_per_s(self) -> float:
         """Evaluated prompt tokens a second; NaN if nothing was evaluated, or not all of the prompt."""
         evaluated = self.prompt_tokens - self.cached_tokens
-        whole = self.generated_tokens > 0
-        return evaluated / self.prefill_s if whole and evaluated and self.prefill_s > 0 else math.nan
+        return evaluated / self.prefill_s if self.has_read and evaluated and self.prefill_s > 0 else math.nan
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -57,6 +57,7 @@ class RunClock:
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.passes = self.drafted_tokens = self.accepted_tokens = 0
+        self.has_read = False
         self._prefill_s = 0.0
         self._decode_s = 0.0
 
@@ -81,4 +82,5 @@ class RunClock:
             self.passes,
             self.drafted_tokens,
             self.accepted_tokens,
+            self.has_read,
         )

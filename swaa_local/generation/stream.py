@@ -39,8 +39,8 @@ class Stream:
         loop_guard: bool = False,
         **sampling: Any,
     ) -> None:
-        """max_tokens: of thought and answer together; the other two: of each. loop_guard: end an answer that
-        repeats itself word for word. sampling: keywords of `Llama.generate`.
+        """max_tokens: of thought and answer together, 0: the prompt is read; the other two: of each. loop_guard:
+        end an answer that repeats itself word for word. sampling: keywords of `Llama.generate`.
 
         Iterating raises `PromptTooLong`.
         """
@@ -69,6 +69,10 @@ class Stream:
         splitter = ThinkingSplitter(self._prompt.closing)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         finish: Finish = "length"
+        if self._max_tokens == 0:
+            self._llm.read(self._prompt.tokens, **self._sampling)
+            self.finish = finish
+            return
         try:
             with closing(self._llm.generate(self._prompt.tokens, **self._sampling)) as tokens:
                 counts = {False: 0, True: 0}

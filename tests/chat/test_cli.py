@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -119,6 +120,23 @@ def test_options_under_all_their_names_in_llama_cpp(model):
     assert (done.returncode, done.stdout) == (0, b"Yes!\n")
     assert prompt_tokens(done) == prompt_tokens(plain)
     assert chat(model, *FAST, "-p", "Is it?", "--n-predict", "1").stdout != b"Yes!\n"
+
+
+def test_a_limit_of_no_tokens_reads_the_prompt_and_no_limit_is_minus_one(model):
+    """As in llama.cpp."""
+    asked = chat(model, *FAST, "-p", "Is it?", "-n", "-1")
+    assert (asked.returncode, asked.stdout) == (0, b"Yes!\n")
+    for name in ("-n", "--n-predict"):
+        done = chat(model, *FAST, "-p", "Is it?", name, "0")
+        assert (done.returncode, done.stdout) == (0, b"")
+        note, figures = done.stderr.decode().splitlines()
+        assert note == "the prompt was read, and nothing is written with -n 0"
+        assert re.search(r"prefill \d+\.\d\d s, [\d,.]+ tok/s · generated 0 tokens · KV", figures)
+        assert prompt_tokens(done) == prompt_tokens(asked)
+    reply = json.loads(chat(model, *FAST, "-p", "Is it?", "-n", "0", "--json").stdout)
+    assert (reply["answer"], reply["finish"]) == ("", "length")
+    assert reply["tokens"] == {"prompt": prompt_tokens(asked), "cached": 0, "generated": 0}
+    assert reply["timings"]["prefill_tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize(

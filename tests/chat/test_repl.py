@@ -298,6 +298,16 @@ def test_ctrl_c_while_reading_takes_the_message_back_and_keeps_what_was_read(tal
     assert t.leave() == 0
 
 
+def test_a_limit_of_no_tokens_reads_a_document_for_the_next_message(talk, model, tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 300)
+    t = talk(model, "-f", tmp_path / "a.txt")
+    t.say("/set max-tokens 0", "max-tokens 0 (the prompt is read, and nothing written)")
+    t.say("Ready?", "your message is not kept, its documents go with the next one", "generated 0 tokens")
+    t.say("/set max-tokens -1", "max-tokens -1 (until the context is full)")
+    [count] = re.findall(r"\((\d+) cached\)", t.say("Is it?", "Yes!", "KV"))
+    assert int(count) > 300
+
+
 def test_a_document_that_does_not_fit_is_put_away(talk, model, tmp_path):
     (tmp_path / "long.txt").write_text("x" * 3000)
     t = talk(model, "-c", "1024", "--file", tmp_path / "long.txt")

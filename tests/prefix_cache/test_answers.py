@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -294,11 +295,14 @@ def is_cached(done: subprocess.CompletedProcess[str]) -> bool:
     return " cached)" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [[], ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"], ["--window", "64", "--sinks", "4"]],
-    ids=["full", "FA decode", "rings"],
-)
+SCHEDULES_OF_CHAT = {
+    "full": [],
+    "FA decode": ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"],
+    "rings": ["--window", "64", "--sinks", "4"],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES_OF_CHAT.values(), ids=SCHEDULES_OF_CHAT)
 def test_a_second_question_reads_the_question_alone(tiny_model, book, tmp_path, schedule):
     def ask(question: str, *more: str) -> subprocess.CompletedProcess[str]:
         return chat(tiny_model, "--file", book, "-p", question, *schedule, *more, home=tmp_path)
@@ -315,6 +319,24 @@ def test_a_second_question_reads_the_question_alone(tiny_model, book, tmp_path, 
     assert not is_cached(ask("Who?", "--cache-size", "0"))
     assert not is_cached(ask("Who?", "--no-cache"))
     assert "0 states" in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", SCHEDULES_OF_CHAT)
+def test_a_text_is_prepared_by_reading_it_alone(tiny_model, book, tmp_path, name):
+    """`-n 0`: the next question finds all of the text, and has the answer that it has without."""
+    schedule = SCHEDULES_OF_CHAT[name]
+    ask = ["--file", book, "-p", "And what then?", *schedule]
+    cold = chat(tiny_model, *ask, "--no-cache", home=tmp_path)
+    prepared = chat(tiny_model, "--file", book, "-p", "x", "-n", "0", *schedule, home=tmp_path)
+    assert (prepared.stdout, is_cached(prepared)) == ("", False)
+    asked = chat(tiny_model, *ask, home=tmp_path)
+    assert asked.stdout == cold.stdout
+    [(n_prompt, n_cached)] = re.findall(r"prompt ([\d,]+) tokens \(([\d,]+) cached\)", asked.stderr)
+    n_behind = int(n_prompt.replace(",", "")) - int(n_cached.replace(",", ""))
+    # a character is a token: the question with what the template puts around it, and what is left of the text behind
+    # the last whole tail
+    assert n_behind < 64
+    assert book.stat().st_size < int(n_cached.replace(",", ""))
 
 
 def test_a_cache_that_cannot_be_used_changes_no_answer(tiny_model, book, tmp_path):
