@@ -272,12 +272,11 @@ class Llama(GeneratingLlama):
         worth_keeping = {*ends, *often, *bounds[-3:-1]} - {0, len(tokens)} if self.is_recurrent else set()
         for begin, done in pairwise(bounds):
             n_logits = done - begin if all_logits else int(done == len(tokens))
-            start = self.n_tokens
             self._decode(tokens[begin:done], log, n_logits)
             if done in worth_keeping:
                 self._checkpoints.keep(self.ctx, self.n_tokens)
             if self.prefixes:
-                keeping_s = self.prefixes.has_read(start, self._prompt_end)
+                keeping_s = self.prefixes.has_read(self._prompt_end)
                 if self._clock and self._generating:
                     self._clock.add_time(-keeping_s)  # it is no time of reading
             yield done
@@ -299,6 +298,8 @@ class Llama(GeneratingLlama):
                     logits = np.ctypeslib.as_array(_c.llama_get_logits(self.ctx), shape=(n * self.n_vocab(),))
                     self.scores[n_past : n_past + n] = logits.reshape(n, self.n_vocab())
                 self.n_tokens = n_past + n - n_ahead
+                if self.prefixes:
+                    self.prefixes.count_read(n_past, self._prompt_end)
                 self._require_eval(False)
             else:
                 self._require_eval(True)

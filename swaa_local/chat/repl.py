@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from prompt_toolkit.output import create_output
 from swaa_local.chat.commands import COMMANDS, run_command, say_dropped
 from swaa_local.chat.session import Session
 from swaa_local.chat.terminal import Terminal
+from swaa_local.engine.crash import interruptible_at_once
 from swaa_local.errors import PromptTooLong, SWAAError
 from swaa_local.generation.thinking import Piece
 
@@ -141,9 +142,10 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
             interrupted = True
     session.rates.save()
     interrupted = interrupted or session.finish == "interrupted"
-    if interrupted:
-        early = "stopped before the answer began" + ("; your message is not kept" if conversing else "")
-        terminal.note("stopped" if session.replied else early)
+    if interrupted and session.replied:
+        terminal.note("stopped")
+    elif interrupted:
+        _keep_read(session, terminal, conversing=conversing)
     elif session.finish == "length" and not session.settings.max_tokens:
         limit = "max-tokens 0; your message is not kept, its documents go with the next one" if conversing else "-n 0"
         terminal.note(f"the prompt was read, and nothing is written with {limit}")
@@ -165,6 +167,26 @@ def say_reply(session: Session, terminal: Terminal, pieces: Iterator[Piece], *, 
     if session.stats and session.stats.has_read:
         terminal.figures(session.stats, session.llm.kv_bytes)
     return interrupted
+
+
+def _keep_read(session: Session, terminal: Terminal, *, conversing: bool) -> None:
+    """What was read of a message that was stopped, for the next time."""
+
+    def announce() -> None:
+        if terminal.shows:
+            terminal.note("keeping what was read; Ctrl-C gives that up")
+
+    with nullcontext() if conversing else interruptible_at_once():
+        n_kept = session.keep_read(announce)
+    early = "stopped before the answer began" + ("; your message is not kept" if conversing else "")
+    if n_kept and session.stats:
+        n_prompt = session.stats.prompt_tokens
+        early += (
+            f", but the first {n_kept:,} of its {n_prompt:,} tokens are, and with the same text it goes on there"
+            if conversing
+            else f"; {n_kept:,} of {n_prompt:,} tokens are read and kept, and the same command goes on there"
+        )
+    terminal.note(early)
 
 
 def too_long(error: PromptTooLong, session: Session, *, conversing: bool) -> str:

@@ -178,6 +178,16 @@ class Session:
             if self.replied:
                 self.turns.append(Turn("assistant", stream.text.rstrip(), stream.thinking.rstrip()))
 
+    def keep_read(self, before: Callable[[], None]) -> int:
+        """Keep on disk what was read of a message that was stopped; the first tokens of its prompt that are there then.
+        before: called if there is something to write."""
+        prefixes = self.llm.prefixes
+        if prefixes is None or self.stats is None:
+            return 0
+        if prefixes.keeps_more:
+            before()
+        return prefixes.keep_read()
+
     def _measure(self, tokens: list[int]) -> None:
         """Read a little, which `on_prefill` notes, if nobody knows how long reading takes; nothing is left of it."""
         if self.rates.known or self.llm.n_tokens:

@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +90,23 @@ def step(doing: str) -> Iterator[None]:
         yield
     finally:
         _watch.step = before
+
+
+@contextmanager
+def interruptible_at_once() -> Iterator[None]:
+    """In here Ctrl-C ends the process wherever it is, also in a long call of C, and no Python code runs any more. For
+    the last thing that a command does, where nothing is broken by it."""
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if _watch is not None:
+        _watch.tell(_ENDED)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _as_bytes(text: str) -> bytes:

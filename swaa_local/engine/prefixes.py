@@ -123,6 +123,7 @@ class CachedPrefixes:
         self._key: tuple[Schedule | None, str] | None = None
         self._n_pure = 0  # first tokens of the context that were all read as a prompt
         self._n_kept = 0  # first tokens of the context that were offered to the cache, or came from it
+        self._n_on_disk = 0  # first tokens of the context that the cache has
         self._ends: tuple[int, ...] = ()
 
     @property
@@ -132,7 +133,7 @@ class CachedPrefixes:
             self._key = schedule, cells_key(self._llm, self.identity)
         return self._key[1]
 
-    # A generation: `begin`, then for each evaluation `begin_read` and after each of its parts `has_read`.
+    # A generation: `begin`, then for each evaluation `begin_read`, after each of its parts `count_read` and `has_read`.
 
     def worth_keeping_from(self, n_held: int, n_prompt: int) -> int:
         """Of the first tokens that the context holds of a prompt: those to go on from, so that it can be kept.
@@ -150,6 +151,7 @@ class CachedPrefixes:
         come from another prompt, of which they were no tail.
         """
         llm, prompt = self._llm, np.asarray(tokens, np.int32)
+        self._n_on_disk = min(self._n_on_disk, llm.n_tokens)
         self._ends = tuple(ends)
         held = common_prefix(llm.input_ids[: llm.n_tokens], prompt)
         whole = llm.serves_whole
@@ -166,7 +168,7 @@ class CachedPrefixes:
                 self.cache.drop(match.path, str(error))
                 held = 0
                 continue
-            self._n_pure = self._n_kept = usable
+            self._n_pure = self._n_kept = self._n_on_disk = usable
             return
 
     def _usable(self, n_common: int, n_state: int, most: int, *, whole: bool) -> int:
@@ -182,12 +184,16 @@ class CachedPrefixes:
     def begin_read(self, start: int) -> None:
         """The context is cut to `start` tokens, and others are about to be evaluated."""
         self._n_pure, self._n_kept = min(self._n_pure, start), min(self._n_kept, start)
+        self._n_on_disk = min(self._n_on_disk, start)
 
-    def has_read(self, start: int, prompt_end: int) -> float:
-        """A part was evaluated from `start` on. Keeps what was read if it ends here; the seconds that took."""
+    def count_read(self, start: int, prompt_end: int) -> None:
+        """A part was evaluated from `start` on. Ctrl-C must not come between."""
+        if self._n_pure == start and self._llm.n_tokens <= prompt_end:
+            self._n_pure = self._llm.n_tokens
+
+    def has_read(self, prompt_end: int) -> float:
+        """A part was counted. Keeps what was read if it ends here; the seconds that took."""
         n_tokens = self._llm.n_tokens
-        if self._n_pure == start and n_tokens <= prompt_end:
-            self._n_pure = n_tokens
         if self._n_pure != n_tokens or n_tokens - self._n_kept < LEAST_TOKENS:
             return 0.0
         # Without documents, and behind the last of them, all that was read as a prompt is one.
@@ -195,11 +201,26 @@ class CachedPrefixes:
             return 0.0
         return self._keep()
 
+    # A prompt that was given up: whole parts of it, behind which the same prompt goes on.
+
+    @property
+    def keeps_more(self) -> bool:
+        """Whether `keep_read` has something to write."""
+        n_tokens = self._llm.n_tokens
+        return n_tokens <= self._n_pure and n_tokens - self._n_kept >= LEAST_TOKENS
+
+    def keep_read(self) -> int:
+        """Keep what was read; the first tokens of the prompt that the cache has then."""
+        if self.keeps_more:
+            self._keep()
+        return min(self._n_on_disk, self._llm.n_tokens)
+
     def _keep(self) -> float:
         started_s = time.perf_counter()
         llm = self._llm
         tokens = np.asarray(llm.input_ids[: llm.n_tokens], np.int32)
-        self.save(tokens, replaces_shorter=not llm.serves_whole)
+        if self.save(tokens, replaces_shorter=not llm.serves_whole):
+            self._n_on_disk = len(tokens)
         self._n_kept = len(tokens)  # also where it could not be: once is enough
         return time.perf_counter() - started_s
 
@@ -234,5 +255,5 @@ class CachedPrefixes:
         except StateError as error:
             self.cache.note(f"the saved conversation is read again: {error}")
             return 0
-        self._n_pure = self._n_kept = 0
+        self._n_pure = self._n_kept = self._n_on_disk = 0
         return len(state[1])
