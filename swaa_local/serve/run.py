@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MAX_OVERRIDE = 127  # characters of a string in llama.h's llama_model_kv_override
 _LESS_MEMORY = "take a smaller context (-c), fewer requests at once (-np) or a smaller model"
 _WARNINGS = "2"  # of llama-server's --verbosity
+# Of its warnings, what tells of a default that is as it should be, and of a token that it has set right by itself.
+_NOISE = re.compile(
+    r"(?:[\d.]+ W )?(?:"
+    r"srv +init: chat template supports preserving reasoning, it is enabled by default \(may use more tokens, .*\)"
+    r"|load: control-looking token: +\d+ '.*' was not control-type; .* its type will be overridden"
+    r")"
+)
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 # What our own defaults depend on, as llama-server spells it: options, then the environment.
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
@@ -163,7 +172,14 @@ def serve(options: ServeOptions, *, on_ready: Callable[[Ready], None], reporter:
         arguments += [word for fd in pass_fds for word in ("--api-key-file", f"/dev/fd/{fd}")]
         command = [str(program), "--model", str(path), *arguments, *extra]
         server = stack.enter_context(
-            ServerProcess(command, env, echo=options.verbose, pass_fds=pass_fds, less_memory=_LESS_MEMORY)
+            ServerProcess(
+                command,
+                env,
+                echo=options.verbose,
+                pass_fds=pass_fds,
+                less_memory=_LESS_MEMORY,
+                is_noise=lambda line: _NOISE.fullmatch(_COLOUR.sub("", line)) is not None,
+            )
         )
         with reporter.step(f"loading {path.name}"):
             is_ready = server.wait_ready(address.is_ready)

@@ -258,6 +258,32 @@ def test_it_says_what_it_serves(server: Running) -> None:
     assert f"{N_CLIENTS} requests at once of up to 8,192 tokens" in server.log
 
 
+KEEPS_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_what_nobody_can_act_on_is_left_out_and_warnings_are_not(tmp_path: Path) -> None:
+    """A token that looks like one of control and has another type, and a template that takes thoughts of earlier
+    answers: both are as they should be. A context beyond the training is something to know of."""
+    tokens = ["<|eot_id|>" if token == "~" else token for token in tiny.VOCAB]
+    extra = {"tokenizer.ggml.tokens": tokens}
+    model = tiny.write_tiny_gguf(tmp_path / "m.gguf", n_ctx_train=512, chat_template=KEEPS_THOUGHTS, extra=extra)
+    arguments = ["-c", "1024", "-np", "1"]
+    notices = ("was not control-type", "supports preserving reasoning")
+    with serving(model, *arguments, "-v") as running:
+        wait_until(lambda: all(notice in running.log for notice in notices), "llama-server's own notices")
+    for env in ({}, {"LLAMA_LOG_COLORS": "on"}):
+        with serving(model, *arguments, **env) as running:
+            assert running.get("/health")[0] == 200
+            said = running.log
+        assert not any(notice in said for notice in notices), said
+        assert "possible training context overflow" in said
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
 def test_what_showed_that_it_loads_is_gone_once_it_has(tiny_model: Path) -> None:
     """What a terminal shows in the end: the lines that it says, and no count of steps whose number nobody knows."""
