@@ -49,13 +49,15 @@ def verdict(result: Calibration) -> str:
         what = f"{why[0].upper()}{why[1:]}. The best: {what}"
     if checked is not None:
         what = what.replace(kept, f"{kept} in the search")
-    speed = "" if chosen.prefill is None else f", reads {1 / chosen.prefill:.2f} times as fast"
+    searched = None if chosen.prefill is None else f"{1 / chosen.prefill:.2f}"
+    speed = f" and in the search reads {searched} times as fast" if searched and checked is None else ""
     seen = ""
     if checked is not None and checked.difference is not None:
         full = result.checks[0]
         seen = (
             f" On {checked.n} questions that the search has not seen it answers {checked.right}, full attention "
-            f"{full.right}: {_points(checked)}."
+            f"{full.right}: {_points(checked)}. It reads {1 / checked.prefill:.2f} times as fast, as measured on these"
+            f"{f' ({searched} in the search)' if searched else ''}."
         )
     elif result.interrupted:
         seen = " It was stopped before the check."
@@ -258,8 +260,8 @@ def stored_line(result: Calibration, version: str) -> str:
         "prompts": result.digest,
         "seed": result.seed,
     }
-    if chosen.prefill is not None:
-        said["speed"] = round(1 / chosen.prefill, 3)
+    if (measured := checked or chosen).prefill is not None:
+        said |= {"speed": round(1 / measured.prefill, 3), "speed_in": "check" if checked else "search"}
     if checked is not None:
         said |= {"right": checked.right, "full_right": result.checks[0].right, "n": checked.n}
     return json.dumps(said, separators=(",", ":"))

@@ -56,7 +56,8 @@ def _calibration_in_words(stored: str) -> str:
         words = f"with prompts of {int(said['length'])} tokens: keeps {quality:.1%} of full attention's quality"
         words += f" ({'' if said['keeps'] else 'less than the '}{asked:.1%} asked for)"
         if "speed" in said:
-            words += f", reads {float(said['speed']):.2f} times as fast"
+            where = {"check": " in the check", "search": " in the search"}.get(said.get("speed_in"), "")
+            words += f", reads {float(said['speed']):.2f} times as fast{where}"
         evidence = {"search": "nothing was checked", "short prompts": "tried on short prompts alone"}
         if said["evidence"] == "check":
             evidence["check"] = (

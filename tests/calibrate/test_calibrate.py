@@ -77,6 +77,24 @@ def test_the_output_is_the_model_with_the_schedule_and_what_it_was_found_with(ca
     assert (folder / "out.gguf").read_bytes().endswith(tensors)
 
 
+def test_the_speed_that_it_ends_with_is_the_one_of_the_check(calibrated):
+    folder, table = calibrated
+    result = json.loads((folder / "report" / "calibration.json").read_text())
+    [checked] = [check for check in result["checks"] if check["schedule"] == result["chosen"]]
+    [chosen] = [
+        each
+        for each in result["candidates"]
+        if each["schedule"] | {"tail": 0} == result["chosen"] | {"tail": 0} and f"{each['name']} (chosen)" in table
+    ]
+    measured, searched = (f"{1 / each['prefill_share']:.2f}" for each in (checked, chosen))
+    verdict = table.splitlines()[2]
+    assert f"It reads {measured} times as fast, as measured on these ({searched} in the search)." in verdict
+    assert verdict.count("times as fast") == 1
+    said = json.loads(read_stored(folder / "out.gguf").calibration or "")
+    assert (f"{said['speed']:.2f}", said["speed_in"]) == (measured, "check")
+    assert f"reads {measured} times as fast in the check" in succeeds("inspect", folder / "out.gguf")
+
+
 def test_inspect_shows_what_it_was_found_with(calibrated):
     folder, _ = calibrated
     assert "calibrated with prompts of 2048 tokens: keeps " in succeeds("inspect", folder / "out.gguf")

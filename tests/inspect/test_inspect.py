@@ -163,8 +163,16 @@ FOUND = {"length": 2048, "keep": 0.9, "quality": 1.0432, "keeps": True, "evidenc
             "keeps 104.3% of full attention's quality (90.0% asked for), reads 2.32 times as fast; nothing was checked",
         ),
         (
-            FOUND | {"evidence": "check", "right": 4, "n": 16, "full_right": 5, "quality": 0.8, "keeps": False},
-            "keeps 80.0% of full attention's quality (less than the 90.0% asked for), reads 2.32 times as fast; "
+            FOUND | {"speed_in": "search"},
+            "keeps 104.3% of full attention's quality (90.0% asked for), reads 2.32 times as fast in the search; "
+            "nothing was checked",
+        ),
+        (
+            FOUND
+            | {"evidence": "check", "right": 4, "n": 16, "full_right": 5, "quality": 0.8, "keeps": False}
+            | {"speed_in": "check"},
+            "keeps 80.0% of full attention's quality (less than the 90.0% asked for), reads 2.32 times as fast in the "
+            "check; "
             "4 of 16 right in the check, full attention 5",
         ),
     ],
