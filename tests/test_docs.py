@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.program import succeeds
+from tests.support.program import run, succeeds
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -97,6 +99,27 @@ def test_every_command_has_a_page_that_the_readme_links() -> None:
 def test_every_page_is_linked_by_the_readme() -> None:
     linked = {target.partition("#")[0] for target in LINK.findall((ROOT / "README.md").read_text("utf-8"))}
     assert {name(page) for page in PAGES} - {"README.md"} <= linked
+
+
+@pytest.mark.usefixtures("engine")
+def test_what_the_readme_shows_is_what_one_sees(tmp_path: Path) -> None:
+    """Its answers and numbers of tokens. The wrong answer may be another wrong one, and times differ."""
+    section = (ROOT / "README.md").read_text("utf-8").split("## What it looks like\n")[1].split("\n## ")[0]
+    [(_, block)] = FENCE.findall(section)
+    made, *asked = block.split("$ swaa-local ")
+    shutil.copy(ROOT / "LICENSE", tmp_path)
+    script = "\n".join(line.removeprefix("$ ") for line in made.splitlines())
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True)
+    right = []
+    for shown in asked:
+        command, answer, figures = shown.splitlines()
+        home = str(tmp_path / "home")
+        done = run(*shlex.split(command), cwd=tmp_path, XDG_CACHE_HOME=home, XDG_STATE_HOME=home)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1].split(" · ")[0] == figures.split(" · ")[0]
+        assert (done.stdout == "48213\n") == (answer == "48213")
+        right.append(answer == "48213")
+    assert right == [True, True, False]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
