@@ -189,7 +189,7 @@ int ggml_cuda_mm_more_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgrap
             return 0;
         }
         for (int i = 0; i < n_units; ++i) {
-            if (!ggml_cuda_should_use_mmv_f16(units[i].mm->src[0], norm.x)) {
+            if (!ggml_cuda_should_fuse_mul_mat_vec_q(units[i].mm) && !ggml_cuda_should_use_mmv_f16(units[i].mm->src[0], norm.x)) {
                 return 0;
             }
         }
