@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GT
 
+from tests.support.engine import GPU_LAYERS
 from tests.support.flash_op import Case, compute_on_device, expected, nmse, scattered
 
 pytestmark = pytest.mark.usefixtures("engine")
 
-# Normalized mean squared error that upstream's test-backend-ops allows.
 LIMIT = 5e-4
+"""Normalized mean squared error that upstream's test-backend-ops allows."""
+
+LIMIT_Q4_0_ON_A_GPU = 2e-3
+"""CUDA multiplies Q, rounded to 8 bits, with the 4 bits as they are (0 to 15), and takes off 8 times the sum of Q, not
+rounded. The same arithmetic in numpy is off by 0.0017 at most in these cases, and by more than LIMIT in 52 of them."""
 
 
 def ring(n_kv: int, width: int, start: int, sinks: int = 4) -> np.ndarray:
@@ -64,4 +69,5 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_op_is_what_numpy_computes(case: Case) -> None:
-    assert nmse(compute_on_device(case), expected(case)) < LIMIT
+    limit = LIMIT_Q4_0_ON_A_GPU if GPU_LAYERS and case.type_k == GT.Q4_0 else LIMIT
+    assert nmse(compute_on_device(case), expected(case)) < limit
