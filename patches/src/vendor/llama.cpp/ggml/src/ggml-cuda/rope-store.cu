@@ -60,8 +60,7 @@ static __global__ void rope_store(const rope_store_parts parts, const rope_store
     const float * x = part.x + token*part.s_token + head*part.s_head;
     const float * w = part.norm_w;
 
-    // The next kernel is not asked for early: attention, which itself asks for the one behind it before it has waited, then read rows
-    // that were not written yet.
+    // the next kernel is not asked for early: what that brings was not measured
     ggml_cuda_pdl_sync();
 
     float scale = 1.0f;
