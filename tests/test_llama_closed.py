@@ -47,6 +47,7 @@ RAISES = {
     "n_embd": "llm.n_embd()",
     "n_vocab": "llm.n_vocab()",
     "pooling_type": "llm.pooling_type()",
+    "read": "llm.read(tokens)",
     "reset": "llm.reset()",
     "sample": "llm.sample()",
     "save_state": "llm.save_state()",
