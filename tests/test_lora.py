@@ -332,8 +332,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # the converter changes the order of rows of the first one
-def test_convert_merges_as_peft_does(tmp_path, kind):
+def test_convert_merges_as_peft_does(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed, so nothing is converted")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed, so nothing is converted")
     pytest.importorskip(
@@ -344,7 +343,7 @@ def test_convert_merges_as_peft_does(tmp_path, kind):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    base = write_checkpoint(tmp_path / "base", kind)
+    base = write_checkpoint(tmp_path / "base", "llama")  # of which the converter changes the order of rows
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
     model = peft.get_peft_model(model, lora)

@@ -97,8 +97,8 @@ def test_a_good_file_is_taken_by_every_program():
 
 @pytest.mark.usefixtures("engine")
 def test_a_first_few_random_files():
-    assert "80 files, seed 11: 0 faults" in fuzz("-n", "40", "--seed", "11", "--programs", "inspect,llama")
-    assert "8 files, seed 12: 0 faults" in fuzz("-n", "4", "--seed", "12", "--programs", "convert,serve")
+    assert "40 files, seed 11: 0 faults" in fuzz("-n", "20", "--seed", "11", "--programs", "inspect,llama")
+    assert "4 files, seed 12: 0 faults" in fuzz("-n", "2", "--seed", "12", "--programs", "convert,serve")
 
 
 @pytest.mark.usefixtures("engine")
