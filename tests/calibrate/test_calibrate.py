@@ -163,7 +163,7 @@ def test_a_stopped_run_goes_on_from_its_log(tmp_path, number):
     assert output.exists() == (number == signal.SIGINT)
     assert not list(tmp_path.glob("*.part*"))
     before = log.read_bytes()
-    done = run(*arguments, "30s", "--force")  # in which the time before counts
+    done = run(*arguments, "45s", "--force")  # in which the time before counts
     assert done.returncode == 0, done.stderr
     whole = before[: before.rindex(b"\n") + 1]
     assert log.read_bytes().startswith(whole)
