@@ -101,7 +101,7 @@ static bool mm_more_same_vector(const mm_more_unit & a, const mm_more_unit & b) 
     return a.mm->src[1] == b.mm->src[1] && a.mm->src[0]->type == b.mm->src[0]->type && a.mm->op_params[0] == b.mm->op_params[0];
 }
 
-static bool mm_more_overlap(const ggml_tensor * a, const ggml_tensor * b) {
+bool ggml_cuda_overlap(const ggml_tensor * a, const ggml_tensor * b) {
     const char * a_data = (const char *) a->data;
     const char * b_data = (const char *) b->data;
 
@@ -168,9 +168,9 @@ int ggml_cuda_mm_more_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgrap
         }
 
         // results are written while the vector is still read
-        bool overlap = mm_more_overlap(unit.dst, has_norm ? norm.x : unit.mm->src[1]);
+        bool overlap = ggml_cuda_overlap(unit.dst, has_norm ? norm.x : unit.mm->src[1]);
         for (int i = 0; i < n_units; ++i) {
-            overlap = overlap || mm_more_overlap(unit.dst, units[i].dst);
+            overlap = overlap || ggml_cuda_overlap(unit.dst, units[i].dst);
         }
         if (overlap) {
             break;
@@ -203,7 +203,7 @@ int ggml_cuda_mm_more_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgrap
             if (up == units[1].mm) {
                 std::swap(units[0], units[1]);
             }
-            if (up == units[0].mm && gate == units[1].mm && !mm_more_overlap(glu, norm.x) &&
+            if (up == units[0].mm && gate == units[1].mm && !ggml_cuda_overlap(glu, norm.x) &&
                     ggml_cuda_should_fuse_mul_mat(up, gate, glu)) {
                 fusion.gate      = gate->src[0];
                 fusion.glu_op    = ggml_get_glu_op(glu);

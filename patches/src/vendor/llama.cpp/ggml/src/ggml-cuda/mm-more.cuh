@@ -12,6 +12,9 @@ bool ggml_cuda_should_fuse_mul_mat(
     const ggml_tensor * ffn_up_bias = nullptr, const ggml_tensor * ffn_gate_bias = nullptr,
     const ggml_tensor * ffn_up_scale = nullptr, const ggml_tensor * ffn_gate_scale = nullptr);
 
+// whether two tensors share memory
+bool ggml_cuda_overlap(const ggml_tensor * a, const ggml_tensor * b);
+
 // whether the current device is of those that compute so
 bool ggml_cuda_mm_more_available();
 

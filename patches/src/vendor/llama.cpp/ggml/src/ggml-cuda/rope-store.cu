@@ -1,3 +1,4 @@
+#include "mm-more.cuh"
 #include "rope-store.cuh"
 #include "rope.cuh"
 
@@ -125,11 +126,7 @@ struct rope_store_rope {
 };
 
 static int rope_store_skip_views(const ggml_cgraph * cgraph, int node_idx) {
-    while (node_idx < cgraph->n_nodes) {
-        const ggml_op op = cgraph->nodes[node_idx]->op;
-        if (op != GGML_OP_RESHAPE && op != GGML_OP_VIEW && op != GGML_OP_PERMUTE && op != GGML_OP_TRANSPOSE && op != GGML_OP_NONE) {
-            break;
-        }
+    while (node_idx < cgraph->n_nodes && ggml_cuda_is_view_or_noop(cgraph->nodes[node_idx])) {
         node_idx++;
     }
     return node_idx;
@@ -181,13 +178,6 @@ static bool rope_store_is_store(const ggml_tensor * set_rows, const int64_t n_to
         x->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(x) && x->ne[1] == n_tokens && x->ne[2]*x->ne[3] == 1 &&
         rows->type == GGML_TYPE_I64 && ggml_is_contiguous(rows) && ggml_nelements(rows) == n_tokens &&
         set_rows->ne[2]*set_rows->ne[3] == 1;
-}
-
-static bool rope_store_overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * a_data = (const char *) a->data;
-    const char * b_data = (const char *) b->data;
-
-    return a_data < b_data + ggml_nbytes(b) && b_data < a_data + ggml_nbytes(a);
 }
 
 static bool rope_store_is_in_place(const ggml_tensor * dst, const ggml_tensor * x) {
@@ -288,8 +278,8 @@ int ggml_cuda_rope_store_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cg
             return 0;
         }
     }
-    if (rope_store_overlap(q.rope, k.x) || rope_store_overlap(q.rope, v) ||
-            (rope_store_overlap(q.rope, q.x) && !rope_store_is_in_place(q.rope, q.x))) {
+    if (ggml_cuda_overlap(q.rope, k.x) || ggml_cuda_overlap(q.rope, v) ||
+            (ggml_cuda_overlap(q.rope, q.x) && !rope_store_is_in_place(q.rope, q.x))) {
         return 0;
     }
 

@@ -5,6 +5,7 @@
 // Rotation of Q and K, with their norms, and storing of K and V in the cache: one kernel for the few rows of a token that is decoded.
 
 // in ggml-cuda.cu
+bool ggml_cuda_is_view_or_noop(const ggml_tensor * t);
 bool ggml_cuda_should_fuse_rms_norm_mul_rope(const ggml_tensor * rms_norm, const ggml_tensor * mul, const ggml_tensor * rope);
 
 // compute the rotation of Q that begins at node_idx, and what follows of K and V
