@@ -194,7 +194,7 @@ class CachedPrefixes:
     def has_read(self, prompt_end: int) -> float:
         """A part was counted. Keeps what was read if it ends here; the seconds that took."""
         n_tokens = self._llm.n_tokens
-        if self._n_pure != n_tokens or n_tokens - self._n_kept < LEAST_TOKENS:
+        if not self.keeps_more:
             return 0.0
         # Without documents, and behind the last of them, all that was read as a prompt is one.
         if n_tokens not in self._ends and n_tokens != prompt_end:
@@ -205,7 +205,7 @@ class CachedPrefixes:
 
     @property
     def keeps_more(self) -> bool:
-        """Whether `keep_read` has something to write."""
+        """Whether there is something to write."""
         n_tokens = self._llm.n_tokens
         return n_tokens <= self._n_pure and n_tokens - self._n_kept >= LEAST_TOKENS
 
