@@ -16,7 +16,7 @@ import pytest
 
 from swaa_local import Llama, SWAAConfig
 from swaa_local.prefix_cache.store import PrefixCache
-from tests.support.program import environment, succeeds
+from tests.support.program import SCHEDULE_OPTIONS, environment, succeeds
 from tests.support.tiny import random_tokens, with_own_windows, write_tiny_gguf
 from tests.support.tiny_hybrid import write_tiny_hybrid
 
@@ -295,14 +295,7 @@ def is_cached(done: subprocess.CompletedProcess[str]) -> bool:
     return " cached)" in done.stderr
 
 
-SCHEDULES_OF_CHAT = {
-    "full": [],
-    "FA decode": ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"],
-    "rings": ["--window", "64", "--sinks", "4"],
-}
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES_OF_CHAT.values(), ids=SCHEDULES_OF_CHAT)
+@pytest.mark.parametrize("schedule", SCHEDULE_OPTIONS.values(), ids=SCHEDULE_OPTIONS)
 def test_a_second_question_reads_the_question_alone(tiny_model, book, tmp_path, schedule):
     def ask(question: str, *more: str) -> subprocess.CompletedProcess[str]:
         return chat(tiny_model, "--file", book, "-p", question, *schedule, *more, home=tmp_path)
@@ -321,10 +314,10 @@ def test_a_second_question_reads_the_question_alone(tiny_model, book, tmp_path, 
     assert "0 states" in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", SCHEDULES_OF_CHAT)
+@pytest.mark.parametrize("name", SCHEDULE_OPTIONS)
 def test_a_text_is_prepared_by_reading_it_alone(tiny_model, book, tmp_path, name):
     """`-n 0`: the next question finds all of the text, and has the answer that it has without."""
-    schedule = SCHEDULES_OF_CHAT[name]
+    schedule = SCHEDULE_OPTIONS[name]
     ask = ["--file", book, "-p", "And what then?", *schedule]
     cold = chat(tiny_model, *ask, "--no-cache", home=tmp_path)
     prepared = chat(tiny_model, "--file", book, "-p", "x", "-n", "0", *schedule, home=tmp_path)

@@ -18,15 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.program import environment
+from tests.support.program import SCHEDULE_OPTIONS, environment
 
 N_KILLS = int(os.environ.get("SWAA_KILLS", "2"))
 SEED = int(os.environ.get("SWAA_KILL_SEED", "0"))
-SCHEDULES: dict[str, list[str]] = {
-    "full": [],
-    "FA decode": ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"],
-    "rings": ["--window", "64", "--sinks", "4"],
-}
 LONGEST_SAVE_S = 0.06  # with the files of these models; a kill behind it is one after the save
 
 
@@ -91,10 +86,10 @@ def kill_in_a_save(model: Path, directory: Path, nth: int, delay_s: float, *args
 
 
 @pytest.mark.timeout(120 + 60 * N_KILLS)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULE_OPTIONS)
 def test_a_chat_that_is_killed_while_it_saves(model, book, tmp_path, name):
     """Its saves: what was read of the book, the conversation, and at the end what the conversation's cells are."""
-    schedule, dice = SCHEDULES[name], random.Random(f"{SEED} {name}")
+    schedule, dice = SCHEDULE_OPTIONS[name], random.Random(f"{SEED} {name}")
     question = ["--file", book, "-p", "And what then?", *schedule]
     cold, _, _ = ask(model, tmp_path / "cold", *question, "--no-cache")
     killed = 0

@@ -18,16 +18,11 @@ from typing import IO
 import numpy as np
 import pytest
 
-from tests.support.program import environment, succeeds
+from tests.support.program import SCHEDULE_OPTIONS, environment, succeeds
 from tests.support.tiny_hybrid import write_tiny_hybrid
 
 N_CHARACTERS = 9000  # a token each
 PARTS = 20  # of 128 tokens, that are read before it is stopped
-SCHEDULES: dict[str, list[str]] = {
-    "full": [],
-    "FA decode": ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"],
-    "rings": ["--window", "64", "--sinks", "4"],
-}
 
 
 @pytest.fixture
@@ -68,11 +63,11 @@ def stop_while_it_reads(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULE_OPTIONS)
 @pytest.mark.parametrize("kind", ["plain", "hybrid"])
 def test_the_same_command_goes_on_behind_what_was_read(tiny_model, book, tmp_path, kind, name):
     model = tiny_model if kind == "plain" else write_tiny_hybrid(tmp_path / "hybrid.gguf")
-    args = ["--file", book, *SCHEDULES[name]]
+    args = ["--file", book, *SCHEDULE_OPTIONS[name]]
     cold, _ = ask(model, tmp_path / "cold", *args, "--no-cache")
     home = tmp_path / "home"
     stop_while_it_reads(process := start(model, home, *args, "--verbose"))

@@ -9,16 +9,11 @@ from typing import Any
 import pytest
 
 from tests.support.adapters import write_adapter
-from tests.support.program import succeeds
+from tests.support.program import SCHEDULE_OPTIONS, succeeds
 from tests.support.serving import Running, serving, wait_until
 from tests.support.tiny import TinyShape, random_tokens, tiny_weights
 
 DOCUMENT = "".join(chr(97 + token % 26) if token % 7 else " " for token in random_tokens(1500))
-SCHEDULES = {
-    "full": [],
-    "FA decode": ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"],
-    "rings": ["--window", "64", "--sinks", "4"],
-}
 
 
 def ask(server: Running, question: str, document: str = DOCUMENT) -> tuple[str, int]:
@@ -37,9 +32,9 @@ def states(home: Path) -> list[Path]:
     return sorted((home / "swaa-local" / "states").glob("*.prefix"))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULE_OPTIONS)
 def test_a_text_is_read_once_for_all_runs_of_a_server(tiny_model, tmp_path, name):
-    options = [*SCHEDULES[name], "-c", "4096", "-np", "1", "-ub", "128"]
+    options = [*SCHEDULE_OPTIONS[name], "-c", "4096", "-np", "1", "-ub", "128"]
     with serving(tiny_model, *options, "--no-cache", XDG_CACHE_HOME=str(tmp_path)) as server:
         cold, _ = ask(server, "And what then, in the end?")
     assert states(tmp_path) == []

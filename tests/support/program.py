@@ -12,6 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+SCHEDULE_OPTIONS: dict[str, list[str]] = {
+    "full": [],
+    "FA decode": ["--window", "64", "--sinks", "4", "--fa-decode", "--tail", "16"],
+    "rings": ["--window", "64", "--sinks", "4"],
+}
+"""A small window, as options of a command, by what its layers do."""
+
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, with the package on the path and without what would change output; `changes` on top."""
