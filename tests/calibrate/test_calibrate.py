@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("engine")
 
 # At 2048 tokens sections are far longer than a window of 64, so that layers must be full.
 QUICK = split("-t 1 --length 2048 --window 64 --keep 0.9 --seed 3")
+# Half as long, where it does not matter what is found.
+SHORT = split("-t 1 --length 1024 --window 48 --keep 0.5 --seed 3")
 
 
 def rows(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -152,18 +154,18 @@ def test_auto_without_a_calibration_says_which_command_makes_one(tmp_path, tiny_
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_stopped_run_goes_on_from_its_log(tmp_path, number):
     log, output = tmp_path / "log.jsonl", tmp_path / "o.gguf"
-    arguments = ["calibrate", *QUICK, "--keep", "0.5", "--log", log, "-o", output, "--budget"]
+    arguments = ["calibrate", *SHORT, "--log", log, "-o", output, "--budget"]
 
     def has_begun() -> bool:
         return log.exists() and log.read_bytes().count(b'"kind": "trial"') >= 4
 
-    code = interrupt(*arguments, "25s", when=has_begun, number=number)
+    code = interrupt(*arguments, "15s", when=has_begun, number=number)
     assert code == (130 if number == signal.SIGINT else -number)
     # Ctrl-C gives the best so far; what is killed writes nothing.
     assert output.exists() == (number == signal.SIGINT)
     assert not list(tmp_path.glob("*.part*"))
     before = log.read_bytes()
-    done = run(*arguments, "45s", "--force")  # in which the time before counts
+    done = run(*arguments, "25s", "--force")  # in which the time before counts
     assert done.returncode == 0, done.stderr
     whole = before[: before.rindex(b"\n") + 1]
     assert log.read_bytes().startswith(whole)
@@ -239,7 +241,7 @@ def test_without_time_for_anything_it_says_how_long_a_prompt_takes(tmp_path):
 
 def test_what_keeps_too_little_is_written_with_what_is_known_of_it_and_is_an_error(tmp_path):
     """Whatever a few trials with so small a window find; 100 % of full attention is hard to keep with it."""
-    arguments = split("-t 1 --length 2048 --window 16 --keep 1 --budget 30s -o o.gguf")
+    arguments = split("-t 1 --length 1024 --window 16 --keep 1 --budget 15s -o o.gguf")
     done = run("calibrate", *arguments, cwd=tmp_path)
     stored = json.loads(read_stored(tmp_path / "o.gguf").calibration or "")
     assert stored["keep"] == 1
@@ -263,13 +265,13 @@ def test_own_questions_are_asked(tmp_path):
 
     lines = []
     for seed in range(6):
-        document = make_document(random.Random(seed), "statements", 3600, lambda text: len(text) // 3 + 1, n_facts=6)
+        document = make_document(random.Random(seed), "statements", 1800, lambda text: len(text) // 3 + 1, n_facts=6)
         early = [placed for placed in document.facts if document.depth(placed) < 0.7]
         for placed in early[:3]:
             row = {"text": document.text, "question": placed.fact.question, "answer": placed.fact.value}
             lines.append(json.dumps(row))
     (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = split("-t 1 --window 64 --keep 0.5 --budget 25s --questions q.jsonl --json")
+    arguments = split("-t 1 --window 64 --keep 0.5 --budget 15s --questions q.jsonl --json")
     done = run("calibrate", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -279,8 +281,7 @@ def test_own_questions_are_asked(tmp_path):
 
 @pytest.mark.timeout(400)
 def test_own_documents_are_the_haystack(tmp_path):
-    arguments = split("-t 1 --length 2048 --window 64 --keep 0.5 --budget 25s --json --data")
-    done = run("calibrate", *arguments, ROOT / "docs", cwd=tmp_path)
+    done = run("calibrate", *SHORT, *split("--budget 15s --json --data"), ROOT / "docs", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["chosen"] is not None
 

@@ -119,7 +119,7 @@ def test_saving_never_overwrites_and_loading_goes_on(talk, model, tmp_path):
 
 def test_a_long_prompt_is_announced_and_its_progress_leaves_nothing(talk, tiny_model_factory, tmp_path):
     # What is read within a second is not announced where nothing can be drawn.
-    model = tiny_model_factory(n_layer=24, n_embd=512, n_ff=3072)
+    model = tiny_model_factory(n_layer=12, n_embd=512, n_ff=3072)
     (tmp_path / "long.txt").write_text("a text " * 500)
     ask = ["-c", "4096", "-f", str(tmp_path / "long.txt"), "--no-cache"]
     t = talk(model, *ask)

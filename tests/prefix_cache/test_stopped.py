@@ -25,9 +25,9 @@ N_CHARACTERS = 9000  # a token each
 PARTS = 20  # of 128 tokens, that are read before it is stopped
 
 
-@pytest.fixture
-def book(tmp_path) -> Path:
-    path = tmp_path / "book.txt"
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text("".join(np.random.default_rng(5).choice(list("abcdefgh ."), N_CHARACTERS)))
     return path
 
@@ -93,11 +93,22 @@ def test_without_the_cache_nothing_is_kept_or_promised(tiny_model, book, tmp_pat
     assert "0 states" in succeeds("cache", "list", XDG_CACHE_HOME=str(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def wide_model(tiny_model_factory) -> Path:
+    """Of which a state takes its time to be written."""
+    return tiny_model_factory(n_head_kv=4, head_dim=128)
+
+
+@pytest.fixture(scope="module")
+def answer_of_wide_model(wide_model, book, tmp_path_factory) -> str:
+    return ask(wide_model, tmp_path_factory.mktemp("cold"), "--file", book, "--no-cache")[0]
+
+
 @pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03])
-def test_a_second_ctrl_c_ends_the_saving_and_leaves_the_cache_whole(tiny_model_factory, book, tmp_path, delay_s):
-    model = tiny_model_factory(n_head_kv=4, head_dim=128)  # wide: a state takes its time to be written
-    home, args = tmp_path / "home", ["--file", book]
-    cold, _ = ask(model, tmp_path / "cold", *args, "--no-cache")
+def test_a_second_ctrl_c_ends_the_saving_and_leaves_the_cache_whole(
+    wide_model, answer_of_wide_model, book, tmp_path, delay_s
+):
+    model, home, args = wide_model, tmp_path / "home", ["--file", book]
     states = home / "swaa-local" / "states"
     stop_while_it_reads(process := start(model, home, *args, "--verbose"))
     while process.poll() is None and not list(states.glob(".swaa-*")) and not list(states.glob("*.prefix")):
@@ -108,5 +119,5 @@ def test_a_second_ctrl_c_ends_the_saving_and_leaves_the_cache_whole(tiny_model_f
     assert process.returncode in (130, -signal.SIGINT)  # to a shell, both are 130
     assert "Traceback" not in errors
     assert "SIGKILL" not in errors
-    assert ask(model, home, *args)[0] == cold
+    assert ask(model, home, *args)[0] == answer_of_wide_model
     assert [path.suffix for path in states.iterdir()] == [".prefix"]  # what was left behind is gone
