@@ -22,10 +22,20 @@ from swaa_local.engine.workers import PROTOCOL, WorkerAddress, WorkerError, ask_
 from swaa_local.errors import DecodeError, ModelLoadError, OutOfRange, StateError
 from tests.support.adapters import write_adapter
 from tests.support.engine import assert_close, worst_ratio
+from tests.support.flash_op import GT, Case, result_bytes
 from tests.support.masks import Sched
 from tests.support.reference_numpy import forward
 from tests.support.tiny import ALWAYS, ARCHES, FULL, PREFILL, TinyShape, random_tokens, tiny_weights
-from tests.support.workers import HELLO, Proxy, Worker, answering, hello, worker, workers
+from tests.support.workers import (
+    HELLO,
+    Proxy,
+    Worker,
+    answering,
+    hello,
+    lending_a_device_that_converts,
+    worker,
+    workers,
+)
 
 CONFIGS = {
     "full": (SWAAConfig(), Sched(1, 0, (FULL,) * 4)),
@@ -71,6 +81,21 @@ def logits(llm: Llama) -> np.ndarray:
 
 
 # Parity
+
+
+# A window, all of a prompt, the window again, other types, and cells that are no multiple of 256.
+ASKED = ((512, GT.Q8_0), (4096, GT.Q8_0), (512, GT.Q8_0), (4096, GT.F16), (8192, GT.Q4_0), (300, GT.Q8_0))
+
+
+def test_a_result_has_the_room_that_its_sources_ask_for():
+    """Layers and caches that differ in nothing but the sources of their attention, one after another in one process."""
+    result = Case().n_head * Case().head_v * 4
+    with lending_a_device_that_converts(PROTOCOL) as address:
+        [device] = placement.with_workers(WorkerAddress.parse_list(address))
+        for n_kv, kind in ASKED:
+            case = Case(n_kv=n_kv, type_k=kind, type_v=kind)
+            copies = 0 if kind == GT.F16 else 2 * n_kv * case.n_head_kv * (case.head_k + case.head_v)
+            assert result_bytes(case, device) >= result + copies, (n_kv, kind)
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -69,6 +69,8 @@ _alloc = _declare("ggml_backend_alloc_ctx_tensors", c_void_p, c_void_p, c_void_p
 _set = _declare("ggml_backend_tensor_set", None, c_void_p, c_void_p, c_size_t, c_size_t)
 _get = _declare("ggml_backend_tensor_get", None, c_void_p, c_void_p, c_size_t, c_size_t)
 _compute_backend = _declare("ggml_backend_graph_compute", c_int, c_void_p, c_void_p)
+_buffer_type = _declare("ggml_backend_dev_buffer_type", c_void_p, c_void_p)
+_alloc_size = _declare("ggml_backend_buft_get_alloc_size", c_size_t, c_void_p, c_void_p)
 _free_buffer = _declare("ggml_backend_buffer_free", None, c_void_p)
 _free_backend = _declare("ggml_backend_free", None, c_void_p)
 _cpu = _cpu_library()
@@ -181,6 +183,12 @@ def work_bytes(case: Case, n_threads: int) -> int:
     """Scratch memory that the op asks for."""
     with _built(case) as (_context, graph, _out, _contents):
         return int(_plan(graph, n_threads, None).work_size)
+
+
+def result_bytes(case: Case, device: int) -> int:
+    """What is put aside for the result of the op on a device, a `ggml_backend_dev_t`."""
+    with _built(case, on_device=True) as (_context, _graph, out, _contents):
+        return int(_alloc_size(_buffer_type(device), out))
 
 
 def compute(case: Case, n_threads: int = 1, data: Inputs | None = None) -> np.ndarray[Any, Any]:

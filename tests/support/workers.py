@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -129,3 +130,50 @@ def answering(reply: bytes | None) -> Iterator[str]:
 def hello(version: Sequence[int]) -> bytes:
     """What a worker of this version of the protocol answers to the first message, by ggml-rpc.cpp."""
     return struct.pack("<Q", 28) + bytes([*version, 0]) + bytes(24)
+
+
+# Of enum rpc_cmd in ggml-rpc.cpp.
+_ALIGNMENT, _MAX_SIZE, _MEMORY, _ALLOC_SIZE, _HELLO, _DEVICE_COUNT = 1, 2, 11, 13, 14, 15
+_N_TENSORS, _QUANTIZED = 11, {2, 8}  # a result and its sources; Q4_0, Q8_0
+
+
+@contextmanager
+def lending_a_device_that_converts(version: Sequence[int]) -> Iterator[str]:
+    """The address of what speaks for a device that puts F16 copies of quantized sources behind a result.
+
+    As CUDA does with what flash attention attends to. It tells sizes, and holds and computes nothing.
+    """
+
+    def reply(command: int, message: bytes) -> bytes:
+        if command == _ALLOC_SIZE:
+            return struct.pack("<Q", sum(_bytes_of(message[4:], i) for i in range(_N_TENSORS)))
+        numbers = {_ALIGNMENT: ("Q", 128), _MAX_SIZE: ("Q", 1 << 40), _MEMORY: ("QQ", 1 << 34, 1 << 34)}
+        kind, *values = {**numbers, _DEVICE_COUNT: ("I", 1)}[command]
+        return struct.pack(f"<{kind}", *values)
+
+    def serve(connection: socket.socket) -> None:
+        with suppress(OSError, struct.error), connection:
+            while True:
+                command, size = struct.unpack("<BQ", connection.recv(9, socket.MSG_WAITALL))
+                message = connection.recv(size, socket.MSG_WAITALL) if size else b""
+                body = hello(version)[8:] if command == _HELLO else reply(command, message)
+                connection.sendall(struct.pack("<Q", len(body)) + body)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def _bytes_of(tensors: bytes, index: int) -> int:
+    """By the fields id, type, buffer and ne of struct rpc_tensor; of the first, the result, in F32."""
+    start = len(tensors) // _N_TENSORS * index
+    kind, *shape = struct.unpack_from("<8xI8x4I", tensors, start)
+    n = math.prod(shape)
+    return 4 * n if index == 0 else 2 * n if kind in _QUANTIZED else 0
