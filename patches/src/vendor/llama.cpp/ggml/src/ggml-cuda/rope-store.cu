@@ -61,8 +61,8 @@ static __global__ void rope_store(const rope_store_parts parts, const rope_store
     const float * x = part.x + token*part.s_token + head*part.s_head;
     const float * w = part.norm_w;
 
-    // the next kernel is not asked for early: what that brings was not measured
     ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
 
     float scale = 1.0f;
     if (w != nullptr) {
