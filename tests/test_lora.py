@@ -370,10 +370,13 @@ def test_convert_merges_as_peft_does(tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     for file in base.glob("tokenizer*"):
         (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())
-    options = ("--outtype", "f32", "--window", 24, "--fa-decode")
-    succeeds("convert", base, "-o", tmp_path / "ours.gguf", *options, "--lora", f"{adapter}:0.25")
-    succeeds("convert", base, "-o", tmp_path / "plain.gguf", *options)
-    succeeds("convert", tmp_path / "merged", "-o", tmp_path / "theirs.gguf", *options)
+    schedule = ("--window", 24, "--fa-decode")
+    for name, source, options in (
+        ("ours", base, (*schedule, "--lora", f"{adapter}:0.25")),
+        ("plain", base, ()),
+        ("theirs", tmp_path / "merged", ()),
+    ):
+        succeeds("convert", source, "-o", tmp_path / f"{name}.gguf", "--outtype", "f32", *options)
     ours, theirs, plain = (tensors(tmp_path / f"{name}.gguf") for name in ("ours", "theirs", "plain"))
     assert ours.keys() == theirs.keys()
     changed = {name for name in ours if not np.array_equal(ours[name], plain[name])}

@@ -290,7 +290,8 @@ class EngineContext:
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, len(seqs), True
             for j, seq in enumerate(seqs):
                 batch.seq_id[i][j] = seq
-        with captured_log() as log:
+        # drafts have a scheduler of their own, which is made for the first of them
+        with captured_log() as log, _scheduler_log(self._record_places):
             rc = C.llama_decode(self.ptr, batch)
         if rc != 0:
             raise EngineError(f"llama_decode: {rc}\n" + "".join(log))

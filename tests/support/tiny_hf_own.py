@@ -56,6 +56,8 @@ _YARN = {
     "original_max_position_embeddings": 64,
 }
 _GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, **_TIED}
+# CUDA's flash attention caps logits of heads of 128 and more alone, which Gemma 2's are.
+_GEMMA2 = {**_GEMMA, "head_dim": 2 * HEAD_DIM, "query_pre_attn_scalar": 2 * HEAD_DIM}
 _GEMMA3 = {**_GEMMA, **_rope(100.0, 10000.0, rope_type="linear", factor=4.0)}
 _GEMMA4 = {
     "head_dim": HEAD_DIM,
@@ -69,7 +71,7 @@ _GEMMA4 = {
 OWN_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": (
         "Gemma2",
-        {**_GEMMA, "sliding_window": _NARROW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        {**_GEMMA2, "sliding_window": _NARROW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
         | _types(2, 8),
     ),
     "gemma3": ("Gemma3", {**_GEMMA3, "sliding_window": _NARROW} | _types(6, 24)),
