@@ -28,11 +28,11 @@ from tests.support.reference_numpy import forward
 from tests.support.tiny import ALWAYS, ARCHES, FULL, PREFILL, TinyShape, random_tokens, tiny_weights
 from tests.support.workers import (
     HELLO,
+    ConvertingDevice,
     Proxy,
     Worker,
     answering,
     hello,
-    lending_a_device_that_converts,
     worker,
     workers,
 )
@@ -90,12 +90,13 @@ ASKED = ((512, GT.Q8_0), (4096, GT.Q8_0), (512, GT.Q8_0), (4096, GT.F16), (8192,
 def test_a_result_has_the_room_that_its_sources_ask_for():
     """Layers and caches that differ in nothing but the sources of their attention, one after another in one process."""
     result = Case().n_head * Case().head_v * 4
-    with lending_a_device_that_converts(PROTOCOL) as address:
-        [device] = placement.with_workers(WorkerAddress.parse_list(address))
+    with ConvertingDevice(PROTOCOL) as lent:
+        device, *_ = placement.with_workers(WorkerAddress.parse_list(lent.address))
         for n_kv, kind in ASKED:
             case = Case(n_kv=n_kv, type_k=kind, type_v=kind)
             copies = 0 if kind == GT.F16 else 2 * n_kv * case.n_head_kv * (case.head_k + case.head_v)
-            assert result_bytes(case, device) >= result + copies, (n_kv, kind)
+            assert result_bytes(case, device) == result + copies, (n_kv, kind)
+        assert lent.n_asked == len(set(ASKED))  # once each: to ask is to wait for all that is being computed
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -137,38 +137,49 @@ _ALIGNMENT, _MAX_SIZE, _MEMORY, _ALLOC_SIZE, _HELLO, _DEVICE_COUNT = 1, 2, 11, 1
 _N_TENSORS, _QUANTIZED = 11, {2, 8}  # a result and its sources; Q4_0, Q8_0
 
 
-@contextmanager
-def lending_a_device_that_converts(version: Sequence[int]) -> Iterator[str]:
-    """The address of what speaks for a device that puts F16 copies of quantized sources behind a result.
+class ConvertingDevice:
+    """Speaks for a worker whose device puts F16 copies of quantized sources behind a result, as CUDA's attention does.
 
-    As CUDA does with what flash attention attends to. It tells sizes, and holds and computes nothing.
+    It tells sizes, and holds and computes nothing. n_asked: how often it was asked for one.
     """
 
-    def reply(command: int, message: bytes) -> bytes:
+    def __init__(self, version: Sequence[int]) -> None:
+        self.n_asked = 0
+        self._version = version
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError, struct.error), connection:
+            while True:
+                command, size = struct.unpack("<BQ", connection.recv(9, socket.MSG_WAITALL))
+                message = connection.recv(size, socket.MSG_WAITALL) if size else b""
+                body = self._reply(command, message)
+                connection.sendall(struct.pack("<Q", len(body)) + body)
+
+    def _reply(self, command: int, message: bytes) -> bytes:
+        if command == _HELLO:
+            return hello(self._version)[8:]
         if command == _ALLOC_SIZE:
+            self.n_asked += 1
             return struct.pack("<Q", sum(_bytes_of(message[4:], i) for i in range(_N_TENSORS)))
         numbers = {_ALIGNMENT: ("Q", 128), _MAX_SIZE: ("Q", 1 << 40), _MEMORY: ("QQ", 1 << 34, 1 << 34)}
         kind, *values = {**numbers, _DEVICE_COUNT: ("I", 1)}[command]
         return struct.pack(f"<{kind}", *values)
 
-    def serve(connection: socket.socket) -> None:
-        with suppress(OSError, struct.error), connection:
-            while True:
-                command, size = struct.unpack("<BQ", connection.recv(9, socket.MSG_WAITALL))
-                message = connection.recv(size, socket.MSG_WAITALL) if size else b""
-                body = hello(version)[8:] if command == _HELLO else reply(command, message)
-                connection.sendall(struct.pack("<Q", len(body)) + body)
+    def __enter__(self) -> ConvertingDevice:
+        return self
 
-    def accept() -> None:
+    def __exit__(self, *_exc: object) -> None:
         with suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
 
 def _bytes_of(tensors: bytes, index: int) -> int:
