@@ -120,4 +120,8 @@ def test_a_second_ctrl_c_ends_the_saving_and_leaves_the_cache_whole(
     assert "Traceback" not in errors
     assert "SIGKILL" not in errors
     assert ask(model, home, *args)[0] == answer_of_wide_model
-    assert [path.suffix for path in states.iterdir()] == [".prefix"]  # what was left behind is gone
+    # What was left behind is gone, but for a folder that had not got its name: it is empty, and goes after an hour.
+    [kept] = states.glob("*.prefix")
+    assert all(
+        path.name.startswith(".swaa-new-") and not any(path.iterdir()) for path in states.iterdir() if path != kept
+    )
