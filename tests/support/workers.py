@@ -10,9 +10,13 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from tests.support.service import STOP_S, Service, running
 from tests.support.serving import descendants
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HELLO = b"\x0e" + struct.pack("<Q", 24) + bytes(24)
 """The first message of whoever uses a worker, by ggml-rpc.cpp; zeros: over TCP."""
@@ -42,7 +46,40 @@ def workers(n: int) -> Iterator[list[Worker]]:
         yield [stack.enter_context(worker()) for _ in range(n)]
 
 
-class Proxy:
+class _Listening:
+    """Takes connections at `address`, HOST:PORT, and serves each in a thread of its own, until the block is left."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _end(*ends: socket.socket) -> None:
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._end(self._listener)
+        self._listener.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+class Proxy(_Listening):
     """Stands between a worker and one that uses it, and counts. sent, received: bytes to the worker, and from it.
 
     on_sent: called with `sent` after each piece that went to the worker.
@@ -52,21 +89,20 @@ class Proxy:
         self.sent = self.received = 0
         self._target, self._on_sent = target, on_sent
         self._ends: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                host, port = self._target.split(":")
-                far = socket.create_connection((host, int(port)))
-                for end in (near, far):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._ends += [near, far]
-                threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
-                threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
+    def _serve(self, connection: socket.socket) -> None:
+        host, port = self._target.split(":")
+        try:
+            far = socket.create_connection((host, int(port)))
+        except OSError:
+            connection.close()
+            return
+        for end in (connection, far):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._ends += [connection, far]
+        threading.Thread(target=self._pump, args=(far, connection, False), daemon=True).start()
+        self._pump(connection, far, True)
 
     def _pump(self, source: socket.socket, sink: socket.socket, to_worker: bool) -> None:
         with suppress(OSError):
@@ -79,26 +115,13 @@ class Proxy:
                 sink.sendall(data)
         self._end(source, sink)
 
-    @staticmethod
-    def _end(*ends: socket.socket) -> None:
-        for end in ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
     def cut(self) -> None:
         """End all connections, as a worker's death does."""
         self._end(*self._ends)
 
     def close(self) -> None:
-        self._end(self._listener)
-        self._listener.close()
+        super().close()
         self.cut()
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
 
 @contextmanager
@@ -137,7 +160,7 @@ _ALIGNMENT, _MAX_SIZE, _MEMORY, _ALLOC_SIZE, _HELLO, _DEVICE_COUNT = 1, 2, 11, 1
 _N_TENSORS, _QUANTIZED = 11, {2, 8}  # a result and its sources; Q4_0, Q8_0
 
 
-class ConvertingDevice:
+class ConvertingDevice(_Listening):
     """Speaks for a worker whose device puts F16 copies of quantized sources behind a result, as CUDA's attention does.
 
     It tells sizes, and holds and computes nothing. n_asked: how often it was asked for one.
@@ -146,14 +169,7 @@ class ConvertingDevice:
     def __init__(self, version: Sequence[int]) -> None:
         self.n_asked = 0
         self._version = version
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+        super().__init__()
 
     def _serve(self, connection: socket.socket) -> None:
         with suppress(OSError, struct.error), connection:
@@ -172,14 +188,6 @@ class ConvertingDevice:
         numbers = {_ALIGNMENT: ("Q", 128), _MAX_SIZE: ("Q", 1 << 40), _MEMORY: ("QQ", 1 << 34, 1 << 34)}
         kind, *values = {**numbers, _DEVICE_COUNT: ("I", 1)}[command]
         return struct.pack(f"<{kind}", *values)
-
-    def __enter__(self) -> ConvertingDevice:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
 
 
 def _bytes_of(tensors: bytes, index: int) -> int:
