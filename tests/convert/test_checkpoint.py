@@ -240,8 +240,9 @@ def test_an_unknown_pre_tokenizer_has_to_be_named(tmp_path, checkpoints):
     assert "unknown --pre-tokenizer 'qwen9'; known are" in fails(
         "convert", checkpoints / "olmo2", "-o", out, "--pre-tokenizer", "qwen9"
     )
-    succeeds("convert", checkpoints / "olmo2", "-o", out, "--pre-tokenizer", "qwen2")
+    succeeds("convert", checkpoints / "olmo2", "-o", out, *OPTIONS, "--pre-tokenizer", "qwen2")
     assert gguf.GGUFReader(out).fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    assert read_schedule(out) == SCHEDULE
 
 
 def with_settings(checkpoint: Path, directory: Path, settings: dict[str, object]) -> Path:

@@ -26,16 +26,7 @@ from tests.support.flash_op import GT, Case, result_bytes
 from tests.support.masks import Sched
 from tests.support.reference_numpy import forward
 from tests.support.tiny import ALWAYS, ARCHES, FULL, PREFILL, TinyShape, random_tokens, tiny_weights
-from tests.support.workers import (
-    HELLO,
-    ConvertingDevice,
-    Proxy,
-    Worker,
-    answering,
-    hello,
-    worker,
-    workers,
-)
+from tests.support.workers import HELLO, Answering, ConvertingDevice, Proxy, Worker, hello, worker, workers
 
 CONFIGS = {
     "full": (SWAAConfig(), Sched(1, 0, (FULL,) * 4)),
@@ -237,16 +228,16 @@ def test_a_worker_that_is_not_there(load):
 
 @pytest.mark.parametrize("version", [(6, 0, 0), (8, 0, 0), (7, 1, 0), (7, 0, 1)])
 def test_a_worker_of_another_version(load, version):
-    with answering(hello(version)) as address:
-        said = f"{address} speaks version {'.'.join(map(str, version))} of the protocol, and this machine 7.0.0"
+    with Answering(hello(version)) as other:
+        said = f"{other.address} speaks version {'.'.join(map(str, version))} of the protocol, and this machine 7.0.0"
         with pytest.raises(WorkerError, match=said):
-            load(rpc_servers=[address])
+            load(rpc_servers=[other.address])
 
 
 def test_what_is_no_worker(load):
-    with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address:
-        with pytest.raises(WorkerError, match=f"what listens at {address} is no worker"):
-            load(rpc_servers=[address])
+    with Answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as other:
+        with pytest.raises(WorkerError, match=f"what listens at {other.address} is no worker"):
+            load(rpc_servers=[other.address])
 
 
 def test_a_worker_that_serves_another_program_is_not_waited_for(two, tiny_model_factory, load, monkeypatch):

@@ -15,7 +15,7 @@ from swaa_local.engine.native import engine_program
 from tests.support.program import fails
 from tests.support.serving import Running, serving, together
 from tests.support.tiny import ALWAYS, FULL, PREFILL, ScheduleKeys, random_tokens
-from tests.support.workers import Proxy, Worker, answering, hello, worker, workers
+from tests.support.workers import Answering, Proxy, Worker, hello, worker, workers
 
 SCHEDULE = ScheduleKeys(64, 4, (ALWAYS, PREFILL, FULL, PREFILL), tail=8)
 OPTIONS = ("-c", "4096", "-np", "4", "-b", "128", "-ub", "64", "-fa", "off", "-ctk", "f32", "-ctv", "f32", "-lv", "2")
@@ -81,8 +81,11 @@ def test_a_worker_that_is_not_there_is_told_before_the_model_is_loaded(model: Pa
 def test_llama_server_itself_refuses_what_is_no_worker(model: Path) -> None:
     """Without the command's own check before."""
     program = engine_program("llama-server", "LLAMA_BUILD_SERVER")
-    with answering(hello((8, 0, 0))) as other:
-        for address, why in (("127.0.0.1:9", "cannot be reached"), (other, "speaks version 8.0 of the protocol")):
+    with Answering(hello((8, 0, 0))) as other:
+        for address, why in (
+            ("127.0.0.1:9", "cannot be reached"),
+            (other.address, "speaks version 8.0 of the protocol"),
+        ):
             command = [str(program), "-m", str(model), "--port", "0", "--rpc", address]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             said = done.stdout + done.stderr

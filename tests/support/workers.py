@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def workers(n: int) -> Iterator[list[Worker]]:
         yield [stack.enter_context(worker()) for _ in range(n)]
 
 
-class _Listening:
+class _Listening(ABC):
     """Takes connections at `address`, HOST:PORT, and serves each in a thread of its own, until the block is left."""
 
     def __init__(self) -> None:
@@ -59,8 +60,8 @@ class _Listening:
             while True:
                 threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
 
-    def _serve(self, connection: socket.socket) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _serve(self, connection: socket.socket) -> None: ...
 
     @staticmethod
     def _end(*ends: socket.socket) -> None:
@@ -124,30 +125,17 @@ class Proxy(_Listening):
         self.cut()
 
 
-@contextmanager
-def answering(reply: bytes | None) -> Iterator[str]:
-    """The address of something that answers the first message of each connection so; None: never."""
-    stop = threading.Event()
-    kept: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+class Answering(_Listening):
+    """Answers the first message of each connection so, and ends it."""
 
-        def serve() -> None:
-            with suppress(OSError):
-                while not stop.is_set():
-                    connection, _ = listener.accept()
-                    connection.recv(len(HELLO), socket.MSG_WAITALL)  # what is left unread would cut the answer off
-                    kept.append(connection)
-                    if reply is not None:
-                        connection.sendall(reply)
-                        connection.close()
+    def __init__(self, reply: bytes) -> None:
+        self._reply = reply
+        super().__init__()
 
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        stop.set()
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        for connection in kept:
-            connection.close()
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            connection.recv(len(HELLO), socket.MSG_WAITALL)  # what is left unread would cut the answer off
+            connection.sendall(self._reply)
 
 
 def hello(version: Sequence[int]) -> bytes:
